@@ -149,7 +149,7 @@ def encode_bits(values: Tensor, bytes_per_row: int) -> Coded:
     return Coded("bits", used, _pack(whole, packed), scale=scale.cpu().numpy(), widths=packed, steps=steps.float().cpu().numpy())
 
 
-def encode_product(values: Tensor, bytes_per_row: int, weight: Tensor | None = None, iterations: int = 12, seed: int = 0, sample: int = 65536) -> Coded:
+def encode_product(values: Tensor, bytes_per_row: int, weight: Tensor | None = None, iterations: int = 10, seed: int = 0, sample: int = 16384) -> Coded:
     """Product code: leading columns in `bytes_per_row` groups that are owed about 8 bits each, 256 entries a group.
 
     Args:
@@ -158,7 +158,7 @@ def encode_product(values: Tensor, bytes_per_row: int, weight: Tensor | None = N
         sample: rows that the codebooks are fitted on at most.
     """
     values = values.float()
-    n = len(values)
+    n, bytes_per_row = len(values), min(bytes_per_row, values.shape[1])
     generator = torch.Generator().manual_seed(seed)
     owed = water_level(values.var(0), 8 * bytes_per_row)
     used = max(int((owed > 0).nonzero().max()) + 1, bytes_per_row) if bool((owed > 0).any()) else bytes_per_row

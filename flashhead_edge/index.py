@@ -27,7 +27,7 @@ class Gate:
 
     error: np.ndarray  # [n] uint8, logarithmic: the item's own error is unit * 2^(error / ERROR_STEPS)
     unit: float  # the smallest error, in logits
-    margin: float  # in units of the item's own error; inf keeps everything up to the cap
+    margin: float  # in units of the item's own error (times the state's, see state_power); inf: all up to the cap
     cap: int  # items kept at most, 1 to n
 
 
@@ -51,11 +51,12 @@ class HeadIndex:
     stages: tuple[Stage, ...]  # the cascade, coarsest first; empty in the published head
     always_scored: np.ndarray  # [A] int32, ascending token ids that are scored whether their cluster opens or not
     mean: np.ndarray | None  # [d] float32, subtracted from h; None: z = h
-    rotation: Coded | None  # [r - 1, d]: coordinates 1 to r - 1 of z; None: z = h
+    rotation: Coded | None  # P, transposed: [d, r - 1], what entry i of h - mean gives to coordinates 1 to r - 1
     tail_scale: float  # an unscored token's full-width logit is tail_scale * (score of its cluster) + tail_offset,
     tail_offset: float  # never above the smallest exact one
     fingerprint: str  # of the head's weights that the index was made for
     summary: dict[str, Any] = field(default_factory=dict)  # JSON: how it was calibrated and what that showed
+    state_power: float = 0.0  # a state's margins are multiplied by rms(coordinates 1 to r - 1) ** state_power
 
     def __post_init__(self) -> None:
         check_index(self)
@@ -114,14 +115,16 @@ def check_index(index: HeadIndex) -> None:
         gate(stage.gate, index.slots, f"stage {i}")
     a = index.always_scored
     want(a.dtype == np.int32 and a.ndim == 1, "always_scored", f"{a.dtype} {list(a.shape)}", "int32 [A]")
-    want(a.size == 0 or (0 <= a[0] and a[-1] < V and bool((np.diff(a) > 0).all())), "always_scored", "out of order or range", f"ascending ids below {V}")
+    want(a.size == 0 or (a[0] >= 0 and a[-1] < V and bool((np.diff(a) > 0).all())), "always_scored", "out of order or range", f"ascending ids below {V}")
     want((index.mean is None) == (index.rotation is None), "rotation", "given without mean, or mean without it", "both or neither")
     coordinates = d
     if index.rotation is not None and index.mean is not None:
         want(index.mean.dtype == np.float32 and index.mean.shape == (d,), "mean", f"{index.mean.dtype} {list(index.mean.shape)}", f"float32 [{d}]")
         want(bool(np.isfinite(index.mean).all()), "mean", "not finite", "finite values")
-        want(index.rotation.columns == d, "rotation", f"{index.rotation.columns} columns", d)
-        coordinates = index.rotation.n + 1
+        want(index.rotation.n == d, "rotation", f"{index.rotation.n} rows", f"{d}, one for each entry of a hidden state")
+        coordinates = index.rotation.columns + 1
     for name, coded in [("centroids", index.centroids)] + [(f"stage {i} rows", s.rows) for i, s in enumerate(index.stages, 1)]:
         want(coded.columns <= coordinates, name, f"{coded.columns} columns", f"at most {coordinates} coordinates")
+    want(index.rotation is not None or index.state_power == 0, "state_power", index.state_power, "0 where there is no rotation")
+    want(0 <= index.state_power <= 1, "state_power", index.state_power, "0 to 1")
     want(math.isfinite(index.tail_scale) and math.isfinite(index.tail_offset), "tail", [index.tail_scale, index.tail_offset], "finite numbers")

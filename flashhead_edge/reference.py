@@ -37,7 +37,7 @@ class TorchHead:
     token_table: Tensor  # [slots] int64, -1 = empty
     always_slots: Tensor  # [A] int64
     mean: Tensor | None
-    rotation: Tensor | None  # [r - 1, d] float64, decoded
+    rotation: Tensor | None  # [d, r - 1] float64, decoded
     centroids: Tensor  # [K, columns] float32, decoded
     probe: TorchGate
     stages: tuple[tuple[TorchCoded, TorchGate], ...]
@@ -75,8 +75,14 @@ def coordinates(head: TorchHead, hidden: Tensor) -> Tensor:
     h = hidden.double()
     if head.rotation is None or head.mean is None:
         return h
-    z = (h - head.mean) @ head.rotation.T
+    z = (h - head.mean) @ head.rotation
     return torch.cat([torch.ones_like(z[:, :1]), z], 1)
+
+
+def state_unit(head: TorchHead, z: Tensor) -> Tensor:
+    """What a state's margins are multiplied by, [N, 1] float64: long states have larger errors everywhere."""
+    power = head.index.state_power
+    return z[:, 1:].square().mean(1, keepdim=True).sqrt() ** power if power else torch.ones_like(z[:, :1])
 
 
 def probe(head: TorchHead, z: Tensor) -> Tensor:
@@ -84,11 +90,12 @@ def probe(head: TorchHead, z: Tensor) -> Tensor:
     return z[:, : head.centroids.shape[1]] @ head.centroids.double().T
 
 
-def keep(scores: Tensor, alive: Tensor, gate: TorchGate, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def keep(scores: Tensor, alive: Tensor, gate: TorchGate, unit: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Which items pass a gate.
 
     Args:
         scores: [N, M] float64; only those where `alive` [N, M] count.
+        unit: [N, 1] from `state_unit`.
         columns: [M] the items' numbers in the gate, or None where M is all of them.
     Returns:
         [N, M] bool; [N] bool, where the cap cut off items within the margin. Under a cap those with the smallest
@@ -96,7 +103,7 @@ def keep(scores: Tensor, alive: Tensor, gate: TorchGate, columns: Tensor | None 
     """
     error = gate.error if columns is None else gate.error[columns]
     best = scores.masked_fill(~alive, -torch.inf).amax(1, keepdim=True)
-    gap = ((best - scores) / error).masked_fill(~alive, torch.inf)
+    gap = ((best - scores) / (error * unit)).masked_fill(~alive, torch.inf)
     passed = alive & (gap <= gate.margin)
     over = passed.sum(1) > gate.cap
     if bool(over.any()):
@@ -122,8 +129,9 @@ class Trail:
 def run_stages(head: TorchHead, hidden: Tensor) -> Trail:
     """Probe, score and rescore hidden states [N, d]."""
     z = coordinates(head, hidden)
+    unit = state_unit(head, z)
     clusters = probe(head, z)
-    opened, capped = keep(clusters, torch.ones_like(clusters, dtype=torch.bool), head.probe)
+    opened, capped = keep(clusters, torch.ones_like(clusters, dtype=torch.bool), head.probe, unit)
     counts = [opened.sum(1)]
     size = head.index.cluster_size
     wanted = opened.any(0)
@@ -137,7 +145,7 @@ def run_stages(head: TorchHead, hidden: Tensor) -> Trail:
         counts.append(alive.sum(1))
         now = scores[:, at] + _products(z, rows, columns)
         scores[:, at] = torch.where(alive, now, scores[:, at])
-        passed, over = keep(now, alive, gate, columns)
+        passed, over = keep(now, alive, gate, unit, columns)
         capped = capped | over
         some = passed.any(0)
         at, columns, alive = at[some], columns[some], passed[:, some]

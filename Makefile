@@ -1,0 +1,27 @@
+# setup: a virtual environment with everything a CPU needs   demo: the product on a real model, end to end
+# test:  the test suite                                      lint: ruff and mypy
+VENV ?= .venv
+PYTHON ?= python3
+CONSTRAINT ?= $(if $(shell command -v nvidia-smi),,-c requirements/cpu.txt)
+BIN := $(VENV)/bin
+ALIVE := $(PYTHON) scripts/alive.py
+
+.PHONY: setup demo test lint clean
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml setup.py requirements/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(ALIVE) "installing" $(BIN)/pip install --disable-pip-version-check $(CONSTRAINT) -e ".[torch,report,dev]"
+	touch $@
+
+demo: setup
+	@BIN=$(abspath $(BIN)) bash scripts/demo.sh
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,363 @@
+"""Finds the settings of a head that keep a promise at the least cost.
+
+The promise is `target`: the share of steps that keep the dense head's token, on text that was never calibrated on.
+Own text flatters itself, so it is held to a stricter share (`own_target`); texts given are held to the target each.
+Every state is held out once: two folds, centroids of one measured on the other. docs/experiments.md has the why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashhead_edge.capture import Source
+from flashhead_edge.costs import bytes_per_step, dense_bytes, fixed_bytes
+from flashhead_edge.devices import Device, row_price, table_price
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.fitting import Centroids, Coordinates, Layer, Moments, coded_errors, fit_centroids, fit_coordinates, fit_layers, fold_of
+from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex, Stage
+from flashhead_edge.progress import Progress, silent
+from flashhead_edge.reference import dense_tokens, run_stages, torch_head
+from flashhead_edge.search import Group, Prepared, Traced, allowed_misses, choose_margins, mean_counts, misses, needs, trace, wilson
+
+STRICTNESS = 10  # own text may miss a tenth of what is promised elsewhere: see own_target
+SEARCHED_STATES = 6000  # states by which candidates are compared
+SEARCHED_TARGET = 0.995  # the agreement at which they are compared
+TRACED_SLOTS = 20_000_000  # states x slots by which margins are priced
+HARD_TOKENS = 64  # always-scored tokens at most, beside the end tokens
+FEW_MISSES = 10  # a margin set by fewer held-out misses is extrapolated
+FRONTIER = (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995)
+CAP_ROOM = 1.5  # a cap over the largest count seen
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choices that calibration searches."""
+
+    cluster_size: int
+    rotation_bits: float
+    centroids: str
+    codes: tuple[str, ...]
+    state_power: float
+
+
+FIRST = Plan(32, 4.0, "product24", ("product12", "bits48", "bits128"), 0.25)
+OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("cluster_size", (32, 64)),
+    ("centroids", ("product16", "product24", "product32")),
+    (
+        "codes",
+        (("product12", "bits48", "bits128"), ("product8", "bits40", "bits96"), ("product8", "bits32", "bits64", "bits128"), ("product16", "bits64", "bits160")),
+    ),
+    ("rotation_bits", (3.5, 4.0)),
+    ("state_power", (0.25, 0.5)),
+)
+CLUSTER_SIZES = tuple(OPTIONS[0][1])
+
+
+def own_target(target: float) -> float:
+    """The share that the model's own text is held to for a promise of `target` on other text."""
+    return 1 - (1 - target) / STRICTNESS
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """States of all sources in one array, with what the dense head makes of them."""
+
+    states: Tensor  # [n, d]
+    winners: Tensor  # [n] int64 tokens
+    folds: Tensor  # [n]
+    groups: tuple[Group, ...]
+    sources: tuple[Source, ...]
+
+
+def gather(sources: Sequence[Source], weight: Tensor, bias: Tensor | None, vocab_size: int, target: float, progress: Progress = silent) -> Data:
+    """Line the sources up, and find the dense head's token of every state."""
+    groups, winners, start = [], [], 0
+    for source in sources:
+        n = len(source.states)
+        groups.append(Group(source.name, start, start + n, allowed_misses(n, own_target(target) if source.own else target)))
+        for i, part in enumerate(source.states.split(4096)):
+            winners.append(dense_tokens(weight, bias, part.to(weight.device), vocab_size).cpu())
+            progress(f"dense tokens of {source.name}", min(1.0, (i + 1) * 4096 / n))
+        start += n
+    folds = torch.cat([fold_of(len(s.states)) for s in sources])
+    return Data(torch.cat([s.states for s in sources]), torch.cat(winners), folds, tuple(groups), tuple(sources))
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A plan with everything fitted but its margins."""
+
+    plan: Plan
+    table: np.ndarray
+    coordinates: Coordinates
+    mean: Tensor
+    centroids: Centroids
+    layers: list[Layer]
+    prepared: Prepared
+    slot_of: Tensor  # [V] int64
+    gates: tuple[tuple[np.ndarray, float], ...]  # coded errors and unit of each gate
+    fixed: float  # cost whatever opens
+    item_cost: list[float]
+
+
+def fit(plan: Plan, table: np.ndarray, coordinates: Coordinates, moments: Moments, device: Device | None, row_size: int, seed: int) -> Fitted:
+    """Fit and code everything that `plan` names; `row_size` is the cost of an exact row in bytes."""
+    centroids = fit_centroids(coordinates, moments, table, plan.centroids, seed)
+    layers = fit_layers(coordinates, centroids.values, table, plan.codes, seed)
+    probe_bytes, probe_unit, probe_error = coded_errors(centroids.error)
+    gates, stored = [(probe_bytes, probe_unit)], []
+    for layer in layers:
+        data, unit, error = coded_errors(layer.error)
+        gates.append((data, unit))
+        stored.append((layer.values, error.float()))
+    flat = torch.from_numpy(table.reshape(-1).astype(np.int64)).to(coordinates.rows.device)
+    filled = flat >= 0
+    slot_of = torch.empty(int(filled.sum()), dtype=torch.int64, device=flat.device)
+    slot_of[flat[filled]] = filled.nonzero()[:, 0]
+    prepared = Prepared(plan.cluster_size, centroids.folds, probe_error.float(), tuple(stored), filled, plan.state_power)
+    rotation = coordinates.rotation
+    fixed = rotation.n * row_price(rotation, device) + len(table) * row_price(centroids.coded, device)
+    fixed += sum(table_price(c, device) for c in (rotation, centroids.coded, *(x.coded for x in layers)))
+    item_cost = [row_price(x.coded, device) for x in layers] + [float(row_size)]
+    return Fitted(plan, table, coordinates, moments.mean, centroids, layers, prepared, slot_of, tuple(gates), fixed, item_cost)
+
+
+def lifted(f: Fitted, states: Tensor) -> Tensor:
+    """Coordinates z of states [N, d], [N, r] float32."""
+    device = f.coordinates.lift.device
+    z = (states.to(device).double() - f.mean).float() @ f.coordinates.lift[1:].float()
+    z[:, 0] = 1
+    return z
+
+
+def needs_of(f: Fitted, data: Data, at: Tensor, progress: Progress = silent, message: str = "held-out margins") -> Tensor:
+    """What the states `at` [n] need of each gate, [n, gates] float32 on the CPU, each by the centroids of the other fold."""
+    device = f.coordinates.lift.device
+    out = torch.empty(len(at), 1 + len(f.layers))
+    done = 0
+    for fold in (0, 1):
+        for part in (data.folds[at] == fold).nonzero()[:, 0].split(256):
+            rows = at[part]
+            out[part] = needs(f.prepared, lifted(f, data.states[rows]), fold, f.slot_of[data.winners[rows].to(device)]).cpu()
+            done += len(part)
+            progress(message, done / len(at))
+    return out
+
+
+def traced_of(f: Fitted, data: Data, loosest: Sequence[float], seed: int) -> Traced:
+    """A few random states, by which margins are priced."""
+    n = max(64, min(400, TRACED_SLOTS // f.table.size, len(data.states)))
+    at = torch.randperm(len(data.states), generator=torch.Generator().manual_seed(seed))[:n]
+    parts = []
+    for fold in (0, 1):
+        parts += [(lifted(f, data.states[rows]), fold) for rows in at[data.folds[at] == fold].split(64)]
+    return trace(f.prepared, parts, loosest)
+
+
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """A candidate of the search and its price at the compared agreement."""
+
+    plan: Plan
+    cost: float
+
+
+def search(
+    data: Data,
+    moments: Moments,
+    tables: dict[int, np.ndarray],
+    weight: Tensor,
+    bias: Tensor | None,
+    device: Device | None,
+    seed: int,
+    progress: Progress = silent,
+) -> tuple[Fitted, list[Tried]]:
+    """Improve one choice of the plan at a time, by cost at equal held-out agreement on a part of the states."""
+    n = min(SEARCHED_STATES, len(data.states))
+    at = torch.randperm(len(data.states), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+    group = [Group("searched", 0, n, max(1, round(n * (1 - SEARCHED_TARGET))))]
+    made: dict[float, Coordinates] = {}
+    tried: dict[Plan, tuple[float, Fitted]] = {}
+    row_size = 2 * weight.shape[1] + 4
+    total = 1 + sum(len(choices) - 1 for name, choices in OPTIONS if name != "cluster_size") + len(tables) - 1
+
+    def price(plan: Plan) -> float:
+        if plan not in tried:
+            progress(f"searching: {describe(plan)}", len(tried) / total)
+            if plan.rotation_bits not in made:
+                made[plan.rotation_bits] = fit_coordinates(weight, bias, moments, plan.rotation_bits)
+            f = fit(plan, tables[plan.cluster_size], made[plan.rotation_bits], moments, device, row_size, seed)
+            need = needs_of(f, data, at, lambda m, s: progress(f"searching: {describe(plan)}", len(tried) / total))
+            margins = choose_margins(need, group, traced_of(f, data, loosest(need), seed), f.item_cost)
+            counts = mean_counts(traced_of(f, data, margins, seed), margins)
+            tried[plan] = (f.fixed + sum(c * p for c, p in zip(counts[1:], f.item_cost)), f)
+        return tried[plan][0]
+
+    best = dataclasses.replace(FIRST, cluster_size=FIRST.cluster_size if FIRST.cluster_size in tables else next(iter(tables)))
+    for name, choices in OPTIONS:
+        for choice in tables if name == "cluster_size" else choices:
+            plan = dataclasses.replace(best, **{name: choice})
+            if price(plan) < price(best):
+                best = plan
+        for plan in [p for p in tried if p != best]:  # what was fitted for losers is not needed again
+            tried[plan] = (tried[plan][0], None)  # type: ignore[assignment]
+    return tried[best][1], [Tried(p, c) for p, (c, _) in tried.items()]
+
+
+def loosest(need: Tensor) -> list[float]:
+    """Margins at which no state misses."""
+    return [float(x) * (1 + 2e-5) for x in need.amax(0)]
+
+
+def describe(plan: Plan) -> str:
+    """A plan in one line."""
+    return f"clusters of {plan.cluster_size}, rotation {plan.rotation_bits:g} bits, centroids {plan.centroids}, rows {' + '.join(plan.codes)}"
+
+
+def hard_tokens(need: Tensor, winners: Tensor, allowed: int) -> np.ndarray:
+    """Tokens that the probe often turns away: at least two of the states that need it most, the most frequent first."""
+    worst = need[:, 0].topk(min(len(need), 4 * max(allowed, 0) + 50)).indices
+    tokens, count = winners[worst].unique(return_counts=True)
+    order = count.argsort(descending=True, stable=True)
+    return tokens[order][count[order] >= 2][:HARD_TOKENS].numpy()
+
+
+def finish(
+    f: Fitted, data: Data, target: float, weight: Tensor, bias: Tensor | None, ends: Sequence[int], fingerprint: str, seed: int, progress: Progress = silent
+) -> HeadIndex:
+    """Choose margins on all states, caps and the tail, and put the index together with its summary."""
+    need = needs_of(f, data, torch.arange(len(data.states)), progress)
+    always = np.unique(np.concatenate([hard_tokens(need, data.winners, max(g.allowed for g in data.groups)), np.asarray(ends, np.int64)])).astype(np.int32)
+    need[torch.isin(data.winners, torch.from_numpy(always).long()), 0] = 0
+    traced = traced_of(f, data, loosest(need), seed)
+    margins = choose_margins(need, data.groups, traced, f.item_cost)
+    lost = misses(need, torch.tensor(margins, dtype=torch.float32), data.groups)
+    index = assemble(f, margins, always, weight.shape, fingerprint)
+    progress("caps and tail", None)
+    index, seen = with_caps_and_tail(index, data, weight, bias, seed)
+    frontier = [_frontier_point(t, need, data, traced, f) for t in FRONTIER]
+    row_size = 2 * index.hidden_size
+    step_bytes = bytes_per_step(index, seen, row_size)
+    summary = {
+        "format_version": FORMAT_VERSION,
+        "head": "fitted",
+        "target_agreement": target,
+        "own_text_target": own_target(target),
+        "plan": dataclasses.asdict(f.plan),
+        "margins": margins,
+        "texts": [_text_record(g, s, m, target) for g, s, m in zip(data.groups, data.sources, lost)],
+        "positions": len(data.states),
+        "reached": all(g.allowed >= 0 for g in data.groups),
+        "extrapolated": min(int((need[:, j] > m).sum()) for j, m in enumerate(margins)) < FEW_MISSES,
+        "bytes_per_step": float(step_bytes.mean()),
+        "bytes_per_step_p99": float(np.quantile(step_bytes, 0.99)),
+        "dense_bytes_per_step": dense_bytes(index.vocab_size, index.hidden_size),
+        "fixed_bytes": fixed_bytes(index),
+        "mean_counts": seen.mean(0).tolist(),
+        "frontier": frontier,
+        "seed": seed,
+    }
+    return dataclasses.replace(index, summary=summary)
+
+
+def _text_record(group: Group, source: Source, lost: int, target: float) -> dict[str, Any]:
+    n = group.stop - group.start
+    return {
+        "name": source.name,
+        "sha256": source.digest,
+        "positions": n,
+        "own": source.own,
+        "required": own_target(target) if source.own else target,
+        "misses": lost,
+        "agreement": 1 - lost / n,
+        "agreement_interval": list(wilson(n - lost, n)),
+        "reached": group.allowed >= 0,
+    }
+
+
+def _frontier_point(target: float, need: Tensor, data: Data, traced: Traced, f: Fitted) -> dict[str, Any]:
+    """What another target would cost with the same codes."""
+    groups = [
+        dataclasses.replace(g, allowed=allowed_misses(g.stop - g.start, own_target(target) if s.own else target)) for g, s in zip(data.groups, data.sources)
+    ]
+    margins = choose_margins(need, groups, traced, f.item_cost)
+    cost = f.fixed + sum(c * p for c, p in zip(mean_counts(traced, margins)[1:], f.item_cost))
+    lost = sum(misses(need, torch.tensor(margins, dtype=torch.float32), groups))
+    return {"target_agreement": target, "held_out_agreement": 1 - lost / len(need), "cost": cost, "reached": all(g.allowed >= 0 for g in groups)}
+
+
+def assemble(f: Fitted, margins: Sequence[float], always: np.ndarray, shape: Sequence[int], fingerprint: str) -> HeadIndex:
+    """The index with these margins; caps wide open, the tail not yet set."""
+    counts = [len(f.table)] + [f.table.size] * len(f.layers)
+    gates = [Gate(data, unit, float(margin), n) for (data, unit), margin, n in zip(f.gates, margins, counts)]
+    return HeadIndex(
+        vocab_size=int((f.table >= 0).sum()),
+        hidden_size=shape[1],
+        token_table=f.table,
+        centroids=f.centroids.coded,
+        probe=gates[0],
+        stages=tuple(Stage(layer.coded, gate) for layer, gate in zip(f.layers, gates[1:])),
+        always_scored=always,
+        mean=f.mean.float().cpu().numpy(),
+        rotation=f.coordinates.rotation,
+        tail_scale=1.0,
+        tail_offset=0.0,
+        fingerprint=fingerprint,
+        state_power=f.plan.state_power,
+    )
+
+
+def with_caps_and_tail(index: HeadIndex, data: Data, weight: Tensor, bias: Tensor | None, seed: int, n: int = 1024) -> tuple[HeadIndex, np.ndarray]:
+    """Caps with room over what `n` random states need, and a tail that gives unscored tokens their share of the mass.
+
+    Returns:
+        The index, and the states' counts [n, 2 + stages] as in `head.Step`.
+    """
+    at = torch.randperm(len(data.states), generator=torch.Generator().manual_seed(seed + 1))[:n]
+    head = torch_head(index, weight, bias)
+    counts, offsets = [], []
+    for rows in at.split(128):
+        states = data.states[rows].to(weight.device)
+        trail = run_stages(head, states)
+        counts.append(trail.counts.cpu())
+        if len(offsets) < 2:
+            offsets.append(_tail_offset(head, states, trail, weight, bias))
+    seen = torch.cat(counts).numpy()
+    most = [math.ceil(CAP_ROOM * int(c)) for c in seen.max(0)]
+    gates = [index.probe, *(s.gate for s in index.stages)]
+    # what a gate keeps: the probe its opened clusters, a code's gate what the next stage scores
+    capped = [dataclasses.replace(g, cap=max(1, min(len(g.error), most[j if j == 0 else j + 1]))) for j, g in enumerate(gates)]
+    stages = tuple(Stage(s.rows, g) for s, g in zip(index.stages, capped[1:]))
+    return dataclasses.replace(index, probe=capped[0], stages=stages, tail_offset=float(torch.cat(offsets).mean())), seen
+
+
+def _tail_offset(head: Any, states: Tensor, trail: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Log of the ratio of true to estimated mass of the tokens that no code scored, [N]."""
+    index = head.index
+    filled = head.token_table >= 0
+    estimate = trail.clusters.repeat_interleave(index.cluster_size, 1)
+    logits = torch.full_like(estimate, -torch.inf)
+    true = states.float() @ weight[: index.vocab_size].float().T + (0 if bias is None else bias[: index.vocab_size].float())
+    logits[:, filled] = true[:, head.token_table[filled]].double()
+    unscored = filled.expand_as(estimate).clone()
+    unscored[:, trail.slots] &= ~(trail.scored | trail.exact)
+    some = unscored.any(1)
+    gap = logits.masked_fill(~unscored, -torch.inf).logsumexp(1) - estimate.masked_fill(~unscored, -torch.inf).logsumexp(1)
+    return gap[some]
+
+
+def check_settings(target: float, positions: int) -> None:
+    """Raise SettingsError for what cannot be asked for."""
+    if not 0.5 <= target < 1:
+        raise SettingsError(f"target agreement is {target:g}, expected 0.5 to below 1; 1 is the dense head itself (flashhead generate --exact)")
+    if positions < 1000:
+        raise SettingsError(f"positions is {positions}, expected at least 1000; a margin needs misses to be set by")

@@ -1,0 +1,222 @@
+"""Hidden states that reach a model's output head: of texts given, and of text that the model samples from itself.
+
+The head is the module that `get_output_embeddings` names, and its input is what is recorded, so that whatever a family
+does between its body and its head (scales, projections) is in the states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashhead_edge.errors import SettingsError, UnsupportedModelError
+from flashhead_edge.progress import Progress, silent
+
+WINDOW = 512  # tokens that a text is read in at a time
+SAMPLE_LENGTH = 128  # tokens of one sample of the model's own text
+TEMPERATURES = ((1.0, 0.75), (1.4, 0.25))  # of samples, and their shares
+BATCH_BYTES = 1 << 30  # of keys, values and logits in one batch of samples
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Hidden states of one text, with what the record of a calibration says of it."""
+
+    name: str
+    states: Tensor  # [n, d] float16, or float32 where a value does not fit
+    own: bool  # the model wrote it
+    digest: str  # sha256 of the text as tokens
+
+
+@contextlib.contextmanager
+def recording(model: Any, *, compute: bool) -> Iterator[list[Tensor]]:
+    """Collect what reaches the head, each [..., d]; with `compute` False the head returns nothing of use, at no cost."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no output embeddings, expected a causal language model; choose another model")
+    seen: list[Tensor] = []
+    original = head.forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(hidden)
+        return original(hidden, *args, **kwargs) if compute else hidden[..., :1]
+
+    head.forward = forward
+    try:
+        yield seen
+    finally:
+        del head.forward
+
+
+def compact(states: Tensor) -> Tensor:
+    """States in half the memory, where every value fits."""
+    half = states.to(torch.float16)
+    return half if bool(half.isfinite().all()) else states.float()
+
+
+def capture_ids(model: Any, ids: Tensor, window: int = WINDOW, progress: Progress = silent, message: str = "reading text") -> Tensor:
+    """Hidden states of a text read in windows that know nothing of each other.
+
+    Args:
+        ids: [n] int64 token ids.
+    Returns:
+        [n, d] float32 on the CPU.
+    """
+    device = model.get_input_embeddings().weight.device
+    out: list[Tensor] = []
+    with torch.inference_mode(), recording(model, compute=False) as seen:
+        for start in range(0, len(ids), window):
+            model(input_ids=ids[None, start : start + window].to(device), use_cache=False)
+            out.append(seen.pop().reshape(-1, seen_width(model)).float().cpu())
+            progress(message, min(1.0, (start + window) / len(ids)))
+    return torch.cat(out) if out else torch.zeros(0, seen_width(model))
+
+
+def seen_width(model: Any) -> int:
+    """d, the width of the states that reach the head."""
+    return int(model.get_output_embeddings().weight.shape[1])
+
+
+def capture_text(model: Any, tokenizer: Any, name: str, positions: int, progress: Progress = silent) -> Source:
+    """Hidden states of the first `positions` tokens of a text: a file, or ``datasets:NAME[/CONFIG][:SPLIT[:COLUMN]]``."""
+    text = read_text(name)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[:positions], dtype=torch.int64)
+    if len(ids) == 0:
+        raise SettingsError(f"calibration text {name}: no tokens found, expected at least one; give a file with text in it")
+    states = capture_ids(model, ids, progress=progress, message=f"reading {Path(name).name}")
+    return Source(Path(name).name, compact(states), False, digest_of(ids))
+
+
+def read_text(name: str) -> str:
+    """The text of a file, or of a data set by its name on the hub."""
+    if name.startswith("datasets:"):
+        try:
+            import datasets
+        except ImportError as error:
+            raise SettingsError(
+                f"{name}: the package datasets is not installed, expected for a data set's name; pip install datasets, or give a file"
+            ) from error
+        path, *rest = name.removeprefix("datasets:").split(":")
+        parts = path.split("/")
+        # OWNER/NAME or OWNER/NAME/CONFIG; a name without owner has no slash
+        configuration = parts[2] if len(parts) > 2 else None
+        table = datasets.load_dataset("/".join(parts[:2]), configuration, split=rest[0] if rest else "train", streaming=True)
+        column = rest[1] if len(rest) > 1 else "text"
+        pieces: list[str] = []
+        size = 0
+        for row in table:
+            pieces.append(str(row[column]))
+            size += len(pieces[-1])
+            if size > 2_000_000:
+                break
+        return "\n\n".join(pieces)
+    path_ = Path(name)
+    if not path_.is_file():
+        raise SettingsError(f"calibration text {name}: no such file, expected a text file or datasets:NAME; check the path")
+    try:
+        return path_.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"calibration text {name}: byte {error.start} is not UTF-8, expected UTF-8 text; convert the file") from error
+
+
+def digest_of(ids: Tensor) -> str:
+    """Names a text by its tokens."""
+    return hashlib.sha256(ids.to(torch.int64).cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def chat_opening(tokenizer: Any) -> list[int] | None:
+    """Tokens of a chat turn that the user has not yet filled, or None where the family has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    mark = "\u2063"  # a character that templates leave alone, to find where the user's words stand
+    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=False)
+    return tokenizer(text.split(mark)[0], add_special_tokens=False).input_ids or None
+
+
+def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int, seed: int = 0, progress: Progress = silent) -> Source:
+    """Hidden states of text that the model samples from itself.
+
+    Three quarters of the samples are drawn at temperature 1, one quarter at 1.4: what a model writes when it is pushed
+    off its path is nearer to text that it does not know. In both, two thirds begin with a random token (after the
+    family's first token, if it has one) and one third with an opened chat turn, where there is a template. End tokens
+    are never sampled, so that every sample is full; that the model wanted one is still seen in the state.
+
+    Returns:
+        `Source` of about `positions` states (whole samples).
+    """
+    device = model.get_input_embeddings().weight.device
+    rows = max(len(TEMPERATURES), -(-positions // SAMPLE_LENGTH))
+    opening = chat_opening(tokenizer)
+    generator, noise = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
+    ordinary = torch.ones(vocab_size)
+    ordinary[[i for i in set(tokenizer.all_special_ids) if i < vocab_size]] = 0
+    first_id = tokenizer.bos_token_id
+    begin = [first_id] if first_id is not None and tokenizer("a").input_ids[:1] == [first_id] else []
+    starts: list[tuple[str, float, Tensor]] = []
+    for temperature, share in TEMPERATURES:
+        n = max(1, round(rows * share))
+        chats = n // 3 if opening else 0
+        first = torch.multinomial(ordinary, n - chats, replacement=True, generator=generator)
+        starts.append(("own text", temperature, torch.tensor([begin + [t] for t in first.tolist()])))
+        if chats and opening:
+            starts.append(("own chat turns", temperature, torch.tensor([opening]).expand(chats, -1)))
+    ends, batch = end_ids(model, tokenizer, vocab_size), _batch_rows(model)
+    states, ids, done, total = [], [], 0, sum(len(s) for _, _, s in starts)
+    for message, temperature, start in starts:
+        for part in start.split(batch):
+
+            def said(share: float, done: int = done, n: int = len(part), message: str = message) -> None:
+                progress(f"sampling {message}", (done + n * share) / total)
+
+            got_states, got_ids = _sample(model, part.to(device), vocab_size, ends, noise, temperature, said)
+            states.append(compact(got_states))
+            ids.append(got_ids)
+            done += len(part)
+    if len({s.dtype for s in states}) > 1:
+        states = [s.float() for s in states]
+    return Source("own text", torch.cat(states), True, digest_of(torch.cat([i.flatten() for i in ids])))
+
+
+def _batch_rows(model: Any) -> int:
+    """Samples in one batch: their keys, values and logits stay within `BATCH_BYTES`."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * heads * size * SAMPLE_LENGTH * 4 + 3 * 4 * config.vocab_size
+    return max(1, min(256, BATCH_BYTES // each))
+
+
+def end_ids(model: Any, tokenizer: Any, vocab_size: int) -> list[int]:
+    """Tokens that end a text or a turn, ascending."""
+    ends = model.generation_config.eos_token_id if getattr(model, "generation_config", None) is not None else None
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return sorted({e for e in ends if 0 <= e < vocab_size})
+
+
+def _sample(model: Any, ids: Tensor, vocab_size: int, ends: list[int], generator: torch.Generator, temperature: float, progress: Any) -> tuple[Tensor, Tensor]:
+    """Go on from `ids` [n, start] to `SAMPLE_LENGTH` tokens each: states [n * length, d] and ids [n, length]."""
+    parts: list[Tensor] = []
+    cache, step_ids, length = None, ids, max(SAMPLE_LENGTH, ids.shape[1] + 1)
+    with torch.inference_mode(), recording(model, compute=True) as seen:
+        while True:
+            out = model(input_ids=step_ids, past_key_values=cache, use_cache=True)
+            parts.append(seen.pop().float().cpu())
+            if ids.shape[1] == length:
+                break
+            cache = out.past_key_values
+            logits = out.logits[:, -1, :vocab_size].float()
+            logits[:, ends] = -torch.inf
+            # the largest of logit + Gumbel noise is a draw from the softmax
+            noise = torch.empty_like(logits).exponential_(generator=generator)
+            step_ids = ((logits / temperature).softmax(1) / noise).argmax(1, keepdim=True).to(ids.device)
+            ids = torch.cat([ids, step_ids], 1)
+            progress(ids.shape[1] / length)
+    return torch.cat(parts, 1).flatten(0, 1), ids.cpu()

@@ -1,0 +1,190 @@
+"""A model and its tokenizer in memory, from any source and from FlashHead checkpoints: through transformers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashhead_edge.checkpoint import families
+from flashhead_edge.checkpoint.source import Source, open_source
+from flashhead_edge.errors import CheckpointError, SettingsError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+OURS = ("flash_head", "flash_head_cache_dir", "flash_head_special_token_ids", "n_clusters", "n_probes")
+
+
+def load_model(
+    source: Source | str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model in evaluation mode; of a FlashHead checkpoint, the model with its dense head.
+
+    A quantised body goes through transformers' own quantiser where that runs, else it is turned into floats (and
+    the log says so). The head's weights are those of `read_head`, exactly.
+
+    Args:
+        device: where the model goes.
+        dtype: of the weights, float32 unless told; one that cannot hold the stored head is refused.
+        trust_remote_code: run Python code that the model brings along.
+    Raises:
+        CheckpointError: weights are missing or damaged.
+        SettingsError: `dtype` cannot hold the head's weights.
+    """
+    import torch
+
+    source = open_source(source, trust_remote_code=trust_remote_code)
+    dtype = torch.float32 if dtype is None else dtype
+    if source.gguf is not None:
+        from flashhead_edge.checkpoint import gguf
+
+        model = gguf.load(source.gguf, source.config)
+        _check_dtype(model.get_output_embeddings().weight.dtype, dtype, source.name)
+        return model.to(device=device, dtype=dtype)  # type: ignore[no-any-return]
+    from flashhead_edge.checkpoint.quantised import quantisation
+    from flashhead_edge.checkpoint.weights import head_entry
+
+    name, stored, shape = head_entry(source)
+    _check_dtype(stored, dtype, source.name)
+    scheme = quantisation(source.config, source.folder)
+    if scheme is None:
+        model = _from_folder(source, dtype)
+    else:
+        reason = _quantiser_missing(scheme)
+        if reason is None:
+            model = _from_folder(source, dtype, scheme, device)
+        else:
+            log.warning("%s: the body is turned into floats in memory, because transformers' own quantiser does not run here: %s", source.name, reason)
+            model = _from_floats(source, dtype, scheme)
+    rows = model.get_output_embeddings()
+    if rows is None or tuple(rows.weight.shape) != shape:
+        found = "no output embeddings" if rows is None else f"output embeddings {list(rows.weight.shape)}"
+        raise CheckpointError(f"{source.name}: the loaded model has {found}, expected {list(shape)} as {name}; fetch the model again")
+    return model.eval() if scheme is not None and getattr(model, "hf_quantizer", None) is not None else model.to(device).eval()
+
+
+def load_tokenizer(source: Source | str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not isinstance(source, Source):
+        path = Path(source)
+        there = any((path / file).is_file() for file in TOKENIZERS)
+        source = Source(path, None, {}, path.name, trust_remote_code) if there else open_source(source, trust_remote_code=trust_remote_code)
+    if source.gguf is not None:
+        from flashhead_edge.checkpoint import gguf
+
+        return gguf.load_tokenizer(source.gguf)
+    folder, trust = source.folder, source.trust_remote_code or trust_remote_code
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); add the tokenizer's files to the folder") from error
+    return tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return next((line.strip().rstrip(":.") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _check_dtype(stored: torch.dtype, dtype: torch.dtype, name: str) -> None:
+    import torch
+
+    if dtype not in (stored, torch.float32, torch.float64) or (stored == torch.float32 and dtype not in (torch.float32, torch.float64)):
+        short = str(stored).removeprefix("torch."), str(dtype).removeprefix("torch.")
+        raise SettingsError(f"{name}: the head is stored in {short[0]}, which {short[1]} cannot hold exactly; load the model in float32 or {short[0]}")
+
+
+def model_config(source: Source, scheme: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """The transformers config of a source: the original class, none of our keys, quantised only as `scheme` says."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if source.trust_remote_code and "auto_map" in source.config:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=True)
+        if scheme is None and hasattr(config, "quantization_config"):
+            del config.quantization_config
+    else:
+        plain = {k: v for k, v in source.config.items() if k not in (*OURS, "auto_map", "quantization_config")}
+        if scheme is not None:
+            plain["quantization_config"] = scheme
+        config = CONFIG_MAPPING[source.config["model_type"]].from_dict(plain)
+        text = config.get_text_config()
+        if scheme is None and hasattr(text, "quantization_config"):
+            del text.quantization_config
+    config.architectures = [families.architecture(source.config, source.name)]
+    return config
+
+
+def _model_class(source: Source) -> Any:
+    import transformers
+
+    if source.trust_remote_code and "auto_map" in source.config:
+        return transformers.AutoModelForCausalLM
+    name = families.architecture(source.config, source.name)
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise CheckpointError(f"{source.name}: transformers has no class {name}, expected one of its causal language models; install a newer version")
+    return cls
+
+
+def _from_folder(source: Source, dtype: torch.dtype, scheme: dict[str, Any] | None = None, device: Any = "cpu") -> PreTrainedModel:
+    from safetensors import SafetensorError
+
+    remote = {"trust_remote_code": True} if source.trust_remote_code and "auto_map" in source.config else {}
+    placed = {} if scheme is None else {"device_map": {"": device}}
+    try:
+        model, info = _model_class(source).from_pretrained(
+            source.folder, config=model_config(source, scheme), dtype=dtype, use_safetensors=True, output_loading_info=True, **remote, **placed
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{source.name}: transformers cannot load the model ({first_line(error)}); fetch the model again") from error
+    _check_complete(info, source.name)
+    return model  # type: ignore[no-any-return]
+
+
+def _from_floats(source: Source, dtype: torch.dtype, scheme: dict[str, Any]) -> PreTrainedModel:
+    """A quantised model with its weights turned into floats, tensor by tensor."""
+    from safetensors import safe_open
+
+    from flashhead_edge.checkpoint.quantised import dequantised
+    from flashhead_edge.checkpoint.source import weight_map
+
+    files = weight_map(source.folder)
+    opened = {file: safe_open(str(file), framework="pt") for file in sorted(set(files.values()))}
+    state = dict(dequantised(scheme, set(files), lambda name: opened[files[name]].get_tensor(name), dtype, source.name))
+    try:
+        model, info = _model_class(source).from_pretrained(None, config=model_config(source), state_dict=state, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{source.name}: transformers cannot load the model ({first_line(error)}); fetch the model again") from error
+    _check_complete(info, source.name)
+    return model  # type: ignore[no-any-return]
+
+
+def _check_complete(info: dict[str, Any], name: str) -> None:
+    """transformers fills what is missing with random numbers and only warns."""
+    for what in ("missing_keys", "mismatched_keys"):
+        keys = sorted(str(k) for k in info.get(what) or ())
+        if keys:
+            raise CheckpointError(
+                f"{name}: {len(keys)} weights are {what.removesuffix('_keys')} (first {keys[0]}), expected all of them; fetch the model again"
+            )
+
+
+def _quantiser_missing(scheme: dict[str, Any]) -> str | None:
+    """Why transformers' own quantiser does not run here, or None where it does."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        AutoHfQuantizer.from_config(dict(scheme), pre_quantized=True).validate_environment(device_map=None, weights_only=True)
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        return first_line(error)
+    return None

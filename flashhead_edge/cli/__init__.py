@@ -1,0 +1,72 @@
+"""The command line: `flashhead VERB`. One file a verb, no logic; each verb's heavy imports stand in its body."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from flashhead_edge import __version__
+from flashhead_edge.cli.common import Settings, common_options
+from flashhead_edge.errors import FlashHeadError
+
+EXTRAS = {"torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch", "plotly": "report"}
+VERBS = ("convert", "calibrate", "evaluate", "generate", "chat", "inspect", "doctor")
+
+
+class Verbs(click.Group):
+    """A group whose verbs are imported when they are named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command = getattr(import_module(f"flashhead_edge.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="flashhead")
+@common_options
+def cli() -> None:
+    """Language-model heads that read a fiftieth of their bytes, with a proof of how faithful they are."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failure, 2 wrong input, 130 interrupted."""
+    settings = Settings()
+    try:
+        sys.exit(cli.main(arguments, prog_name="flashhead", obj=settings, standalone_mode=False) or 0)
+    except click.Abort as error:
+        if isinstance(error.__cause__ or error.__context__, EOFError):
+            _fail("the input ended", 1)
+        _fail("interrupted", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "flashhead"
+        _fail(f"{error.format_message()} See {path} --help", error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except FlashHeadError as error:
+        if settings.debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except Exception as error:
+        if settings.debug:
+            raise
+        missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing in EXTRAS:
+            _fail(f"{missing} is not installed; pip install 'flashhead-edge[{EXTRAS[missing]}]'", 1)
+        _fail(f"{type(error).__name__}: {error} (a defect or a broken machine: flashhead --debug shows where it happened)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    """Say what went wrong in one line on stderr and exit."""
+    click.echo("flashhead: " + " ".join(message.split()), err=True)
+    sys.exit(code)

@@ -1,0 +1,98 @@
+"""flashhead chat"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from flashhead_edge.cli.common import answer_only, common_options, folder_argument, json_option, plain, write_json
+from flashhead_edge.cli.display import shown_progress
+from flashhead_edge.cli.sampling import generation_options, take_sampling
+from flashhead_edge.errors import SettingsError
+
+HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+
+
+@click.command(short_help="Talk with a model.")
+@folder_argument
+@click.option("--system", metavar="TEXT", help="A system message that stands before the conversation.")
+@generation_options
+@json_option
+@common_options
+def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, torch_device: str, trust_remote_code: bool, as_json: bool, **options: Any) -> None:
+    """Talk with the checkpoint OUT in its chat template. Answers stream to stdout.
+
+    /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. With --json the conversation is
+    printed as one document at the end, and answers stream to stderr.
+    """
+    sampling = take_sampling(options, exact)
+    start = [{"role": "system", "content": system}] if system else []
+    messages, turns = list(start), []
+    with answer_only() as stdout:
+        with shown_progress("loading"):
+            from flashhead_edge.generation import exact_stream, load_engine, prompt_ids, stream
+
+            engine = load_engine(out, torch_device, trust_remote_code=trust_remote_code)
+        answers = sys.stderr if as_json else stdout
+        click.echo(HELP, err=True)
+        while (line := _read(stdout)) not in (None, "/exit"):
+            assert line is not None
+            if line == "/reset":
+                messages = list(start)
+                click.echo("forgotten", err=True)
+            elif line.startswith("/"):
+                click.echo(HELP, err=True)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                try:
+                    ids = prompt_ids(engine, messages)
+                    run = exact_stream(engine, ids, max_new_tokens) if exact else stream(engine, ids, max_new_tokens, sampling)
+                except SettingsError as error:  # too long: the conversation goes on without the message
+                    if len(messages) == len(start) + 1:
+                        raise
+                    messages.pop()
+                    click.echo(f"flashhead: {error}", err=True)
+                    continue
+                messages.append({"role": "assistant", "content": _speak(run, answers)})
+                turns.append(plain(run.summary))
+                click.echo(f"({turns[-1]['tokens']} tokens, {turns[-1]['tokens_per_second']:.1f} a second)", err=True)
+    if as_json:
+        write_json({"messages": messages, "turns": turns}, stdout)
+
+
+def _read(stdout: TextIO) -> str | None:
+    """The next line that was typed, without spaces around it; None at the end of the input."""
+    typed = sys.stdin.isatty()
+    # line editing needs the terminal itself; where stdout is not one, the prompt goes to stderr
+    terminal = contextlib.redirect_stdout(stdout) if typed and stdout.isatty() else contextlib.nullcontext()
+    if typed:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() edits lines once it is loaded
+    with terminal:
+        while True:
+            try:
+                return input("> " if typed else "").strip()
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                click.echo(f"\n{HELP}", err=True)
+
+
+def _speak(run: Iterable[Any], out: TextIO) -> str:
+    """Stream an answer; Ctrl-C ends it early, and what was said stays."""
+    pieces = []
+    try:
+        for token in run:
+            pieces.append(token.text)
+            out.write(token.text)
+            out.flush()
+    except KeyboardInterrupt:
+        click.echo(" (stopped)", err=True)
+    out.write("\n")
+    out.flush()
+    return "".join(pieces)

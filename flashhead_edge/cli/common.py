@@ -1,0 +1,115 @@
+"""What the verbs share: common options, the one JSON document on stdout, figures for a person on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import click
+
+WIDTH = 160  # of tables that go to a file or a pipe
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Settings:
+    """What `main` must know after a verb has failed."""
+
+    debug: bool = False
+
+
+def _debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and isinstance(ctx.obj, Settings):
+        ctx.obj.debug = True
+
+
+def common_options(function: F) -> F:
+    """--debug, which every verb takes."""
+    option = click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error.")
+    return option(function)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout; all else goes to stderr.")
+folder_argument = click.argument("out", type=click.Path(path_type=Path))
+
+
+@contextlib.contextmanager
+def answer_only() -> Iterator[TextIO]:
+    """The real stdout, kept for the answer alone: whatever libraries print in the meantime goes to stderr."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield stdout
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it: numpy and torch numbers become numbers, what is not finite becomes null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # a numpy array or number, a tensor
+        return plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def write_json(document: Any, stdout: TextIO) -> None:
+    """Print one strict JSON document."""
+    stdout.write(json.dumps(plain(document), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    stdout.flush()
+
+
+def person(stdout: TextIO, as_json: bool) -> Any:
+    """A rich console for what a person reads: on stdout where it is the answer, on stderr beside a JSON document."""
+    from rich.console import Console
+
+    stream = sys.stderr if as_json else stdout
+    return Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False)
+
+
+def figures(title: str, values: Mapping[str, Any]) -> None:
+    """Figures for a person, on stderr: one a line, nested ones indented."""
+    click.echo(title, err=True)
+    _figures(plain(values), 1)
+
+
+def _figures(values: Mapping[str, Any], depth: int) -> None:
+    pad = "  " * depth
+    width = max((len(k) for k, v in values.items() if not _nested(v)), default=0)
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            click.echo(f"{pad}{name}", err=True)
+            _figures(value, depth + 1)
+        elif _nested(value):
+            click.echo(f"{pad}{name}: {len(value)} entries (--json shows them)", err=True)
+        elif value not in (None, [], {}):
+            click.echo(f"{pad}{name:<{width}}  {_short(value)}", err=True)
+
+
+def _nested(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value)
+    return isinstance(value, list) and (len(value) > 12 or any(isinstance(v, (dict, list)) for v in value))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_short(v) for v in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,64 @@
+"""flashhead convert"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from flashhead_edge.cli.common import answer_only, common_options, json_option, person, write_json
+from flashhead_edge.cli.display import shown_progress
+
+
+@click.command(short_help="Write a model as a FlashHead checkpoint.")
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--calibration", "texts", multiple=True, metavar="FILE|datasets:NAME", help="Calibrate on this text too, and hold it to the target. Repeatable.")
+@click.option("--target-agreement", "target", type=float, default=0.995, show_default=True, help="Share of steps that keep the dense head's token.")
+@click.option("--head", type=click.Choice(["fitted", "published"]), default="fitted", show_default=True, help="The calibrated head, or the published method's.")
+@click.option("--positions", type=click.IntRange(min=1), default=60_000, show_default=True, help="Positions to calibrate on.")
+@click.option("--device", "device_model", metavar="NAME", help="Count cost as time on this device instead of bytes.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same command and seed give the same checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that MODEL brings along.")
+@json_option
+@common_options
+def convert(
+    model: str,
+    out: Path,
+    texts: tuple[str, ...],
+    target: float,
+    head: str,
+    positions: int,
+    device_model: str | None,
+    seed: int,
+    overwrite: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL to OUT as a FlashHead checkpoint.
+
+    MODEL is a model folder, a .gguf file or a hub name. Without --calibration the head is calibrated on text that the
+    model writes itself. OUT is written whole or not at all.
+    """
+    with answer_only() as stdout:
+        with shown_progress("loading") as progress:
+            from flashhead_edge.conversion import convert as run
+            from flashhead_edge.report.tables import show_conversion
+
+            summary = run(
+                model,
+                out,
+                head=head,
+                target=target,
+                texts=texts,
+                positions=positions,
+                device_model=device_model,
+                seed=seed,
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        show_conversion(summary, person(stdout, as_json))
+        if as_json:
+            write_json(summary, stdout)

@@ -1,0 +1,42 @@
+"""flashhead evaluate"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from flashhead_edge.cli.common import answer_only, common_options, folder_argument, json_option, person, write_json
+from flashhead_edge.cli.display import shown_progress
+
+
+@click.command(short_help="Measure how faithful a head is and what it reads.")
+@folder_argument
+@click.option("--text", "texts", multiple=True, required=True, metavar="FILE", help="Text to measure on. Repeatable.")
+@click.option("--positions", type=click.IntRange(min=1), default=8000, show_default=True, help="Positions measured of each text at most.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained report with plots to this file.")
+@click.option("--torch-device", metavar="NAME", help="Where the model runs.  [default: a GPU if there is one]")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along.")
+@json_option
+@common_options
+def evaluate(out: Path, texts: tuple[str, ...], positions: int, html: Path | None, torch_device: str | None, trust_remote_code: bool, as_json: bool) -> None:
+    """Measure the head of the checkpoint OUT against the dense head, beside other heads, on each text."""
+    if html is not None and not html.absolute().parent.is_dir():
+        raise click.BadParameter(f"the folder {html.absolute().parent} does not exist.", param_hint="--html")
+    command = shlex.join(["flashhead", *sys.argv[1:]])
+    with answer_only() as stdout:
+        with shown_progress("loading") as progress:
+            from flashhead_edge.evaluation import evaluate_checkpoint
+            from flashhead_edge.report.html import write_html
+            from flashhead_edge.report.tables import show_evaluation
+
+            result = evaluate_checkpoint(out, texts, positions, progress, device=torch_device, trust_remote_code=trust_remote_code, command=command)
+            if html is not None:
+                write_html(result, html)
+        show_evaluation(result, person(stdout, as_json))
+        if html is not None:
+            click.echo(f"report: {html}", err=True)
+        if as_json:
+            write_json(result, stdout)

@@ -1,0 +1,49 @@
+"""flashhead generate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flashhead_edge.cli.common import answer_only, common_options, figures, folder_argument, json_option, plain, write_json
+from flashhead_edge.cli.display import shown_progress
+from flashhead_edge.cli.sampling import generation_options, take_sampling
+
+
+@click.command(short_help="Answer a prompt.")
+@folder_argument
+@click.option("--prompt", required=True, metavar="TEXT", help="What to answer or to continue.")
+@click.option("--chat/--raw", "chat", default=None, help="The prompt as a chat message, or as it is.  [default: chat if the model has a chat template]")
+@generation_options
+@json_option
+@common_options
+def generate(
+    out: Path, prompt: str, chat: bool | None, max_new_tokens: int, exact: bool, torch_device: str, trust_remote_code: bool, as_json: bool, **options: Any
+) -> None:
+    """Answer a prompt with the checkpoint OUT. The answer alone goes to stdout, figures to stderr."""
+    sampling = take_sampling(options, exact)
+    with answer_only() as stdout:
+        pieces = []
+        live = stdout.isatty() and not as_json
+        with shown_progress("loading") as progress:
+            from flashhead_edge.generation import exact_stream, load_engine, prompt_ids, stream
+
+            engine = load_engine(out, torch_device, trust_remote_code=trust_remote_code)
+            ids = prompt_ids(engine, prompt, chat)
+            run = exact_stream(engine, ids, max_new_tokens) if exact else stream(engine, ids, max_new_tokens, sampling)
+            if not live:
+                for n, token in enumerate(run, 1):
+                    pieces.append(token.text)
+                    progress(f"generating: {n} tokens", n / max_new_tokens)
+        for token in run:
+            stdout.write(token.text)
+            stdout.flush()
+    text, summary = "".join(pieces), plain(run.summary)
+    figures("figures", summary)
+    if as_json:
+        write_json({"prompt": prompt, "text": text, **summary}, stdout)
+    else:
+        stdout.write(text + "\n")
+        stdout.flush()

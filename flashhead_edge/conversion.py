@@ -1,0 +1,267 @@
+"""From a model to a FlashHead checkpoint, and a checkpoint calibrated again: the order of the work, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashhead_edge import calibration
+from flashhead_edge.capture import Source, capture_text, end_ids, sample_own_text
+from flashhead_edge.checkpoint import (
+    HeadWeights,
+    PublishedClusters,
+    check_output,
+    load_model,
+    load_tokenizer,
+    open_source,
+    read_head,
+    read_index,
+    read_published,
+    update_index,
+    write_checkpoint,
+)
+from flashhead_edge.clustering import Clusters, cluster
+from flashhead_edge.coding import encode_float16
+from flashhead_edge.costs import dense_bytes, fixed_bytes
+from flashhead_edge.devices import device_named
+from flashhead_edge.errors import CheckpointError, SettingsError
+from flashhead_edge.fitting import accumulate, roots, second_moment
+from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex
+from flashhead_edge.progress import Progress, silent
+
+PUBLISHED_SIZE = 16  # tokens in a cluster of every released checkpoint
+HEADS = ("fitted", "published")
+
+
+def device_of_work() -> str:
+    """Where fitting and sampling run: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    head: str = "fitted",
+    target: float = 0.995,
+    texts: Sequence[str] = (),
+    positions: int = 60_000,
+    device_model: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write `model` to `out` as a FlashHead checkpoint.
+
+    Args:
+        model: a model folder, a .gguf file or a hub name.
+        head: ``fitted`` (calibrated) or ``published`` (clusters, unit centroids and exact rows; needs no calibration).
+        target: share of steps that keep the dense head's token, 0.5 to below 1.
+        texts: files or ``datasets:NAME`` to calibrate on beside the model's own text, each held to the target.
+        positions: states of own text, and at most of each text given.
+        device_model: a name in `devices.DEVICES`, to count cost in its time instead of bytes.
+    Returns:
+        The summary that the checkpoint keeps.
+    Raises:
+        FlashHeadError: see its subclasses; nothing is left half-written.
+    """
+    if head not in HEADS:
+        raise SettingsError(f"head is {head!r}, expected one of {', '.join(HEADS)}; leave it out for the default")
+    calibration.check_settings(target, positions)
+    priced = device_named(device_model)
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    check_output(source, out, overwrite)
+    _check_texts(texts)
+    progress("reading the head", None)
+    weights = read_head(source)
+    weight, bias = _on_device(weights)
+    published = cluster_published(weight, seed, progress)
+    if head == "published":
+        index = published_head(published, weights)
+        write_checkpoint(source, out, index, released(published, default_probes(published)), overwrite=overwrite)
+        return index.summary
+    progress("loading the model", None)
+    runner, tokenizer = load_model(source, device=device_of_work()), load_tokenizer(source)
+    sources = capture(runner, tokenizer, weights.vocab_size, texts, positions, seed, progress)
+    ends = end_ids(runner, tokenizer, weights.vocab_size)
+    del runner
+    rows = in_state_metric(weight, sources)
+    tables = {}
+    for size in calibration.CLUSTER_SIZES:
+        if size <= max(1, weights.vocab_size // 4) or not tables:
+            tables[size] = cluster(rows, size, seed=seed, progress=_clustering(progress, size)).token_table
+    del rows
+    index, data = calibrated(weights, weight, bias, sources, tables, target, ends, priced, seed, progress)
+    probes = probes_needed(published, data, target)
+    progress("writing the checkpoint", None)
+    write_checkpoint(source, out, index, released(published, probes), overwrite=overwrite)
+    return index.summary
+
+
+def calibrate(
+    folder: str | Path,
+    *,
+    target: float = 0.995,
+    texts: Sequence[str] = (),
+    positions: int = 60_000,
+    device_model: str | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Fit the head of a checkpoint again, in place, for another target or other texts, with the clusters it has.
+
+    Arguments, returned summary and errors as in `convert`.
+    """
+    calibration.check_settings(target, positions)
+    priced = device_named(device_model)
+    folder = Path(folder)
+    source = open_source(folder)
+    _check_texts(texts)
+    weights = read_head(source)
+    before = read_index(folder, weights)
+    if before.rotation is None:
+        raise CheckpointError(
+            f"{folder}: a published head, which is calibrated on nothing, expected a fitted one; convert the model again without --head published"
+        )
+    read_published(folder)
+    weight, bias = _on_device(weights)
+    progress("loading the model", None)
+    runner, tokenizer = load_model(folder, device=device_of_work()), load_tokenizer(folder)
+    sources = capture(runner, tokenizer, weights.vocab_size, texts, positions, seed, progress)
+    ends = end_ids(runner, tokenizer, weights.vocab_size)
+    del runner
+    index, _ = calibrated(weights, weight, bias, sources, {before.cluster_size: before.token_table}, target, ends, priced, seed, progress)
+    update_index(folder, index)
+    return index.summary
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    """Find a missing or empty file before minutes of work."""
+    for name in texts:
+        if name.startswith("datasets:"):
+            continue
+        path = Path(name)
+        if not path.is_file():
+            raise SettingsError(f"calibration text {name}: no such file, expected a text file or datasets:NAME; check the path")
+        if not path.read_bytes().strip():
+            raise SettingsError(f"calibration text {name}: the file is empty, expected text; give another file or leave it out")
+
+
+def _on_device(weights: HeadWeights) -> tuple[Tensor, Tensor | None]:
+    """The rows that can be returned, where the work is done."""
+    device = device_of_work()
+    bias = None if weights.bias is None else weights.bias[: weights.vocab_size].to(device)
+    return weights.weight[: weights.vocab_size].to(device), bias
+
+
+def capture(model: Any, tokenizer: Any, vocab_size: int, texts: Sequence[str], positions: int, seed: int, progress: Progress) -> list[Source]:
+    """States of the model's own text and of each text given."""
+    own = sample_own_text(model, tokenizer, vocab_size, positions, seed, progress)
+    return [own, *(capture_text(model, tokenizer, name, positions, progress) for name in texts)]
+
+
+def in_state_metric(weight: Tensor, sources: Sequence[Source]) -> Tensor:
+    """The head's rows about their mean, turned so that distance is the spread of logits over the states, [V, d] float32."""
+    root = roots(second_moment([s.states for s in sources], weight.device))[0].float()
+    mean = weight.double().mean(0)
+    return torch.cat([(w.double() - mean).float() @ root for w in weight.split(16384)])
+
+
+def calibrated(
+    weights: HeadWeights,
+    weight: Tensor,
+    bias: Tensor | None,
+    sources: Sequence[Source],
+    tables: dict[int, np.ndarray],
+    target: float,
+    ends: Sequence[int],
+    priced: Any,
+    seed: int,
+    progress: Progress,
+) -> tuple[HeadIndex, calibration.Data]:
+    """Fit, search and choose margins: the index with its summary, and the states it was chosen on."""
+    with torch.inference_mode():
+        data = calibration.gather(sources, weight, bias, weights.vocab_size, target, progress)
+        moments = accumulate(weight, bias, [s.states for s in sources], tables, progress)
+        fitted, tried = calibration.search(data, moments, tables, weight, bias, priced, seed, progress)
+        index = calibration.finish(fitted, data, target, weight, bias, ends, weights.fingerprint, seed, progress)
+    dense = dense_bytes(weights.vocab_size, weight.shape[1])
+    searched = [{"plan": calibration.describe(t.plan), "state_power": t.plan.state_power, "share": t.cost / dense} for t in tried]
+    chosen = f"{calibration.describe(fitted.plan)}: the least cost of {len(tried)} candidates at {calibration.SEARCHED_TARGET:.1%} held-out agreement"
+    return dataclasses.replace(
+        index, summary=index.summary | {"searched": searched, "chosen": chosen, "device_model": None if priced is None else priced.name}
+    ), data
+
+
+def _clustering(progress: Progress, size: int) -> Any:
+    def said(done: int, total: int, objective: float, imbalance: float) -> None:
+        progress(f"clusters of {size}: objective {objective:.4f}, imbalance {imbalance:.2f}", done / total)
+
+    return said
+
+
+def cluster_published(weight: Tensor, seed: int, progress: Progress) -> Clusters:
+    """Clusters of the published method: equal sizes, spherical, in the rows' own metric."""
+    return cluster(weight, PUBLISHED_SIZE, seed=seed, progress=_clustering(progress, PUBLISHED_SIZE))
+
+
+def default_probes(clusters: Clusters) -> int:
+    """The published default, a sixteenth of the clusters."""
+    return max(1, len(clusters.token_table) // 16)
+
+
+def released(clusters: Clusters, n_probes: int) -> PublishedClusters:
+    """The clusters as other tools of the field read them."""
+    return PublishedClusters(clusters.centroids, clusters.assignments, n_probes)
+
+
+def probes_needed(clusters: Clusters, data: calibration.Data, target: float, n: int = 6000) -> int:
+    """Clusters that the published method must open so that `target` of n states find the dense head's token."""
+    at = torch.randperm(len(data.states), generator=torch.Generator().manual_seed(0))[:n]
+    unit = torch.nn.functional.normalize(torch.from_numpy(clusters.centroids), dim=1)
+    home = torch.from_numpy(clusters.assignments)[data.winners[at]]
+    rank = torch.cat(
+        [
+            (s >= s.gather(1, k[:, None])).sum(1)
+            for s, k in ((data.states[i].float() @ unit.T, home[j]) for i, j in zip(at.split(512), torch.arange(len(at)).split(512)))
+        ]
+    )
+    return int(rank.sort().values[min(len(rank) - 1, int(np.ceil(target * len(rank))) - 1)])
+
+
+def published_head(clusters: Clusters, weights: HeadWeights) -> HeadIndex:
+    """The published head as an index: unit centroids, a count of probes, exact rows."""
+    centroids = torch.from_numpy(clusters.centroids)
+    length = centroids.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    k = len(centroids)
+    probes = default_probes(clusters)
+    index = HeadIndex(
+        vocab_size=weights.vocab_size,
+        hidden_size=weights.weight.shape[1],
+        token_table=clusters.token_table,
+        centroids=encode_float16(centroids / length),
+        probe=Gate(np.zeros(k, np.uint8), 1.0, float("inf"), probes),
+        stages=(),
+        always_scored=np.zeros(0, np.int32),
+        mean=None,
+        rotation=None,
+        tail_scale=float(length.mean()),
+        tail_offset=0.0,
+        fingerprint=weights.fingerprint,
+    )
+    d = index.hidden_size
+    summary = {
+        "format_version": FORMAT_VERSION,
+        "head": "published",
+        "n_probes": probes,
+        "bytes_per_step": fixed_bytes(index) + probes * index.cluster_size * (2 * d + 4),
+        "dense_bytes_per_step": dense_bytes(index.vocab_size, d),
+    }
+    return dataclasses.replace(index, summary=summary)

@@ -1,0 +1,202 @@
+"""What this machine has: Python, torch, GPU, CUDA, TensorRT, vLLM, ONNX Runtime, Jetson; and what that enables.
+
+Every fact is looked up in the way that costs least and can fail alone: a broken installation is a fact, not a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flashhead_edge import __version__
+
+LATER = "nothing in this version yet"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing that was looked for."""
+
+    name: str
+    found: bool
+    version: str | None
+    detail: str | None  # what was found, or why it was not
+    enables: str  # what it is good for here
+
+
+def examine() -> dict[str, Any]:
+    """All facts, as JSON: `flashhead_edge` (version) and `facts`, a list of `Fact`."""
+    looks: tuple[Callable[[], Fact], ...] = (
+        python,
+        processor,
+        memory,
+        disk,
+        torch,
+        lambda: package("transformers", "reading models, calibrating, generating (extra: torch)", minimum=5),
+        lambda: package("gguf", "GGUF files as input (extra: torch)"),
+        gpu,
+        torch_cuda,
+        lambda: library("CUDA driver", "cuda", "running kernels on an NVIDIA GPU"),
+        lambda: library("CUDA NVRTC", "nvrtc", f"compiling kernels without a toolchain: {LATER}", packages=("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")),
+        lambda: library("TensorRT", "nvinfer", f"TensorRT engines: {LATER}", packages=("tensorrt", "tensorrt-cu12", "tensorrt-cu13")),
+        lambda: package("vllm", f"serving: {LATER}"),
+        onnxruntime,
+        jetson,
+    )
+    return {"flashhead_edge": __version__, "facts": [asdict(look()) for look in looks]}
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report for a person, one line a fact."""
+    facts = report["facts"]
+    width = max(len(f["name"]) for f in facts)
+    out = [f"flashhead-edge {report['flashhead_edge']}"]
+    for f in facts:
+        what = " ".join(x for x in (f["version"], f"({f['detail']})" if f["detail"] else None) if x) or ("found" if f["found"] else "not found")
+        out.append(f"{'yes' if f['found'] else 'no ':<3} {f['name']:<{width}}  {what}: {f['enables']}")
+    return out
+
+
+def python() -> Fact:
+    return Fact("Python", True, platform.python_version(), f"{sys.executable}, {platform.system()} {platform.machine()}", "everything; 3.10 or newer is needed")
+
+
+def processor() -> Fact:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = _read("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = [f for f in ("avx2", "avx512f", "avx512_vnni", "amx_tile", "asimd", "asimddp", "i8mm") if re.search(rf"\b{f}\b", text)]
+    detail = ", ".join([f"{usable} cores", *([model[1].strip()] if model else []), *flags])
+    return Fact("processor", True, None, detail, "the reference head in torch; more cores convert faster")
+
+
+def memory() -> Fact:
+    sizes = dict(re.findall(r"^(MemTotal|MemAvailable):\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
+    if not sizes:
+        return Fact("memory", False, None, "/proc/meminfo cannot be read", "converting needs the head, and the model once for calibration")
+    total, free = (int(sizes.get(k, 0)) / 2**20 for k in ("MemTotal", "MemAvailable"))
+    return Fact("memory", True, None, f"{free:.1f} of {total:.1f} GiB available", "converting needs the head, and the model once for calibration")
+
+
+def disk() -> Fact:
+    usage = shutil.disk_usage(".")
+    return Fact(
+        "disk",
+        True,
+        None,
+        f"{usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free here",
+        "a checkpoint is as large as its model, and a few percent more",
+    )
+
+
+def package(name: str, enables: str, minimum: int | None = None) -> Fact:
+    """An installed distribution, not imported."""
+    version = _version(name)
+    if version is None:
+        return Fact(name, False, None, None, enables)
+    old = minimum is not None and int(re.match(r"\d*", version)[0] or 0) < minimum  # type: ignore[index]
+    return Fact(name, not old, version, f"too old: {minimum}.0 or newer is needed" if old else None, enables)
+
+
+def torch() -> Fact:
+    enables = "convert, calibrate, evaluate, generate, chat (extra: torch)"
+    version = _version("torch")
+    if version is None:
+        return Fact("torch", False, None, "pip install 'flashhead-edge[torch]'", enables)
+    try:
+        import torch as module
+    except (ImportError, OSError) as error:  # OSError: a shared library of it cannot be loaded
+        return Fact("torch", False, version, f"installed, but does not load: {_line(error)}", enables)
+    return Fact("torch", True, module.__version__, f"{module.get_num_threads()} threads", enables)
+
+
+def gpu() -> Fact:
+    enables = "converting and calibrating faster"
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return Fact("NVIDIA GPU", False, None, "nvidia-smi is not found", enables)
+    query = [tool, "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Fact("NVIDIA GPU", False, None, f"nvidia-smi failed: {_line(error)}", enables)
+    rows = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    if result.returncode or not rows:
+        return Fact("NVIDIA GPU", False, None, f"nvidia-smi failed: {_line(result.stdout or result.stderr)}", enables)
+    driver = rows[0].rsplit(", ", 1)[-1]
+    return Fact("NVIDIA GPU", True, driver, "; ".join(rows), enables)
+
+
+def torch_cuda() -> Fact:
+    enables = "converting and calibrating on the GPU"
+    try:
+        import torch as module
+    except (ImportError, OSError):
+        return Fact("torch CUDA", False, None, "torch does not load", enables)
+    version = module.version.cuda
+    if version is None:
+        return Fact("torch CUDA", False, None, "this build of torch is without CUDA", enables)
+    if not module.cuda.is_available():
+        return Fact("torch CUDA", False, version, "built with CUDA, but it finds no GPU that it can use", enables)
+    return Fact("torch CUDA", True, version, f"{module.cuda.device_count()} GPU", enables)
+
+
+def library(name: str, short: str, enables: str, packages: tuple[str, ...] = ()) -> Fact:
+    """A shared library on the loader's path, or a distribution that brings it."""
+    for package_name in packages:
+        version = _version(package_name)
+        if version is not None:
+            return Fact(name, True, version, f"package {package_name}", enables)
+    path = ctypes.util.find_library(short)
+    return Fact(name, path is not None, None, path, enables)
+
+
+def onnxruntime() -> Fact:
+    enables = f"the head without torch: {LATER}"
+    version = next((v for v in map(_version, ("onnxruntime-gpu", "onnxruntime")) if v), None)
+    if version is None:
+        return Fact("ONNX Runtime", False, None, None, enables)
+    try:
+        import onnxruntime as module
+    except (ImportError, OSError) as error:
+        return Fact("ONNX Runtime", False, version, f"installed, but does not load: {_line(error)}", enables)
+    return Fact("ONNX Runtime", True, version, ", ".join(module.get_available_providers()), enables)
+
+
+def jetson(root: str | Path = "/") -> Fact:
+    """The board from its device tree, the software from its release file. `root` is the file system looked at."""
+    model = _read(Path(root) / "proc/device-tree/model").strip("\0 \n")
+    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _read(Path(root) / "etc/nv_tegra_release"))
+    compatible = _read(Path(root) / "proc/device-tree/compatible").replace("\0", " ")
+    if "tegra" not in compatible and release is None:
+        return Fact("Jetson", False, None, None, f"the Jetson runtime: {LATER}")
+    version = f"L4T {release[1]}.{release[2]}" if release else None
+    return Fact("Jetson", True, version, model or compatible.strip() or None, f"the Jetson runtime: {LATER}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())[:200]

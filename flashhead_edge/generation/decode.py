@@ -1,0 +1,319 @@
+"""Decoding with the fast head over a transformers model: streaming, sampling, and exact mode.
+
+`stream` decodes with the fast head, one token at a time; `exact_stream` gives the dense head's greedy text (how long
+a round of it is: `exact.py`); `generate` is either, from a text to a text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashhead_edge.costs import bytes_per_step, dense_bytes
+from flashhead_edge.decoding import Sampling, check_tokens, choose, gumbel, process
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.exact import round_length
+from flashhead_edge.generation.engine import Body, Detokenizer, Engine, body_reads, load_engine, prompt_ids
+from flashhead_edge.reference import dense_tokens, exact_logits, full_logits, step
+
+EXTRA = 32  # tokens that a step which is not plain greedy scores exactly beside the candidates
+FEW_ALLOWED = 2048  # up to here the allowed tokens are all scored exactly, and nothing else is
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token, and the text that it completes: pieces join to the whole text, never with half a character."""
+
+    id: int
+    text: str
+
+
+@dataclass
+class Summary:
+    """What a generation did. Shares are 0 to 1, bytes those of a head in 16 bits."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    stopped: str = ""  # "stop token", "max_new_tokens" or "context length"; empty while it goes on
+    seconds: float = 0.0  # prefill included
+    tokens_per_second: float = 0.0  # after the first token
+    clusters_opened: float = 0.0  # mean over the fast head's steps
+    capped_steps: int = 0  # steps at which a cap cut off items within their margin
+    bytes_per_step: float = 0.0  # all that the head read, for each delivered token
+    dense_bytes_per_step: int = 0
+    allowed_steps: int = 0  # steps that scored the allowed tokens' rows alone
+    exact: bool = False
+    rounds: int = 0  # dense passes of exact mode
+    missed: int = 0  # tokens that a dense pass put right
+    repeated_steps: int = 0  # steps of the body that were done again after a miss
+    repeated_share: float = 0.0  # of the delivered tokens
+    dense_bytes_saved: float = 0.0  # 1 - bytes per step / dense bytes per step
+    notes: list[str] = field(default_factory=list)  # what a reader should know about how the tokens were chosen
+
+
+class Stream:
+    """An iterator of tokens; its summary is up to date at any time."""
+
+    def __init__(self, engine: Engine, run: Run, ids: Iterator[tuple[int, bool]]) -> None:
+        self._run = run
+        self._ids = ids
+        self._text = Detokenizer(engine.tokenizer)
+        self._began = time.perf_counter()
+        self._first: float | None = None
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Token:
+        token, last = next(self._ids)
+        now, s = time.perf_counter(), self._run.summary
+        self._first = self._first or now
+        s.tokens += 1
+        s.seconds = now - self._began
+        s.tokens_per_second = (s.tokens - 1) / max(now - self._first, 1e-9)
+        piece = self._text.push(token)
+        return Token(token, piece + self._text.finish() if last else piece)
+
+    @property
+    def summary(self) -> Summary:
+        return self._run.finished()
+
+
+@dataclass(eq=False)
+class Run:
+    """One text in the making: what has been said, and what it has cost."""
+
+    engine: Engine
+    sampling: Sampling
+    stop: frozenset[int]
+    summary: Summary
+    prompt: np.ndarray | None = None  # [1, V] counts, where a penalty needs them
+    output: np.ndarray | None = None
+    chosen: int = 0  # tokens so far: the step's number, half of the noise's key
+    head_bytes: float = 0.0
+    opened: int = 0  # clusters, over all steps
+    steps: int = 0  # of the fast head
+
+    def count(self, counts: Tensor, capped: Tensor) -> None:
+        """Add a step of the fast head, [1, 2 + stages]."""
+        index, s = self.engine.head.index, self.summary
+        self.head_bytes += float(bytes_per_step(index, counts.cpu().numpy(), 2 * index.hidden_size)[0])
+        self.opened += int(counts[0, 0])
+        self.steps += 1
+        s.capped_steps += int(capped[0])
+
+    def read_rows(self, rows: int) -> None:
+        """Add exact rows that a step read beside the candidates."""
+        self.head_bytes += rows * (2 * self.engine.head.index.hidden_size + 4)
+
+    def finished(self) -> Summary:
+        s = self.summary
+        s.clusters_opened = self.opened / max(self.steps, 1)
+        s.bytes_per_step = self.head_bytes / max(s.tokens, 1)
+        s.repeated_share = s.repeated_steps / max(s.tokens, 1)
+        s.dense_bytes_saved = 1 - s.bytes_per_step / s.dense_bytes_per_step if s.tokens else 0.0
+        return s
+
+    def last(self, token: int, most: int, reason: str) -> bool:
+        """Whether the text ends with `token`, and why."""
+        self.chosen += 1
+        if self.output is not None:
+            self.output[0, token] += 1
+        if token in self.stop:
+            self.summary.stopped = "stop token"
+        elif self.chosen >= most:
+            self.summary.stopped = reason
+        return bool(self.summary.stopped)
+
+
+def start(engine: Engine, ids: Sequence[int], max_new_tokens: int, sampling: Sampling, stop: Sequence[int]) -> tuple[Run, list[int], int, str]:
+    """Check a request: the run, the prompt as numbers, how many tokens it may make, and why it would end there."""
+    prompt = [int(t) for t in ids]
+    embedding = engine.model.get_input_embeddings()
+    rows = len(embedding.weight)
+    if not prompt:
+        raise SettingsError("generate: the prompt is empty, expected at least one token; give a text")
+    if min(prompt) < 0 or max(prompt) >= rows:
+        raise SettingsError(f"generate: the prompt holds ids {min(prompt)} to {max(prompt)}, expected 0 to {rows - 1}; use this model's tokenizer")
+    if max_new_tokens < 1:
+        raise SettingsError(f"generate: max_new_tokens is {max_new_tokens}, expected 1 or more; call again with another value")
+    check_tokens(sampling, engine.vocab_size)
+    limit, most, reason = engine.context_length, max_new_tokens, "max_new_tokens"
+    if limit is not None:
+        if len(prompt) >= limit:
+            raise SettingsError(f"generate: the prompt has {len(prompt)} tokens, expected fewer than the model's {limit} positions; shorten it")
+        if limit - len(prompt) < most:
+            most, reason = limit - len(prompt), "context length"
+    v, d = engine.vocab_size, engine.head.index.hidden_size
+    summary = Summary(prompt_tokens=len(prompt), dense_bytes_per_step=dense_bytes(v, d))
+    run = Run(engine, sampling, engine.stop_ids | frozenset(int(t) for t in stop), summary)
+    if sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
+        run.prompt = np.bincount([t for t in prompt if t < v], minlength=v)[None]
+        run.output = np.zeros((1, v), np.int64)
+    if sampling.truncates:
+        summary.notes.append("top-k, top-p and min-p look at the candidates of a step: draws may differ from those of the dense head with the same seed")
+    return run, prompt, most, reason
+
+
+def stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[int] = ()) -> Stream:
+    """Decode with the fast head.
+
+    Args:
+        ids: of the prompt, at least one.
+        sampling: None is greedy.
+        stop: token ids that end the text, beside the model's own; the one that ends it is yielded, its text is empty
+            where it is a special token.
+    Raises:
+        SettingsError: the prompt is empty, too long or not of this model; a setting is out of range.
+    """
+    run, prompt, most, reason = start(engine, ids, max_new_tokens, sampling or Sampling(), stop)
+
+    def tokens() -> Iterator[tuple[int, bool]]:
+        body = Body(engine.model)
+        hidden = body.feed(prompt)
+        while True:
+            token = next_token(run, hidden)
+            last = run.last(token, most, reason)
+            yield token, last
+            if last:
+                return
+            hidden = body.feed([token])
+
+    return Stream(engine, run, tokens())
+
+
+@torch.no_grad()
+def next_token(run: Run, hidden: Tensor) -> int:
+    """The token after hidden state [1, d], by the run's settings.
+
+    Plain greedy takes the step's token. Everything else chooses among the step's candidates, the tokens that the
+    settings lift (a positive bias), and the EXTRA tokens of the largest full-width scores after penalties and noise:
+    those could win once candidates are penalised or noise is added. All of them are scored exactly. Few allowed
+    tokens are scored alone; so are many, where none of them is a candidate.
+    """
+    engine, s = run.engine, run.sampling
+    head = engine.head
+    allowed = None if s.allowed is None else np.asarray(s.allowed, np.int64)
+    if allowed is not None and len(allowed) <= FEW_ALLOWED:
+        return _choose_exactly(run, hidden, allowed)
+    found = step(head, hidden)
+    run.count(found.counts, found.capped)
+    if s.greedy and not s.changes_logits:
+        return int(found.token[0])
+    known = found.ids[0].cpu().numpy()
+    known = known[known >= 0]
+    if allowed is not None and not np.isin(known, allowed).any():
+        return _choose_exactly(run, hidden, allowed)
+    every = np.arange(engine.vocab_size)[None]
+    wide = process(every, full_logits(head, hidden).cpu().numpy(), s, run.prompt, run.output, engine.scale, engine.softcap)
+    if not s.greedy:
+        wide = wide / s.temperature + gumbel(s.seed, [run.chosen], every)
+    best = np.argpartition(-wide[0], min(EXTRA, wide.shape[1] - 1))[:EXTRA]
+    lifted = np.array([t for t, bias in s.logit_bias.items() if bias > 0], np.int64)
+    extra = np.setdiff1d(np.concatenate([best[np.isfinite(wide[0, best])], lifted]), known)
+    run.read_rows(len(extra))
+    ids = np.union1d(known, extra)
+    return _choose(run, hidden, ids)
+
+
+def _choose_exactly(run: Run, hidden: Tensor, tokens: np.ndarray) -> int:
+    run.read_rows(len(tokens))
+    run.summary.allowed_steps += 1
+    return _choose(run, hidden, tokens)
+
+
+def _choose(run: Run, hidden: Tensor, ids: np.ndarray) -> int:
+    """Choose among tokens [C] by their exact logits."""
+    head, engine = run.engine.head, run.engine
+    raw = exact_logits(head.weight, head.bias, hidden, torch.from_numpy(ids).to(hidden.device)).cpu().numpy()
+    return int(choose(ids[None], raw, run.sampling, [run.chosen], run.prompt, run.output, engine.scale, engine.softcap)[0])
+
+
+def exact_stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, stop: Sequence[int] = ()) -> Stream:
+    """The dense head's greedy text, token for token, with few dense reads: only verified tokens are yielded.
+
+    The body is called as plain greedy decoding would call it, one token at a time, so that its hidden states are those
+    of the dense text bit by bit. The tokens equal transformers' own where its float32 logits order the two best tokens as
+    their exact sums do.
+
+    Args and errors: as in `stream`.
+    """
+    run, prompt, most, reason = start(engine, ids, max_new_tokens, Sampling(), stop)
+    run.summary.exact = True
+    head, record, s = engine.head, engine.record, run.summary
+    body_cost = body_reads(engine)
+
+    def tokens() -> Iterator[tuple[int, bool]]:
+        body = Body(engine.model)
+        hidden = body.feed(prompt)
+        while True:
+            replay = not body.can_cut
+            fast_cost = run.head_bytes / max(run.steps, 1) / s.dense_bytes_per_step
+            longest = min(round_length(record.rate, body_cost, fast_cost, replay), most - run.chosen)
+            kept = body.snapshot() if replay and longest > 1 else None
+            states, guess = [hidden], [_fast(run, hidden)]
+            while len(guess) < longest and guess[-1] not in run.stop:
+                states.append(body.feed([guess[-1]]))
+                guess.append(_fast(run, states[-1]))
+            with torch.no_grad():
+                dense = dense_tokens(head.weight, head.bias, torch.cat(states), engine.vocab_size).tolist()
+            run.head_bytes += s.dense_bytes_per_step
+            s.rounds += 1
+            right = next((i for i, (a, b) in enumerate(zip(guess, dense)) if a != b), len(guess))
+            missed = right < len(guess)
+            record.checked += right + missed
+            record.missed += missed
+            s.missed += missed
+            verified = dense[: right + missed]
+            wrong = len(guess) - 1 - min(right, len(guess) - 1)  # steps of the body whose input was wrong
+            if wrong:
+                s.repeated_steps += wrong
+                if kept is None:
+                    body.cut(wrong)
+                else:
+                    body.cache = kept
+                    for token in verified[:-1]:
+                        body.feed([token])
+                        s.repeated_steps += 1
+            for token in verified:
+                last = run.last(token, most, reason)
+                yield token, last
+                if last:
+                    return
+            hidden = body.feed([verified[-1]])
+
+    return Stream(engine, run, tokens())
+
+
+@torch.no_grad()
+def _fast(run: Run, hidden: Tensor) -> int:
+    found = step(run.engine.head, hidden)
+    run.count(found.counts, found.capped)
+    return int(found.token[0])
+
+
+def generate(
+    engine: Engine | str | Path, prompt: str | Sequence[Mapping[str, str]], max_new_tokens: int = 256, sampling: Sampling | None = None, *,
+    exact: bool = False, chat: bool | None = None, stop: Sequence[int] = (),
+) -> tuple[str, Summary]:  # fmt: skip
+    """The answer to a prompt, and what it took.
+
+    Args:
+        engine: from `load_engine`, or the folder of a checkpoint, loaded for this call.
+        exact: the dense head's greedy text; sampling must then be greedy.
+        chat: see `prompt_ids`.
+    """
+    if not isinstance(engine, Engine):
+        engine = load_engine(engine)
+    if exact and sampling is not None and sampling != Sampling(seed=sampling.seed):
+        raise SettingsError("generate: exact mode was asked together with sampling settings, expected plain greedy; leave out one of them")
+    ids = prompt_ids(engine, prompt, chat)
+    run = exact_stream(engine, ids, max_new_tokens, stop) if exact else stream(engine, ids, max_new_tokens, sampling, stop)
+    text = "".join(token.text for token in run)
+    return text, run.summary

@@ -1,0 +1,201 @@
+"""A model ready to decode on one device: loading it, running its body without its head, text to tokens and back.
+
+The body is the model itself, with its own cache; only the output embedding is tapped, so that hidden states come out
+where logits would.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.exact import Record
+from flashhead_edge.integrations.hf import output_head
+from flashhead_edge.reference import TorchHead, torch_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A model, its tokenizer and its fast head, ready to decode on one device."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None  # None: pieces of text stay empty
+    head: TorchHead
+    scale: float = 1.0  # the model multiplies its raw logits by this,
+    softcap: float | None = None  # then caps them softly
+    record: Record = field(default_factory=Record)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.index.vocab_size
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that the model was made for, where its config says so."""
+        config = self.model.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        return int(found) if found else None
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Where transformers' generate stops; the tokenizer's end of sequence where the model names none."""
+        found = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
+        if found is None and self.tokenizer is not None:
+            found = self.tokenizer.eos_token_id
+        return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
+
+
+def load_engine(folder: str | Path, device: str = "cpu", threads: int | None = None, *, dtype: str = "float32", trust_remote_code: bool = False) -> Engine:
+    """Load a FlashHead checkpoint for decoding.
+
+    Args:
+        device: a torch device.
+        threads: threads of the CPU that torch may use; None leaves its own choice.
+        dtype: of the body, by torch's name.
+    Raises:
+        CheckpointError: no FlashHead checkpoint, or a broken one.
+        SettingsError: `threads` or `dtype` is out of range.
+    """
+    from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head, read_index
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise SettingsError(f"generate: dtype is {dtype}, expected float32, bfloat16 or float16; call again with one of them")
+    if threads is not None:
+        if threads < 1:
+            raise SettingsError(f"generate: threads is {threads}, expected 1 or more; call again with another value")
+        torch.set_num_threads(threads)
+    folder = Path(folder)
+    weights = read_head(open_source(folder, trust_remote_code=trust_remote_code))
+    index = read_index(folder, weights)
+    model = load_model(folder, device=device, dtype=kind, trust_remote_code=trust_remote_code)
+    module = output_head(model)
+    bias = module.bias if "bias" in module._parameters else None
+    head = torch_head(index, module.weight.detach(), None if bias is None else bias.detach())  # type: ignore[operator, union-attr]
+    return Engine(model, load_tokenizer(folder, trust_remote_code=trust_remote_code), head, weights.scale, weights.softcap)
+
+
+class Body:
+    """The model without its head: tokens go in, the hidden state that would reach the head comes out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from transformers import DynamicCache
+
+        self.model = model
+        self.module = output_head(model)
+        self.cache = DynamicCache(config=model.config)
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    @torch.no_grad()
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        """Run tokens after what the cache holds: hidden state of the last one, [1, d]."""
+        tapped: list[Tensor] = []
+
+        def tap(hidden: Tensor) -> Tensor:
+            tapped.append(hidden[:, -1].detach().clone())
+            return hidden[..., :1]
+
+        before = self.module.__dict__.get("forward")
+        self.module.__dict__["forward"] = tap
+        try:
+            tokens = torch.tensor([list(ids)], device=self.module.weight.device)  # type: ignore[union-attr]
+            self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **self.options)
+        finally:
+            if before is None:
+                del self.module.__dict__["forward"]
+            else:
+                self.module.__dict__["forward"] = before
+        return tapped[0]
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether the cache can be cut back without a trace: full attention in every layer.
+
+        A window forgets what it slid over, and a recurrent state what it was: those are copied before a round.
+        """
+        from transformers.cache_utils import DynamicLayer
+
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def cut(self, tokens: int) -> None:
+        """Forget the last `tokens` positions."""
+        if tokens:
+            self.cache.crop(-tokens)
+
+    def snapshot(self) -> Any:
+        return copy.deepcopy(self.cache)
+
+
+class Detokenizer:
+    """Text of a growing list of tokens, piece by piece; a character whose bytes are not all there yet waits."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = 0  # the window that is decoded: some tokens before it are needed for the spacing
+        self.read = 0  # tokens whose text is out
+
+    def _decode(self, ids: list[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, "" where it ends inside a character."""
+        self.ids.append(token)
+        before, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
+        if now.endswith("�") or len(now) <= len(before):
+            return ""
+        self.start, self.read = self.read, len(self.ids)
+        return now[len(before) :]
+
+    def finish(self) -> str:
+        """What is left, broken characters and all."""
+        before, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
+        self.start = self.read = len(self.ids)
+        return now[len(before) :]
+
+
+def body_reads(engine: Engine) -> float:
+    """What one step of the body reads, in reads of the dense head: parameters without embeddings, by count."""
+    outside = {id(p) for m in (engine.model.get_input_embeddings(), output_head(engine.model)) for p in m.parameters()}
+    body = sum(p.numel() for p in engine.model.parameters() if id(p) not in outside)
+    return body / (engine.vocab_size * engine.head.index.hidden_size)
+
+
+def prompt_ids(engine: Engine, prompt: str | Sequence[Mapping[str, str]], chat: bool | None = None) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        prompt: a text, or the messages of a chat: {"role": ..., "content": ...}.
+        chat: whether a text becomes a user's message in the tokenizer's chat template; None: where there is one.
+    Raises:
+        SettingsError: the prompt is empty, or a chat is asked of a tokenizer without a template.
+    """
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise SettingsError("generate: the engine has no tokenizer, expected one for a prompt of text; pass token ids to stream()")
+    if not prompt:
+        raise SettingsError("generate: the prompt is empty, expected a text or messages; give one")
+    template = bool(tokenizer.chat_template)
+    messages = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    if (messages or chat) and not template:
+        raise SettingsError("generate: the tokenizer has no chat template, expected one for a chat; give a plain text")
+    if messages or chat or (chat is None and template):
+        turns = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(prompt)["input_ids"])

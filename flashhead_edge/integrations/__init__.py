@@ -1,0 +1,1 @@
+"""Engines that FlashHead works inside of: transformers (`hf`)."""

@@ -1,0 +1,157 @@
+"""generate and chat on a real checkpoint of a tiny model, in processes of their own and on a real terminal."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli_tools import one_document
+
+PROMPT = "a lamp"
+
+
+@pytest.fixture(scope="session")
+def dense_text(model_folder: Path) -> str:
+    """transformers' own greedy answer to PROMPT, 12 tokens, from the model before conversion."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+    assert isinstance(text, str)
+    return text
+
+
+def test_answer_alone_on_stdout_is_the_dense_text(flashhead, checkpoint: Path, dense_text: str) -> None:
+    result = flashhead("generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 12)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == dense_text + "\n"
+    assert "tokens_per_second" in result.stderr
+
+
+def test_generate_json_is_one_document(inside, checkpoint: Path, dense_text: str) -> None:
+    result = inside("generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 12, "--json", "--exact")
+    assert result.returncode == 0, result.stderr
+    document = one_document(result.stdout)
+    assert document["text"] == dense_text
+    assert document["tokens"] == 12
+    assert document["exact"] is True
+    assert document["missed"] == 0
+    assert document["dense_bytes_per_step"] == 2 * 256 * 32
+
+
+def test_raw_prompt_chat_prompt_and_seeds_differ(inside, checkpoint: Path) -> None:
+    def text(*more: object) -> str:
+        result = inside("generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 12, "--json", *more)
+        assert result.returncode == 0, result.stderr
+        return str(one_document(result.stdout)["text"])
+
+    chat, raw = text("--chat"), text("--raw")
+    assert chat != raw
+    drawn = [text("--temperature", 1.5, "--seed", s) for s in (1, 2, 1)]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] == drawn[2]
+
+
+def test_settings_out_of_range_are_one_sentence(inside, checkpoint: Path) -> None:
+    result = inside("generate", checkpoint, "--prompt", PROMPT, "--top-p", 1.5)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1] == "flashhead: sampling: top_p is 1.5, expected above 0, at most 1 (off); call again with another value"
+
+
+def test_chat_keeps_resets_and_leaves(inside, checkpoint: Path) -> None:
+    result = inside("chat", checkpoint, "--max-new-tokens", 6, "--json", stdin="first\nsecond\n/reset\n/what\n\nthird\n/exit\nnever\n")
+    assert result.returncode == 0, result.stderr
+    document = one_document(result.stdout)
+    assert [m["content"] for m in document["messages"] if m["role"] == "user"] == ["third"]
+    prompts = [turn["prompt_tokens"] for turn in document["turns"]]
+    assert len(prompts) == 3
+    assert prompts[1] > prompts[0]  # the second turn holds the first
+    assert prompts[2] == prompts[0]  # "first" and "third" are as long: the conversation was forgotten
+    assert result.stderr.count("/reset forgets the conversation") == 2  # at the start, and for /what
+
+
+def test_chat_ends_with_its_input_and_streams_to_stdout(inside, checkpoint: Path) -> None:
+    result = inside("chat", checkpoint, "--max-new-tokens", 6, stdin="first\n")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) > 1
+    assert result.stdout.endswith("\n")
+    assert "/reset" not in result.stdout
+
+
+def test_message_that_is_too_long_is_said_and_the_chat_goes_on(inside, checkpoint: Path) -> None:
+    result = inside("chat", checkpoint, "--max-new-tokens", 4, "--json", stdin=f"first\n{'x' * 9000}\nthird\n")
+    assert result.returncode == 0, result.stderr
+    document = one_document(result.stdout)
+    assert [m["content"] for m in document["messages"] if m["role"] == "user"] == ["first", "third"]
+    assert "flashhead: generate: the prompt has" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(root: Path, checkpoint: Path) -> None:
+    import pty
+
+    pid, master = pty.fork()
+    if pid == 0:
+        os.environ.update(PYTHONPATH=str(root), OMP_NUM_THREADS="1", TERM="xterm", COLUMNS="120")
+        os.execv(sys.executable, [sys.executable, "-m", "flashhead_edge", "chat", str(checkpoint), "--max-new-tokens", "8000"])
+    seen = b""
+
+    def until(*words: bytes, more: int = 0, seconds: float = 60) -> None:
+        """Read until all words, and `more` bytes than at the call, have been seen."""
+        nonlocal seen
+        end, length = time.monotonic() + seconds, len(seen) + more
+        while not all(w in seen for w in words) or len(seen) < length:
+            ready, _, _ = select.select([master], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"waited for {words} in {seen[-2000:]!r}"
+            seen += os.read(master, 4096)
+
+    try:
+        until(b"Ctrl-D leaves", b"> ")
+        os.write(master, b"hello\n")
+        until(b"hello\r\n")
+        until(more=20)  # the answer has begun
+        os.write(master, b"\x03")
+        until(b"(stopped)", b"a second)")
+        seen = seen[seen.rindex(b"a second)") :]
+        until(b"> ")
+        os.write(master, b"\x03")  # at the prompt it only says how to leave
+        until(b"/exit or Ctrl-D leaves")
+        os.write(master, b"\x04")
+        deadline = time.monotonic() + 30
+        while (done := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert done[0] == pid
+        assert os.waitstatus_to_exitcode(done[1]) == 0
+        pid = 0
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(master)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_ctrl_c_ends_generate_with_130(root: Path, checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "flashhead_edge", "generate", str(checkpoint), "--prompt", "x", "--max-new-tokens", "8000"]
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "generating" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        lines += process.stderr.readlines()
+        assert process.wait(30) == 130
+    assert lines[-1] == "flashhead: interrupted\n"
+    assert not any("Traceback" in line for line in lines)

@@ -1,0 +1,92 @@
+"""The doctor: every fact has its shape, and what is there or broken is found, on made-up machines too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashhead_edge import __version__, doctor
+
+
+def test_report_of_this_machine() -> None:
+    report = doctor.examine()
+    assert report["flashhead_edge"] == __version__
+    facts = {f["name"]: f for f in report["facts"]}
+    assert len(facts) == len(report["facts"])
+    expected = {"Python", "torch", "transformers", "NVIDIA GPU", "torch CUDA", "CUDA driver", "CUDA NVRTC", "TensorRT", "vllm", "ONNX Runtime", "Jetson"}
+    assert expected <= facts.keys()
+    assert facts["Python"]["found"]
+    assert facts["Python"]["version"] == ".".join(map(str, sys.version_info[:3])) + ("+" if sys.version.split()[0].endswith("+") else "")
+    for fact in report["facts"]:
+        assert fact.keys() == {"name", "found", "version", "detail", "enables"}
+        assert fact["enables"]
+    assert len(doctor.lines(report)) == len(facts) + 1
+
+
+def jetson_root(tmp_path: Path, model: bytes, compatible: bytes, release: str) -> Path:
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "proc/device-tree/model").write_bytes(model)
+    (tmp_path / "proc/device-tree/compatible").write_bytes(compatible)
+    (tmp_path / "etc/nv_tegra_release").write_text(release)
+    return tmp_path
+
+
+def test_jetson_is_found_by_its_device_tree(tmp_path: Path) -> None:
+    root = jetson_root(
+        tmp_path,
+        b"NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
+        b"nvidia,p3768-0000+p3767-0005-super\0nvidia,p3767-0005\0nvidia,tegra234\0",
+        "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
+    )
+    fact = doctor.jetson(root)
+    assert (fact.found, fact.version) == (True, "L4T 36.4.3")
+    assert fact.detail == "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"
+
+
+def test_another_board_is_no_jetson(tmp_path: Path) -> None:
+    root = jetson_root(tmp_path, b"Raspberry Pi 5\0", b"raspberrypi,5-model-b\0brcm,bcm2712\0", "")
+    assert not doctor.jetson(root).found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script")
+@pytest.mark.parametrize(
+    ("script", "found", "version", "words"),
+    [
+        ("echo 'NVIDIA H100 80GB HBM3, 81559 MiB, 9.0, 580.65.06'", True, "580.65.06", "NVIDIA H100 80GB HBM3"),
+        ("echo 'NVIDIA-SMI has failed'; exit 9", False, None, "NVIDIA-SMI has failed"),
+        ("exit 0", False, None, "nvidia-smi failed"),
+    ],
+    ids=["works", "fails", "says nothing"],
+)
+def test_gpu_is_asked_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, found: bool, version: str | None, words: str) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    fact = doctor.gpu()
+    assert (fact.found, fact.version) == (found, version)
+    assert words in (fact.detail or "")
+
+
+def test_broken_torch_is_a_fact_and_no_crash(tmp_path: Path, root: Path) -> None:
+    """A torch whose libraries cannot be loaded, in a process of its own."""
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open shared object file')\n")
+    info = tmp_path / "torch-9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
+    code = "from flashhead_edge import doctor; print(doctor.torch()); print(doctor.torch_cuda())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"})
+    assert result.returncode == 0, result.stderr
+    assert "found=False, version='9.9', detail='installed, but does not load: libtorch.so: cannot open shared object file'" in result.stdout
+    assert "torch does not load" in result.stdout
+
+
+def test_old_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: "4.57.1")
+    fact = doctor.package("transformers", "x", minimum=5)
+    assert (fact.found, fact.detail) == (False, "too old: 5.0 or newer is needed")

@@ -1,0 +1,96 @@
+"""The wheel: built, installed into a fresh environment, imported from there; and the editable installation."""
+
+from __future__ import annotations
+
+import email
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+IMPORT = (
+    "import flashhead_edge, flashhead_edge.export, flashhead_edge.jetson, flashhead_edge.errors\n"
+    "print(flashhead_edge.__version__, flashhead_edge.__file__, flashhead_edge.export.__file__, flashhead_edge.jetson.__file__, sep='\\n')"
+)
+
+
+def run(*command: object, cwd: Path) -> str:
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=cwd, timeout=240)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the distribution is made from, so that building leaves nothing in the repository."""
+    copy = tmp_path_factory.mktemp("source")
+    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True, cwd=root, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        if (root / name).is_file() and not name.startswith(("tests/", "docs/")):
+            target = copy / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((root / name).read_bytes())
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=source)
+    (found,) = out.glob("*.whl")
+    return found
+
+
+def environment(folder: Path, *arguments: object) -> Path:
+    """A fresh virtual environment with one thing installed into it, without its dependencies; its python.
+
+    pip comes from outside (`--python`), so that making the environment takes a second.
+    """
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", *arguments, cwd=folder.parent)
+    return python
+
+
+def test_wheel_installs_and_imports(wheel: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "venv", wheel)
+    version, *files = run(python, "-c", IMPORT, cwd=tmp_path).split("\n")[:4]
+    assert version == wheel.name.split("-")[1]
+    assert all(Path(f).is_relative_to(tmp_path / "venv") for f in files)
+    assert [Path(f).parent.name for f in files] == ["flashhead_edge", "export", "jetson"]
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: Path, source: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    want = {f"flashhead_edge/{p.relative_to(source / 'flashhead_edge').as_posix()}" for p in (source / "flashhead_edge").rglob("*.py")}
+    for room in ("export", "jetson"):
+        want |= {f"flashhead_edge/{p.relative_to(source).as_posix()}" for p in (source / room).rglob("*.py")}
+    assert {n for n in names if n.endswith(".py")} == want
+    assert "flashhead_edge/py.typed" in names
+    assert {n.split("/")[0].split("-")[0].removesuffix(".dist") for n in names} == {"flashhead_edge"}
+
+
+def test_wheel_names_its_licence_and_command(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        info = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA")).rsplit("/", 1)[0]
+        metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+        assert metadata["Name"] == "flashhead-edge"
+        assert metadata["License-Expression"] == "Apache-2.0"
+        assert metadata["Requires-Python"] == ">=3.10"
+        assert "torch" not in [r.split(">")[0] for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
+        assert "flashhead = flashhead_edge.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+        assert "Apache License" in archive.read(f"{info}/licenses/LICENSE").decode()
+
+
+def test_editable_installation_imports_both_outer_rooms(source: Path, tmp_path: Path) -> None:
+    """`pip install -e .`: setuptools' finder serves export/ and jetson/ under the package's name, from any folder.
+
+    The editable wheel is made by the build backend itself, as pip would ask it to, and installed like any other.
+    """
+    build = "import sys; from setuptools.build_meta import build_editable; build_editable(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=source)
+    python = environment(tmp_path / "venv", *tmp_path.glob("*.whl"))
+    files = run(python, "-c", IMPORT, cwd=tmp_path).split("\n")[1:4]
+    assert [Path(f) for f in files] == [source / "flashhead_edge/__init__.py", source / "export/__init__.py", source / "jetson/__init__.py"]
