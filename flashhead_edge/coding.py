@@ -85,7 +85,8 @@ def _pack(values: Tensor, widths: np.ndarray) -> np.ndarray:
     out = np.zeros((len(values_np), (total + 7) // 8), np.uint8)
     for chunk in range(0, len(values_np), 8192):
         part = values_np[chunk : chunk + 8192]
-        bits = np.concatenate([np.unpackbits(part[:, [j]], axis=1, bitorder="little")[:, :w] for j, w in enumerate(widths.tolist()) if w], axis=1)
+        fields = [np.unpackbits(part[:, [j]], axis=1, bitorder="little")[:, :w] for j, w in enumerate(widths.tolist())]
+        bits = np.concatenate(fields, axis=1)
         out[chunk : chunk + 8192] = np.packbits(bits, axis=1, bitorder="little")
     return out
 
@@ -160,9 +161,12 @@ def encode_product(values: Tensor, bytes_per_row: int, weight: Tensor | None = N
     values = values.float()
     n, bytes_per_row = len(values), min(bytes_per_row, values.shape[1])
     generator = torch.Generator().manual_seed(seed)
-    owed = water_level(values.var(0), 8 * bytes_per_row)
-    used = max(int((owed > 0).nonzero().max()) + 1, bytes_per_row) if bool((owed > 0).any()) else bytes_per_row
-    used = min(used, values.shape[1])
+    variance = values.var(0, correction=0)
+    owed = water_level(variance, 8 * bytes_per_row)
+    # a column without variance is coded too where leaving it out would cost more than the coded ones lose
+    least = float(variance[owed > 0].min()) if bool((owed > 0).any()) else 0.0
+    wanted = ((owed > 0) | (values.mean(0).square() > least)).nonzero()
+    used = min(values.shape[1], max(int(wanted.max()) + 1 if len(wanted) else 1, bytes_per_row))
     total, ends, level = torch.cumsum(owed[:used], 0), [], 0.0
     for g in range(1, bytes_per_row):
         level = float(total[-1]) * g / bytes_per_row

@@ -15,6 +15,7 @@ from flashhead_edge.coding import TorchCoded, decode, to_torch
 from flashhead_edge.head import Step
 from flashhead_edge.index import Gate, HeadIndex, own_error, slot_of_token
 
+BELOW = 2.0**-7  # of 1 + the smallest exact logit's size: two steps of bfloat16, so that rounding makes no ties
 DECODED_BYTES = 64 << 20  # rows are decoded in blocks of about this size
 
 
@@ -174,7 +175,17 @@ def exact_logits(weight: Tensor, bias: Tensor | None, hidden: Tensor, tokens: Te
 
 def step(head: TorchHead, hidden: Tensor) -> Step:
     """One step for hidden states [N, d]: see `head.Step`."""
+    return packed(head, run_stages(head, hidden))
+
+
+def step_with_logits(head: TorchHead, hidden: Tensor) -> tuple[Step, Tensor]:
+    """`step` and `full_logits` of hidden states [N, d] in one."""
     trail = run_stages(head, hidden)
+    return packed(head, trail), widened(head, trail)
+
+
+def packed(head: TorchHead, trail: Trail) -> Step:
+    """A trail as callers see it: candidates in the order of their ids."""
     tokens = head.token_table[trail.slots]
     order = tokens.argsort()
     tokens, exact, logits = tokens[order], trail.exact[:, order], trail.logits[:, order]
@@ -197,15 +208,20 @@ def full_logits(head: TorchHead, hidden: Tensor) -> Tensor:
     """Full-width raw logits [N, V] float32, all finite.
 
     Exact where the step scored exactly; a coded score where a code scored; else the cluster's score, scaled and
-    shifted by the calibrated tail. Neither of the last two exceeds the smallest exact logit.
+    shifted by the calibrated tail. The last two stay below the smallest exact logit, also after rounding to bfloat16.
     """
-    trail = run_stages(head, hidden)
+    return widened(head, run_stages(head, hidden))
+
+
+def widened(head: TorchHead, trail: Trail) -> Tensor:
+    """A trail at full width: see `full_logits`."""
     n, index = len(trail.clusters), head.index
     tail = trail.clusters * index.tail_scale + index.tail_offset
     wide = tail.repeat_interleave(index.cluster_size, 1)
     wide[:, trail.slots] = torch.where(trail.scored, trail.scores, wide[:, trail.slots])
     lowest = trail.logits.masked_fill(~trail.exact, torch.inf).amin(1, keepdim=True)
-    wide = torch.minimum(wide.float(), lowest)
+    ceiling = lowest - BELOW * (1 + lowest.abs())
+    wide = torch.minimum(wide.float(), ceiling)
     wide[:, trail.slots] = torch.where(trail.exact, trail.logits, wide[:, trail.slots])
     filled = head.token_table >= 0
     out = torch.empty(n, index.vocab_size, dtype=torch.float32, device=wide.device)

@@ -23,7 +23,7 @@ FOLDERS = {"": ROOT / PACKAGE, "export": ROOT / "export", "jetson": ROOT / "jets
 LEAVES = {"errors", "progress"}
 DATA = LEAVES | {"index", "codes", "head", "costs"}
 HEADS = DATA | {"coding", "reference", "decoding", "clustering", "cases"}
-CALIBRATION = {"capture", "fitting", "devices", "search", "calibration"}
+CALIBRATION = {"capture", "fitting", "devices", "search", "calibration", "conversion"}
 MIDDLE = HEADS | CALIBRATION | {"checkpoint", "evaluation", "quantize", "kernels", "integrations", "generation", "exact"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fitting": HEADS | {"capture"},
     "evaluation": HEADS | {"checkpoint", "capture", "rivals", "integrations"},
     "rivals": HEADS | {"checkpoint", "evaluation"},
-    "calibration": HEADS | {"checkpoint", "capture", "fitting", "devices", "search", "evaluation"},
+    "calibration": HEADS | {"capture", "fitting", "devices", "search"},
+    "conversion": HEADS | {"checkpoint", "capture", "fitting", "devices", "calibration"},
     "quantize": DATA | {"coding", "checkpoint"},
     "kernels": DATA,
     "integrations": HEADS | {"checkpoint", "kernels"},
@@ -84,6 +85,7 @@ MAY_NEED: dict[str, set[str]] = {
     "evaluation": NUMPY,
     "rivals": TORCH,
     "calibration": TORCH,
+    "conversion": TORCH,
     "quantize": TORCH | {"safetensors"},
     "kernels": TORCH,
     "integrations": TORCH | {"transformers"},

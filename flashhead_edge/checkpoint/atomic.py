@@ -201,7 +201,7 @@ def replacing(out: Path, needed: int) -> Iterator[Path]:
                 flush_tree(new)
                 _swap(new, old, out)
             except BaseException:
-                if old.exists() and not out.exists():  # interrupted between the two renames
+                if old.exists() and not out.exists():  # the second of two renames failed
                     os.rename(old, out)
                 shutil.rmtree(new, ignore_errors=True)
                 raise
@@ -232,11 +232,7 @@ def _swap(new: Path, old: Path, out: Path) -> None:
         os.rename(new, out)
     elif not exchange(new, out):
         os.rename(out, old)
-        try:
-            os.rename(new, out)
-        except BaseException:
-            os.rename(old, out)
-            raise
+        os.rename(new, out)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+NOT_STORED = ("zero_point", "qzeros", "g_idx")  # a symmetric scheme, or one in the order of columns, has none
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 OURS = ("flash_head", "flash_head_cache_dir", "flash_head_special_token_ids", "n_clusters", "n_probes")
 
@@ -147,7 +148,7 @@ def _from_folder(source: Source, dtype: torch.dtype, scheme: dict[str, Any] | No
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{source.name}: transformers cannot load the model ({first_line(error)}); fetch the model again") from error
-    _check_complete(info, source.name)
+    _check_complete(info, source.name, () if scheme is None else NOT_STORED)
     return model  # type: ignore[no-any-return]
 
 
@@ -169,10 +170,14 @@ def _from_floats(source: Source, dtype: torch.dtype, scheme: dict[str, Any]) -> 
     return model  # type: ignore[no-any-return]
 
 
-def _check_complete(info: dict[str, Any], name: str) -> None:
-    """transformers fills what is missing with random numbers and only warns."""
+def _check_complete(info: dict[str, Any], name: str, spared: tuple[str, ...] = ()) -> None:
+    """transformers fills what is missing with random numbers and only warns.
+
+    Args:
+        spared: endings of names that a quantiser makes itself where the file leaves them out.
+    """
     for what in ("missing_keys", "mismatched_keys"):
-        keys = sorted(str(k) for k in info.get(what) or ())
+        keys = sorted(str(k) for k in info.get(what) or () if not str(k).endswith(spared))
         if keys:
             raise CheckpointError(
                 f"{name}: {len(keys)} weights are {what.removesuffix('_keys')} (first {keys[0]}), expected all of them; fetch the model again"

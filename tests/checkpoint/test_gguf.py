@@ -28,8 +28,8 @@ def byte_letters() -> list[str]:
     return [chr(b) if b in kept else chr(next(spare)) for b in range(256)]
 
 
-def write_gguf(path: Path, tied: bool = True, big: float = 1.0, pre: str = "smollm") -> Path:
-    """A Llama in Q8_0, its embedding too, every value from a fixed seed; `big` multiplies the head."""
+def write_gguf(path: Path, tied: bool = True, big: float = 1.0, body: float = 1.0, pre: str = "smollm") -> Path:
+    """A Llama in Q8_0, its embedding too, every value from a fixed seed; `big` multiplies the head, `body` one weight of the body."""
     import gguf
     from gguf.quants import quantize
 
@@ -72,7 +72,7 @@ def write_gguf(path: Path, tied: bool = True, big: float = 1.0, pre: str = "smol
         for name, rows, columns in (
             ("attn_q", D, D), ("attn_k", D // 2, D), ("attn_v", D // 2, D), ("attn_output", D, D), ("ffn_gate", FF, D), ("ffn_up", FF, D), ("ffn_down", D, FF),
         ):  # fmt: skip
-            add(f"blk.{i}.{name}.weight", rows, columns, factor=small)
+            add(f"blk.{i}.{name}.weight", rows, columns, factor=small * (body if name == "ffn_down" else 1.0))
         add(f"blk.{i}.attn_norm.weight", D)
         add(f"blk.{i}.ffn_norm.weight", D)
     writer.write_header_to_file()
@@ -131,13 +131,25 @@ def test_head_and_model(tied: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_head_that_overflows_float16(tied: bool, tmp_path: Path) -> None:
-    """It is stored in bfloat16; the body in float16 where the two are apart."""
+    """It is stored in bfloat16."""
     path = write_gguf(tmp_path / "small.gguf", tied, big=1e6)
     head = read_head(path)
     assert head.weight.dtype == torch.bfloat16 and torch.equal(head.weight, reference(path).lm_head.weight.bfloat16())
     out = convert(path, tmp_path / "out")
     assert read_head(out).fingerprint == head.fingerprint
     assert torch.equal(load_model(out).lm_head.weight, head.weight.float())
+
+
+def test_body_that_overflows_float16(tmp_path: Path) -> None:
+    """The body is stored in bfloat16, the head still in float16: it is the head that was read, to the bit."""
+    path = write_gguf(tmp_path / "small.gguf", body=1e7)
+    head = read_head(path)
+    out = convert(path, tmp_path / "out")
+    stored, want = load_model(out), reference(path)
+    assert head.weight.dtype == torch.float16 and read_head(out).fingerprint == head.fingerprint
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(stored.get_parameter(name), want.get_parameter(name).bfloat16().float())
+    assert torch.equal(stored.lm_head.weight, load_model(open_source(path)).lm_head.weight)
 
 
 def test_digits_are_split(file: Path, tmp_path: Path) -> None:

@@ -178,10 +178,11 @@ def test_packed_weight_of_another_shape() -> None:
         unpacked(packed, {"quant_method": "gptq", "bits": 4})
 
 
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
 MAKERS: dict[str, tuple[Callable[..., tuple[dict[str, Tensor], Tensor]], dict]] = {
     "compressed-tensors": (
         lambda n, k, seed: compressed(4, True, n, k, seed),
-        CT | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}}}, "ignore": ["lm_head"]},
+        CT | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}}, "ignore": ["lm_head"], "quantization_status": "compressed"},
     ),
     "awq": (lambda n, k, seed: awq(n, k, seed), {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}),
     "gptq": (lambda n, k, seed: gptq(4, 1, False, n, k, seed), {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}),

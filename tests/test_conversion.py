@@ -1,0 +1,175 @@
+"""From a model folder to a checkpoint on a tiny real model: the promise holds, twice is the same, bad input leaves nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_checkpoints import content, save_model
+from small_models import VOCAB, small_model
+
+from flashhead_edge.calibration import FIRST, describe, own_target
+from flashhead_edge.capture import SAMPLE_LENGTH, capture_ids, capture_text, recording, sample_own_text
+from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index, read_published
+from flashhead_edge.conversion import calibrate, convert
+from flashhead_edge.errors import CheckpointError, SettingsError
+from flashhead_edge.reference import dense_tokens, torch_head
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def converted(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "out"
+    return out, convert(model, out, positions=4000, target=0.95)
+
+
+def test_the_promise_holds_on_fresh_own_text(converted):
+    """Another seed's text, four thousand positions: agreement within the summary's interval, whose target it was held to."""
+    out, summary = converted
+    head = read_head(out)
+    runner, tokenizer = load_model(out), load_tokenizer(out)
+    fresh = sample_own_text(runner, tokenizer, head.vocab_size, 4000, seed=9).states.float()
+    found = torch_head(read_index(out, head), head.weight).step(fresh)
+    agreement = float((found.token == dense_tokens(head.weight, None, fresh, head.vocab_size)).float().mean())
+    assert agreement >= 0.95
+    assert summary["texts"][0]["agreement_interval"][0] >= own_target(0.95)
+    assert summary["reached"]
+
+
+def test_padding_is_never_returned(converted):
+    """The model has 131 rows, its tokenizer names 127."""
+    out, _ = converted
+    index = read_index(out)
+    assert index.vocab_size == 127
+    assert int(index.token_table.max()) == 126
+
+
+def test_twice_is_the_same(model, converted, tmp_path):
+    out, _ = converted
+    convert(model, tmp_path / "again", positions=4000, target=0.95)
+    assert content(tmp_path / "again") == content(out)
+
+
+def test_calibrate_again_keeps_clusters_and_weights(model, converted, tmp_path):
+    convert(model, tmp_path / "out", positions=4000, target=0.95)
+    before = read_index(tmp_path / "out")
+    (tmp_path / "text.txt").write_text("t1 t2 t3 t4 t5 t60 t61 t62 " * 200)
+    summary = calibrate(tmp_path / "out", target=0.9, texts=[str(tmp_path / "text.txt")], positions=4000)
+    after = read_index(tmp_path / "out", read_head(tmp_path / "out"))
+    assert np.array_equal(before.token_table, after.token_table)
+    assert [t["name"] for t in summary["texts"]] == ["own text", "text.txt"]
+    assert after.summary["target_agreement"] == 0.9
+    text = summary["texts"][1]
+    assert text["required"] == 0.9
+    assert text["agreement_interval"][0] >= 0.9
+
+
+def test_published_head_needs_no_calibration(model, tmp_path):
+    summary = convert(model, tmp_path / "out", head="published")
+    index = read_index(tmp_path / "out", read_head(tmp_path / "out"))
+    assert summary["head"] == "published"
+    assert index.rotation is None
+    assert index.stages == ()
+    assert index.probe.cap == read_published(tmp_path / "out").n_probes == max(1, len(index.token_table) // 16)
+    with pytest.raises(CheckpointError, match="a published head, which is calibrated on nothing"):
+        calibrate(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi", "gemma2", "opt", "llama_tied"])
+def test_families_convert(family, tmp_path):
+    """Bias, soft-cap, a projection before the head, tied weights: the calibrated head agrees with the dense one."""
+    source = save_model(tmp_path / "model", family)
+    summary = convert(source, tmp_path / "out", positions=1500, target=0.9)
+    head = read_head(tmp_path / "out")
+    runner = load_model(tmp_path / "out")
+    ids = torch.randint(VOCAB, (600,), generator=torch.Generator().manual_seed(0))
+    states = capture_ids(runner, ids, window=128)
+    found = torch_head(read_index(tmp_path / "out", head), head.weight, head.bias).step(states)
+    dense = dense_tokens(head.weight, head.bias, states, head.vocab_size)
+    assert float((found.token == dense).float().mean()) >= 0.9
+    assert summary["positions"] >= 1500
+
+
+def test_device_model_changes_the_price(model, tmp_path):
+    summary = convert(model, tmp_path / "out", positions=1500, target=0.9, device_model="orin-nano")
+    assert summary["device_model"] == "orin-nano"
+    with pytest.raises(SettingsError, match="device model toaster: not known, expected one of orin-nano"):
+        convert(model, tmp_path / "other", device_model="toaster")
+
+
+BAD = [
+    ({"target": 1.0}, "target agreement is 1, expected 0.5 to below 1"),
+    ({"target": 0.2}, "target agreement is 0.2"),
+    ({"positions": 10}, "positions is 10, expected at least 1000"),
+    ({"head": "best"}, "head is 'best', expected one of fitted, published"),
+    ({"texts": ["nowhere.txt"]}, "calibration text nowhere.txt: no such file"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD)
+def test_settings_out_of_range(model, tmp_path, options, words):
+    with pytest.raises(SettingsError) as caught:
+        convert(model, tmp_path / "out", **options)
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_and_binary_texts(model, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(SettingsError, match="the file is empty"):
+        convert(model, tmp_path / "out", texts=[str(tmp_path / "empty.txt")])
+    (tmp_path / "binary.txt").write_bytes(b"ab\xff\xfe")
+    with pytest.raises(SettingsError, match="byte 2 is not UTF-8"):
+        capture_text(None, None, str(tmp_path / "binary.txt"), 10)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
+def test_existing_output_is_refused_before_any_work(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="exists"):
+        convert(model, tmp_path / "out")
+
+
+def test_summary_is_json_and_says_what_was_chosen(converted):
+    _, summary = converted
+    text = json.dumps(summary)
+    assert "searched" in text
+    assert summary["chosen"].startswith("clusters of ")
+    assert [p["target_agreement"] for p in summary["frontier"]] == [0.98, 0.99, 0.995, 0.998, 0.999, 0.9995]
+    assert describe(FIRST).count("bits") >= 2
+
+
+def test_captured_states_give_the_models_own_logits():
+    """What is captured, times the head's rows, is what the model says: also where a window ends."""
+    for family in ("llama", "gpt2", "opt", "phi"):
+        runner = small_model(family).eval()
+        ids = torch.randint(VOCAB, (50,), generator=torch.Generator().manual_seed(0))
+        states = capture_ids(runner, ids, window=20)
+        head = runner.get_output_embeddings()
+        with torch.no_grad():
+            want = torch.cat([runner(input_ids=ids[None, i : i + 20]).logits[0] for i in (0, 20, 40)])
+        got = states @ head.weight.detach().T + (0 if head.bias is None else head.bias.detach())
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_recording_leaves_the_model_as_it_was():
+    runner = small_model("llama").eval()
+    ids = torch.tensor([[1, 2, 3]])
+    before = runner(input_ids=ids).logits
+    with pytest.raises(RuntimeError), recording(runner, compute=False) as seen:
+        runner(input_ids=ids)
+        assert seen[0].shape == (1, 3, 32)
+        raise RuntimeError
+    assert torch.equal(runner(input_ids=ids).logits, before)
+
+
+def test_own_text_is_seeded_and_full(model):
+    runner, tokenizer = load_model(model), load_tokenizer(model)
+    a, b, c = (sample_own_text(runner, tokenizer, 127, 1000, seed=s) for s in (0, 0, 1))
+    assert a.digest == b.digest != c.digest
+    assert torch.equal(a.states, b.states)
+    assert len(a.states) == 8 * SAMPLE_LENGTH
