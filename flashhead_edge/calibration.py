@@ -220,7 +220,7 @@ def loosest(need: Tensor) -> list[float]:
 
 def describe(plan: Plan) -> str:
     """A plan in one line."""
-    return f"clusters of {plan.cluster_size}, rotation {plan.rotation_bits:g} bits, centroids {plan.centroids}, rows {' + '.join(plan.codes)}"
+    return f"clusters of {plan.cluster_size}, rotation {plan.rotation_bits:g} bits, centroids {plan.centroids}, rows {' + '.join(plan.codes)}, state power {plan.state_power:g}"
 
 
 def hard_tokens(need: Tensor, winners: Tensor, allowed: int) -> np.ndarray:

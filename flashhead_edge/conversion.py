@@ -195,9 +195,11 @@ def calibrated(
     dense = dense_bytes(weights.vocab_size, weight.shape[1])
     searched = [{"plan": calibration.describe(t.plan), "state_power": t.plan.state_power, "share": t.cost / dense} for t in tried]
     chosen = f"{calibration.describe(fitted.plan)}: the least cost of {len(tried)} candidates at {calibration.SEARCHED_TARGET:.1%} held-out agreement"
-    return dataclasses.replace(
-        index, summary=index.summary | {"searched": searched, "chosen": chosen, "device_model": None if priced is None else priced.name}
-    ), data
+    frontier = index.summary["frontier"]
+    if priced is not None:  # bytes' worth of time, as time
+        frontier = [p | {"cost": p["cost"] / (priced.bandwidth * 1e3)} for p in frontier]
+    more = {"searched": searched, "chosen": chosen, "frontier": frontier, "device": None if priced is None else priced.name}
+    return dataclasses.replace(index, summary=index.summary | more), data
 
 
 def _clustering(progress: Progress, size: int) -> Any:

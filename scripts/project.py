@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +24,14 @@ from flashhead_edge.costs import ERROR_BYTES, TOKEN_BYTES, dense_bytes
 SHAPES = {"Llama-3.2-1B": (128_256, 2_048), "Qwen3-1.7B": (151_936, 2_048), "Gemma-3-270M": (262_144, 640)}
 
 
-def mean_counts(node: object) -> list[np.ndarray]:
-    """Every text's mean counts (clusters opened, slots scored by each code, exact rows) in an evaluation."""
-    texts = node["texts"]  # type: ignore[index]
-    return [np.array([t["clusters_opened"]["mean"], *(c["mean"] for c in t["slots_scored"]), t["rows_rescored"]["mean"]]) for t in texts]
+def mean_counts(evaluation: dict[str, Any]) -> np.ndarray:
+    """Clusters opened, slots scored by each code, exact rows: the mean over an evaluation's texts of their means."""
+    return np.mean([[t["clusters_opened"]["mean"], *(r["mean"] for r in t["rows_scored"]), t["exact_rows"]["mean"]] for t in evaluation["texts"]], 0)
 
 
 def main(folder: str, evaluation: str) -> None:
     index = read_index(Path(folder))
-    counts = np.mean(mean_counts(json.loads(Path(evaluation).read_text())), 0)
+    counts = mean_counts(json.loads(Path(evaluation).read_text()))
     assert index.rotation is not None
     v0, d0 = index.vocab_size, index.hidden_size
     print(f"{'shape':14} {'V x d':>16} {'rotation':>9} {'centroids':>9} {'tables':>7} {'rows':>6} {'exact':>6} {'all, % of dense':>16}")

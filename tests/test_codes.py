@@ -32,7 +32,9 @@ def test_rows_decode_alone_as_among_all(code):
     assert torch.equal(decode(coded, slice(5, 9)), decode(coded)[5:9])
 
 
-@pytest.mark.parametrize(("coarse", "fine"), [("int3/16", "int4/16"), ("int4/16", "int8/16"), ("bits6", "bits12"), ("product3", "product6"), ("bits24", "float16")])
+@pytest.mark.parametrize(
+    ("coarse", "fine"), [("int3/16", "int4/16"), ("int4/16", "int8/16"), ("bits6", "bits12"), ("product3", "product6"), ("bits24", "float16")]
+)
 def test_more_bits_are_closer(coarse, fine):
     assert error_of(falling(), fine) < 0.8 * error_of(falling(), coarse)
 

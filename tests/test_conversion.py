@@ -96,7 +96,7 @@ def test_families_convert(family, tmp_path):
 
 def test_device_model_changes_the_price(model, tmp_path):
     summary = convert(model, tmp_path / "out", positions=1500, target=0.9, device_model="orin-nano")
-    assert summary["device_model"] == "orin-nano"
+    assert summary["device"] == "orin-nano"
     with pytest.raises(SettingsError, match="device model toaster: not known, expected one of orin-nano"):
         convert(model, tmp_path / "other", device_model="toaster")
 

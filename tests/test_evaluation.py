@@ -216,6 +216,14 @@ def test_worst_tokens_by_hand() -> None:
     assert worst == ({"id": 4, "text": "4", "missed": 2, "of": 2}, {"id": 7, "text": "7", "missed": 2, "of": 3})
 
 
+def test_histogram() -> None:
+    assert m.histogram(np.array([5, 5, 5])) == {"edges": [5.0, 6.0], "steps": [3]}
+    h = m.histogram(np.array([1, 1, 2, 3, 10, 100, 1000]))
+    assert (sum(h["steps"]), h["edges"][0], h["edges"][-1]) == (7, 1.0, 1001.0)
+    assert h["steps"][:2] == [2, 1]  # whole numbers are not split
+    assert all(a < b for a, b in zip(h["edges"], h["edges"][1:]))
+
+
 def test_identical_length_by_hand() -> None:
     dense = np.array([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     ours = np.array([[1, 2, 3, 4], [9, 2, 3, 4], [1, 2, 9, 4]])

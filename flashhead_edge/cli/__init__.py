@@ -12,7 +12,7 @@ from flashhead_edge import __version__
 from flashhead_edge.cli.common import Settings, common_options
 from flashhead_edge.errors import FlashHeadError
 
-EXTRAS = {"torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch", "plotly": "report"}
+EXTRAS = {"torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch"}
 VERBS = ("convert", "calibrate", "evaluate", "generate", "chat", "inspect", "doctor")
 
 

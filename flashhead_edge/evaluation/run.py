@@ -89,7 +89,7 @@ def evaluate_checkpoint(
     read = [Text(Path(t).name, digest, _tokens(tokenizer, content, positions, t)) for t, (content, digest) in zip(texts, contents)]
     progress("loading the model", None)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(source, device=device, trust_remote_code=trust_remote_code)
+    model: Any = load_model(source, device=device, trust_remote_code=trust_remote_code)
     module = model.get_output_embeddings()
     weight, bias = module.weight.detach(), getattr(module, "bias", None)
     bias = None if bias is None else bias.detach()

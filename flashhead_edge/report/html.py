@@ -83,7 +83,7 @@ def _promise(document: Mapping[str, Any]) -> str:
     cells = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in figures)
     return (
         f"<section class='verdict {kind}'><h2>The contract</h2><p><strong>{escape(sentence)}</strong></p><p>{escape(promise)} "
-        "Elsewhere it returns the best of the tokens that it scored exactly: a plausible token, but not the dense head’s. "
+        "Where it differs, it returns the best of the tokens that it scored exactly: a plausible token, but not the dense head’s. "
         "Every token always has a finite logit, so temperature, penalties, masks and log-probabilities stay defined; "
         "those of tokens that were not scored are estimates.</p>"
         f"<dl class='figures'>{cells}</dl></section>"
@@ -159,7 +159,9 @@ def _reads(document: Mapping[str, Any]) -> str:
 
     parts = ["<h2>What a step reads</h2>"]
     opened, total = document["clusters_opened"], document["settings"].get("n_clusters")
-    if opened:
+    if opened and len(document["clusters_opened_histogram"]["steps"]) == 1:
+        parts.append(f"<p>Every step opens {opened['p50']:,.0f} of {total:,} clusters.</p>")
+    elif opened:
         h = document["clusters_opened_histogram"]
         marks = [(max(opened["p50"], 1), f"half of the steps: {opened['p50']:,.0f} or fewer"), (opened["p99"], f"99 of 100: {opened['p99']:,.0f} or fewer")]
         plot = plots.histogram_plot("clusters", "Clusters opened a step", h["edges"], h["steps"], marks, "clusters opened", lambda v: f"{v:,.0f}")

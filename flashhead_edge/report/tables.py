@@ -100,7 +100,7 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
         dense, target = summary["dense_bytes_per_step"], summary["target_agreement"]
         device = summary.get("device")
         table = _table(
-            "frontier", ["", "target", "held-out agreement", f"time on {device}" if device else "bytes a step", "" if device else "of dense", "reached"]
+            "frontier", ["", "target", "held-out agreement", f"microseconds on {device}" if device else "bytes a step", "" if device else "of dense", "reached"]
         )
         for point in frontier:
             taken = abs(point["target_agreement"] - target) < 1e-12
@@ -113,9 +113,8 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
     dense = summary["dense_bytes_per_step"]
     own = f" (own text is held to {percent(summary['own_text_target'])})" if summary.get("own_text_target") else ""
     console.print(Text(f"target: {percent(summary['target_agreement'])} on text never calibrated on{own}"))
-    plan = summary.get("plan")
-    if plan:
-        console.print(Text("taken: " + ", ".join(f"{k} {' + '.join(v) if isinstance(v, (list, tuple)) else v}" for k, v in plan.items())))
+    if "chosen" in summary:
+        console.print(Text(f"taken: {summary['chosen']}; of its margins, the cheapest that reach the target"))
     mean, p99 = summary["bytes_per_step"], summary["bytes_per_step_p99"]
     share = f"{percent(mean / dense)} of the dense head's {megabytes(dense)}"
     console.print(Text(f"a step reads {megabytes(mean)} on average, {share}; 99 of 100 steps read at most {megabytes(p99)}"))

@@ -10,10 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from report_document import document
 
 from flashhead_edge.errors import FlashHeadError
+from flashhead_edge.evaluation.measures import histogram
 from flashhead_edge.report import plots
 from flashhead_edge.report.html import page, write_html
 
@@ -90,6 +92,13 @@ def test_what_comes_from_outside_is_escaped() -> None:
     assert "<u>" not in text
     assert "␣&lt;b&gt;&amp;" in text  # a token
     assert "&lt;wikitext2-valid.txt&gt;" in text  # the command
+
+
+def test_a_fixed_count_of_clusters_is_a_sentence_not_a_plot() -> None:
+    d = document(1) | {"clusters_opened": {"mean": 256.0, "p50": 256.0, "p90": 256.0, "p99": 256.0}, "clusters_opened_histogram": histogram(np.full(9, 256))}
+    text = page(d)
+    assert "Every step opens 256 of 1,536 clusters." in text
+    assert 'id="clusters"' not in text
 
 
 def test_write_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def conversion() -> dict[str, Any]:
     }
     points = [{"target_agreement": t, "held_out_agreement": t, "cost": c, "reached": t < 0.9995} for t, c in ((0.99, 9e5), (0.995, 1.1e6), (0.9995, 3e6))]
     return {
-        "target_agreement": 0.995, "own_text_target": 0.9995, "plan": {"cluster_size": 64, "codes": ["product8", "bits96"]}, "texts": [text],
+        "target_agreement": 0.995, "own_text_target": 0.9995, "chosen": "clusters of 64, rows product8 + bits96", "texts": [text],
         "frontier": points, "bytes_per_step": 1.13e6, "bytes_per_step_p99": 3.3e6, "dense_bytes_per_step": 56_600_000, "reached": True, "extrapolated": False,
     }  # fmt: skip
 
@@ -71,6 +71,9 @@ def test_conversion() -> None:
     assert "99 of 100 steps read at most 3.3 MB" in text
     assert text.count("NO") == 1  # the last point of the frontier
     assert "extrapolated" not in text
+    timed = printed(show_conversion, conversion() | {"device": "orin"})
+    assert "microseconds on orin" in timed
+    assert "of dense " not in timed
 
 
 def test_conversion_says_what_failed() -> None:
