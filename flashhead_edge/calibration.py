@@ -23,9 +23,10 @@ from flashhead_edge.devices import Device, row_price, table_price
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.fitting import Centroids, Coordinates, Layer, Moments, coded_errors, fit_centroids, fit_coordinates, fit_layers, fold_of
 from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex, Stage
+from flashhead_edge.intervals import allowed_misses, wilson
 from flashhead_edge.progress import Progress, silent
 from flashhead_edge.reference import dense_tokens, run_stages, torch_head
-from flashhead_edge.search import Group, Prepared, Traced, allowed_misses, choose_margins, mean_counts, misses, needs, trace, wilson
+from flashhead_edge.search import Group, Prepared, Traced, choose_margins, mean_counts, misses, needs, trace
 
 STRICTNESS = 10  # own text may miss a tenth of what is promised elsewhere: see own_target
 SEARCHED_STATES = 6000  # states by which candidates are compared
@@ -220,7 +221,8 @@ def loosest(need: Tensor) -> list[float]:
 
 def describe(plan: Plan) -> str:
     """A plan in one line."""
-    return f"clusters of {plan.cluster_size}, rotation {plan.rotation_bits:g} bits, centroids {plan.centroids}, rows {' + '.join(plan.codes)}, state power {plan.state_power:g}"
+    rows = " + ".join(plan.codes)
+    return f"clusters of {plan.cluster_size}, rotation {plan.rotation_bits:g} bits, centroids {plan.centroids}, rows {rows}, state power {plan.state_power:g}"
 
 
 def hard_tokens(need: Tensor, winners: Tensor, allowed: int) -> np.ndarray:
@@ -245,6 +247,8 @@ def finish(
     progress("caps and tail", None)
     index, seen = with_caps_and_tail(index, data, weight, bias, seed)
     frontier = [_frontier_point(t, need, data, traced, f) for t in FRONTIER]
+    texts = [_text_record(g, s, m, target) for g, s, m in zip(data.groups, data.sources, lost)]
+    worst = min(texts, key=lambda t: t["top1_agreement"])
     row_size = 2 * index.hidden_size
     step_bytes = bytes_per_step(index, seen, row_size)
     summary = {
@@ -254,7 +258,9 @@ def finish(
         "own_text_target": own_target(target),
         "plan": dataclasses.asdict(f.plan),
         "margins": margins,
-        "texts": [_text_record(g, s, m, target) for g, s, m in zip(data.groups, data.sources, lost)],
+        "top1_agreement": worst["top1_agreement"],
+        "top1_agreement_interval": worst["top1_agreement_interval"],
+        "texts": texts,
         "positions": len(data.states),
         "reached": all(g.allowed >= 0 for g in data.groups),
         "extrapolated": min(int((need[:, j] > m).sum()) for j, m in enumerate(margins)) < FEW_MISSES,
@@ -278,8 +284,8 @@ def _text_record(group: Group, source: Source, lost: int, target: float) -> dict
         "own": source.own,
         "required": own_target(target) if source.own else target,
         "misses": lost,
-        "agreement": 1 - lost / n,
-        "agreement_interval": list(wilson(n - lost, n)),
+        "top1_agreement": 1 - lost / n,
+        "top1_agreement_interval": list(wilson(n - lost, n)),
         "reached": group.allowed >= 0,
     }
 

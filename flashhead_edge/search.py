@@ -7,14 +7,11 @@ until no group of states may miss more.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,24 +34,6 @@ class Group:
     start: int
     stop: int
     allowed: int  # misses at most
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, JASA 1927): the shares that hits of n would not be surprising for."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = hits / n, Z95 * Z95 / n
-    middle, half = (p + z2 / 2) / (1 + z2), Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def allowed_misses(n: int, share: float) -> int:
-    """Misses among n at which the lower end of the Wilson interval still reaches `share`; -1 where none does."""
-    low, high = -1, n
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if wilson(n - middle, n)[0] >= share else (low, middle - 1)
-    return low
 
 
 def gate_gaps(p: Prepared, z: Tensor, fold: int) -> list[Tensor]:

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from flashhead_edge import capture, fitting
-from flashhead_edge.calibration import FIRST, Data, Plan, allowed_misses, finish, fit, gather
+from flashhead_edge.calibration import FIRST, Data, Plan, finish, fit, gather
 from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head
 from flashhead_edge.clustering import cluster
 from flashhead_edge.conversion import in_state_metric
 from flashhead_edge.costs import bytes_per_step, dense_bytes
 from flashhead_edge.fitting import Moments, accumulate, fit_coordinates
+from flashhead_edge.intervals import allowed_misses
 from flashhead_edge.reference import dense_tokens, torch_head
 
 VARIANTS: tuple[tuple[str, dict[str, object]], ...] = (

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small_heads import everything_open, few_probes
 from torch import Tensor
 
-from flashhead_edge import costs
+from flashhead_edge import costs, intervals
 from flashhead_edge.capture import capture_ids
 from flashhead_edge.checkpoint import load_model, read_head
 from flashhead_edge.errors import SettingsError
@@ -67,7 +67,7 @@ def test_wilson_properties(case: tuple[int, int]) -> None:
     # the ends are the shares at which the count would be z standard deviations off
     for end in (low, high):
         if 0 < end < 1:
-            assert abs(successes - n * end) == pytest.approx(m.Z95 * math.sqrt(n * end * (1 - end)), rel=1e-6, abs=1e-6)
+            assert abs(successes - n * end) == pytest.approx(intervals.Z95 * math.sqrt(n * end * (1 - end)), rel=1e-6, abs=1e-6)
     assert wilson(10 * successes, 10 * n)[0] >= low - 1e-15
 
 

@@ -20,7 +20,7 @@ FOLDERS = {"": ROOT / PACKAGE, "export": ROOT / "export", "jetson": ROOT / "jets
 
 # Rooms from the lowest to the highest. A room may import what its line names, itself, and nothing else.
 # "package" is flashhead_edge/__init__.py: its names are loaded when they are used.
-LEAVES = {"errors", "progress"}
+LEAVES = {"errors", "progress", "intervals"}
 DATA = LEAVES | {"index", "codes", "head", "costs"}
 HEADS = DATA | {"coding", "reference", "decoding", "clustering", "cases"}
 CALIBRATION = {"capture", "fitting", "devices", "search", "calibration", "conversion"}
@@ -28,6 +28,7 @@ MIDDLE = HEADS | CALIBRATION | {"checkpoint", "evaluation", "quantize", "kernels
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
+    "intervals": {"errors"},
     "codes": {"errors"},
     "index": {"errors", "codes"},
     "head": {"errors", "index", "codes"},
@@ -68,6 +69,7 @@ TORCH = NUMPY | {"torch"}
 MAY_NEED: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
+    "intervals": set(),
     "codes": NUMPY,
     "index": NUMPY,
     "head": NUMPY,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashhead_edge.search import Group, Prepared, allowed_misses, choose_margins, gate_gaps, mean_counts, misses, needs, trace, wilson
+from flashhead_edge.intervals import allowed_misses, wilson
+from flashhead_edge.search import Group, Prepared, choose_margins, gate_gaps, mean_counts, misses, needs, trace
 
 
 def prepared(power: float = 0.0) -> Prepared:

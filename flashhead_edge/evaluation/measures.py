@@ -18,28 +18,12 @@ from flashhead_edge.costs import bytes_per_step, dense_bytes
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Array, Head
 from flashhead_edge.index import Gate, HeadIndex
+from flashhead_edge.intervals import wilson
 from flashhead_edge.progress import Progress, silent
 
 BLOCK_BYTES = 64 << 20  # dense logits of a block of states, float32
 CHUNK_BYTES = 4 << 20  # of which the softmax sees this much at a time: it stays in the cache
 WORST_TOKENS = 20
-Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
-
-
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95 % by default.
-
-    Raises:
-        SettingsError: n is not positive, or successes are not between 0 and n.
-    Source: Wilson, JASA 22 (1927).
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise SettingsError(f"Wilson interval: {successes} of {n}, expected at least one trial and 0 to n successes; measure at least one position")
-    share, square = successes / n, z * z
-    middle = (share + square / (2 * n)) / (1 + square / n)
-    half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    # rounding may put an end a hair inside the share itself, at 0 and at 1
-    return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
 
 
 @dataclass(frozen=True, eq=False)

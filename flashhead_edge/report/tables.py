@@ -91,7 +91,7 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
     table = _table("calibrated on", ["text", "positions", "required", "held-out agreement", "95 % interval", "misses", "reached"])
     for t in summary.get("texts", []):
         table.add_row(
-            Text(str(t["name"])), f"{t['positions']:,}", percent(t["required"]), percent(t["agreement"]), interval(t.get("agreement_interval")),
+            Text(str(t["name"])), f"{t['positions']:,}", percent(t["required"]), percent(t["top1_agreement"]), interval(t.get("top1_agreement_interval")),
             f"{t['misses']:,}", "yes" if t["reached"] else "NO",
         )  # fmt: skip
     console.print(table)

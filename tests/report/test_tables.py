@@ -49,8 +49,8 @@ def conversion() -> dict[str, Any]:
         "name": "own text",
         "positions": 60_000,
         "required": 0.9995,
-        "agreement": 0.99952,
-        "agreement_interval": [0.9993, 0.9997],
+        "top1_agreement": 0.99952,
+        "top1_agreement_interval": [0.9993, 0.9997],
         "misses": 29,
         "reached": True,
     }
