@@ -355,7 +355,7 @@ def _tail_offset(head: Any, states: Tensor, trail: Any, weight: Tensor, bias: Te
     true = states.float() @ weight[: index.vocab_size].float().T + (0 if bias is None else bias[: index.vocab_size].float())
     logits[:, filled] = true[:, head.token_table[filled]].double()
     unscored = filled.expand_as(estimate).clone()
-    unscored[:, trail.slots] &= ~(trail.scored | trail.exact)
+    unscored[trail.row, trail.slot] = False
     some = unscored.any(1)
     gap = logits.masked_fill(~unscored, -torch.inf).logsumexp(1) - estimate.masked_fill(~unscored, -torch.inf).logsumexp(1)
     return gap[some]

@@ -35,3 +35,7 @@ class Head(Protocol):
     def logits(self, hidden: Array) -> Array:
         """Full-width raw logits [N, V] float32, every one finite: exact for the rows that the step scored exactly."""
         ...
+
+    def step_with_logits(self, hidden: Array) -> tuple[Step, Array]:
+        """Both from one pass of the stages."""
+        ...

@@ -49,6 +49,9 @@ class TorchHead:
     def logits(self, hidden: Tensor) -> Tensor:
         return full_logits(self, hidden)
 
+    def step_with_logits(self, hidden: Tensor) -> tuple[Step, Tensor]:
+        return step_with_logits(self, hidden)
+
 
 def torch_head(index: HeadIndex, weight: Tensor, bias: Tensor | None = None) -> TorchHead:
     """Put `index` on the device of `weight` [V or more, d], the model's own matrix."""
@@ -91,78 +94,103 @@ def probe(head: TorchHead, z: Tensor) -> Tensor:
     return z[:, : head.centroids.shape[1]] @ head.centroids.double().T
 
 
-def keep(scores: Tensor, alive: Tensor, gate: TorchGate, unit: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def keep(scores: Tensor, row: Tensor, column: Tensor, gate: TorchGate, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Which items pass a gate.
 
     Args:
-        scores: [N, M] float64; only those where `alive` [N, M] count.
+        scores: [M] float64, one an item.
+        row, column: [M] int64: the item's state, and its number in the gate; ascending by state, then number.
         unit: [N, 1] from `state_unit`.
-        columns: [M] the items' numbers in the gate, or None where M is all of them.
     Returns:
-        [N, M] bool; [N] bool, where the cap cut off items within the margin. Under a cap those with the smallest
-        gap in own errors stay, the first of equals.
+        [M] bool; [N] bool, where the cap cut off items within the margin. Under a cap those with the smallest gap in
+        own errors stay, the first of equals.
     """
-    error = gate.error if columns is None else gate.error[columns]
-    best = scores.masked_fill(~alive, -torch.inf).amax(1, keepdim=True)
-    gap = ((best - scores) / (error * unit)).masked_fill(~alive, torch.inf)
-    passed = alive & (gap <= gate.margin)
-    over = passed.sum(1) > gate.cap
+    n = len(unit)
+    best = scores.new_full((n,), -torch.inf).scatter_reduce(0, row, scores, "amax")
+    gap = (best[row] - scores) / (gate.error[column] * unit[row, 0])
+    passed = gap <= gate.margin
+    over = row[passed].bincount(minlength=n) > gate.cap
     if bool(over.any()):
-        order = gap[over].masked_fill(~passed[over], torch.inf).sort(dim=1, stable=True).indices[:, : gate.cap]
-        passed[over] &= torch.zeros_like(passed[over]).scatter_(1, order, True)
+        at = (passed & over[row]).nonzero()[:, 0]
+        at = at[gap[at].sort(stable=True).indices]
+        at = at[row[at].sort(stable=True).indices]
+        passed[at[places(row[at], n) >= gate.cap]] = False
     return passed, over
+
+
+def places(row: Tensor, n: int) -> Tensor:
+    """The place of each item among those of its state: `row` [M] ascending, of `n` states -> [M] int64."""
+    count = row.bincount(minlength=n)
+    return torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
 
 
 @dataclass(frozen=True, eq=False)
 class Trail:
-    """What the stages did to N states: the end of one step before anything is packed for a caller."""
+    """What the stages did to N states: the end of one step before anything is packed for a caller.
+
+    An item is a state with a slot that was opened for it or is always scored: M of them, by state, then slot.
+    """
 
     clusters: Tensor  # [N, K] float64 scores of the clusters
-    slots: Tensor  # [M] int64, ascending: slots that some state scored by a code or exactly
-    scores: Tensor  # [N, M] float64: the sharpest coded score of each slot
-    scored: Tensor  # [N, M] bool: where a code scored it
-    exact: Tensor  # [N, M] bool: rows that are left for the exact stage
-    logits: Tensor  # [N, M] float32 exact logits, -inf elsewhere
+    row: Tensor  # [M] int64, the state
+    slot: Tensor  # [M] int64
+    score: Tensor  # [M] float64: the sharpest coded score; where there is no code, the cluster's
+    exact: Tensor  # [M] bool: rows that are left for the exact stage
+    logit: Tensor  # [M] float32 exact logits, -inf elsewhere
     counts: Tensor  # [N, 2 + stages] int64
     capped: Tensor  # [N] bool
 
 
 def run_stages(head: TorchHead, hidden: Tensor) -> Trail:
     """Probe, score and rescore hidden states [N, d]."""
+    n, size = len(hidden), head.index.cluster_size
     z = coordinates(head, hidden)
     unit = state_unit(head, z)
     clusters = probe(head, z)
-    opened, capped = keep(clusters, torch.ones_like(clusters, dtype=torch.bool), head.probe, unit)
-    counts = [opened.sum(1)]
-    size = head.index.cluster_size
-    wanted = opened.any(0)
-    columns = torch.arange(len(head.token_table), device=z.device)[wanted.repeat_interleave(size) & (head.token_table >= 0)]
-    columns = torch.cat([columns, head.always_slots]).unique()
-    alive = opened[:, columns // size] | torch.isin(columns, head.always_slots)
-    slots, scored = columns, alive if head.stages else torch.zeros_like(alive)
-    scores = clusters[:, columns // size]
-    at = torch.arange(len(columns), device=z.device)  # where the columns still alive stand among `slots`
+    every = torch.arange(n, device=z.device)
+    row, column = every.repeat_interleave(clusters.shape[1]), torch.arange(clusters.shape[1], device=z.device).repeat(n)
+    passed, capped = keep(clusters.flatten(), row, column, head.probe, unit)
+    counts = [row[passed].bincount(minlength=n)]
+    row, slot = opened_slots(head, passed.view(n, -1))
+    score = clusters[row, slot // size]
+    at = torch.arange(len(row), device=z.device)  # the items that are still alive
     for rows, gate in head.stages:
-        counts.append(alive.sum(1))
-        now = scores[:, at] + _products(z, rows, columns)
-        scores[:, at] = torch.where(alive, now, scores[:, at])
-        passed, over = keep(now, alive, gate, unit, columns)
+        counts.append(row[at].bincount(minlength=n))
+        score[at] += _products(z, rows, row[at], slot[at])
+        passed, over = keep(score[at], row[at], slot[at], gate, unit)
         capped = capped | over
-        some = passed.any(0)
-        at, columns, alive = at[some], columns[some], passed[:, some]
-    counts.append(alive.sum(1))
-    exact = torch.zeros(len(z), len(slots), dtype=torch.bool, device=z.device)
-    exact[:, at] = alive
-    logits = torch.full(exact.shape, -torch.inf, dtype=torch.float32, device=z.device)
-    logits[:, at] = exact_logits(head.weight, head.bias, hidden, head.token_table[columns]).masked_fill(~alive, -torch.inf)
-    return Trail(clusters, slots, scores, scored, exact, logits, torch.stack(counts, 1), capped)
+        at = at[passed]
+    counts.append(row[at].bincount(minlength=n))
+    exact = torch.zeros(len(row), dtype=torch.bool, device=z.device)
+    exact[at] = True
+    logit = torch.full((len(row),), -torch.inf, dtype=torch.float32, device=z.device)
+    needed, which = distinct(head.token_table[slot[at]], head.index.vocab_size)
+    logit[at] = exact_logits(head.weight, head.bias, hidden, needed)[row[at], which]
+    return Trail(clusters, row, slot, score, exact, logit, torch.stack(counts, 1), capped)
 
 
-def _products(z: Tensor, rows: TorchCoded, slots: Tensor) -> Tensor:
-    """decode(slot) . z, [N, M] float64."""
+def opened_slots(head: TorchHead, opened: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots of opened clusters [N, K] and those always scored, empty ones left out: state and slot [M], ascending."""
+    wanted = opened.repeat_interleave(head.index.cluster_size, 1)
+    wanted[:, head.always_slots] = True
+    row, slot = (wanted & (head.token_table >= 0)).nonzero(as_tuple=True)
+    return row, slot
+
+
+def distinct(numbers: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The distinct ones of `numbers` [M], all below `most`, ascending, and where each of the M stands among them."""
+    there = torch.zeros(most, dtype=torch.bool, device=numbers.device)
+    there[numbers] = True
+    return there.nonzero()[:, 0], (there.cumsum(0) - 1)[numbers]
+
+
+def _products(z: Tensor, rows: TorchCoded, row: Tensor, slot: Tensor) -> Tensor:
+    """decode(slot) . z of each item [M], float64."""
+    needed, which = distinct(slot, len(rows.arrays["data"]))
     part = z[:, : rows.columns]
     block = max(1, DECODED_BYTES // (8 * rows.columns))
-    return torch.cat([part @ decode(rows, s).double().T for s in slots.split(block)], 1) if len(slots) else part[:, :0]
+    wide = [part @ decode(rows, s).double().T for s in needed.split(block)]
+    return torch.cat(wide, 1)[row, which] if wide else z.new_zeros(0)
 
 
 def exact_logits(weight: Tensor, bias: Tensor | None, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -186,15 +214,15 @@ def step_with_logits(head: TorchHead, hidden: Tensor) -> tuple[Step, Tensor]:
 
 def packed(head: TorchHead, trail: Trail) -> Step:
     """A trail as callers see it: candidates in the order of their ids."""
-    tokens = head.token_table[trail.slots]
-    order = tokens.argsort()
-    tokens, exact, logits = tokens[order], trail.exact[:, order], trail.logits[:, order]
-    width = int(exact.sum(1).max())
-    # candidates to the front of each row, in the order of their ids
-    front = (~exact).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
-    here = exact.gather(1, front)
-    ids = tokens[front].masked_fill(~here, -1)
-    values = logits.gather(1, front).masked_fill(~here, -torch.inf)
+    n = len(trail.clusters)
+    row, token, logit = trail.row[trail.exact], head.token_table[trail.slot[trail.exact]], trail.logit[trail.exact]
+    order = (row * head.index.vocab_size + token).argsort()
+    row, token, logit = row[order], token[order], logit[order]
+    place = places(row, n)
+    width = int(trail.counts[:, -1].max())
+    ids = token.new_full((n, width), -1)
+    values = logit.new_full((n, width), -torch.inf)
+    ids[row, place], values[row, place] = token, logit
     return Step(greedy(ids, values), ids, values, trail.counts, trail.capped)
 
 
@@ -215,16 +243,16 @@ def full_logits(head: TorchHead, hidden: Tensor) -> Tensor:
 
 def widened(head: TorchHead, trail: Trail) -> Tensor:
     """A trail at full width: see `full_logits`."""
-    n, index = len(trail.clusters), head.index
-    tail = trail.clusters * index.tail_scale + index.tail_offset
+    index, filled = head.index, head.token_table >= 0
+    tail = (trail.clusters * index.tail_scale + index.tail_offset).float()
     wide = tail.repeat_interleave(index.cluster_size, 1)
-    wide[:, trail.slots] = torch.where(trail.scored, trail.scores, wide[:, trail.slots])
-    lowest = trail.logits.masked_fill(~trail.exact, torch.inf).amin(1, keepdim=True)
-    ceiling = lowest - BELOW * (1 + lowest.abs())
-    wide = torch.minimum(wide.float(), ceiling)
-    wide[:, trail.slots] = torch.where(trail.exact, trail.logits, wide[:, trail.slots])
-    filled = head.token_table >= 0
-    out = torch.empty(n, index.vocab_size, dtype=torch.float32, device=wide.device)
+    if head.stages:
+        wide[trail.row, trail.slot] = trail.score.float()
+    row, slot, logit = trail.row[trail.exact], trail.slot[trail.exact], trail.logit[trail.exact]
+    lowest = logit.new_full((len(wide),), torch.inf).scatter_reduce(0, row, logit, "amin")[:, None]
+    wide = torch.minimum(wide, lowest - BELOW * (1 + lowest.abs()), out=wide)
+    wide[row, slot] = logit
+    out = torch.empty(len(wide), index.vocab_size, dtype=torch.float32, device=wide.device)
     out[:, head.token_table[filled]] = wide[:, filled]
     return out
 

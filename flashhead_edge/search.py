@@ -54,9 +54,16 @@ def gate_gaps(p: Prepared, z: Tensor, fold: int) -> list[Tensor]:
 
 def needs(p: Prepared, z: Tensor, fold: int, slots: Tensor) -> Tensor:
     """What states z [N, r] of one fold, with winners in `slots` [N], need of each gate: [N, gates] float32."""
-    gaps = gate_gaps(p, z, fold)
-    at = [slots // p.size] + [slots] * len(p.layers)
-    return torch.stack([g.gather(1, a[:, None])[:, 0] for g, a in zip(gaps, at)], 1)
+    unit = z[:, 1:].square().mean(1).sqrt() ** p.state_power
+    clusters = slots // p.size
+    scores = z @ p.folds[fold].T
+    out = [(scores.amax(1) - scores.gather(1, clusters[:, None])[:, 0]) / (p.probe_error[clusters] * unit)]
+    total = scores.repeat_interleave(p.size, 1)
+    total[:, ~p.filled] = -torch.inf
+    for values, error in p.layers:
+        total.addmm_(z[:, : values.shape[1]], values.T)
+        out.append((total.amax(1) - total.gather(1, slots[:, None])[:, 0]) / (error[slots] * unit))
+    return torch.stack(out, 1)
 
 
 @dataclass(frozen=True, eq=False)

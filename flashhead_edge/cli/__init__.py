@@ -39,9 +39,9 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failure, 2 wrong input, 130 interrupted."""
-    settings = Settings()
+    settings = Settings(tuple(sys.argv[1:] if arguments is None else arguments))
     try:
-        sys.exit(cli.main(arguments, prog_name="flashhead", obj=settings, standalone_mode=False) or 0)
+        sys.exit(cli.main(settings.arguments, prog_name="flashhead", obj=settings, standalone_mode=False) or 0)
     except click.Abort as error:
         if isinstance(error.__cause__ or error.__context__, EOFError):
             _fail("the input ended", 1)

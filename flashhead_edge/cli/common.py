@@ -19,8 +19,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass
 class Settings:
-    """What `main` must know after a verb has failed."""
+    """What a verb must know of its call, and `main` after a verb has failed."""
 
+    arguments: tuple[str, ...] = ()
     debug: bool = False
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 import click
 
-from flashhead_edge.cli.common import answer_only, common_options, folder_argument, json_option, person, write_json
+from flashhead_edge.cli.common import Settings, answer_only, common_options, folder_argument, json_option, person, write_json
 from flashhead_edge.cli.display import shown_progress
 
 
@@ -21,11 +20,14 @@ from flashhead_edge.cli.display import shown_progress
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along.")
 @json_option
 @common_options
-def evaluate(out: Path, texts: tuple[str, ...], positions: int, html: Path | None, torch_device: str | None, trust_remote_code: bool, as_json: bool) -> None:
+@click.pass_obj
+def evaluate(
+    settings: Settings, out: Path, texts: tuple[str, ...], positions: int, html: Path | None, torch_device: str | None, trust_remote_code: bool, as_json: bool
+) -> None:
     """Measure the head of the checkpoint OUT against the dense head, beside other heads, on each text."""
     if html is not None and not html.absolute().parent.is_dir():
         raise click.BadParameter(f"the folder {html.absolute().parent} does not exist.", param_hint="--html")
-    command = shlex.join(["flashhead", *sys.argv[1:]])
+    command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("loading") as progress:
             from flashhead_edge.evaluation import evaluate_checkpoint

@@ -82,11 +82,11 @@ class HeadContender:
         return settings_of(self.head.index)
 
     def find(self, hidden: Array, full: bool = True) -> Found:
-        step = self.head.step(hidden)
+        step, wide = self.head.step_with_logits(hidden) if full and self.full_width else (self.head.step(hidden), None)
         # where the probe takes a count of clusters, its cap cuts at every step by design and says nothing
         capped = None if math.isinf(self.head.index.probe.margin) else to_numpy(step.capped)
-        wide = to_numpy(self.head.logits(hidden)) if full and self.full_width else None
-        return Found(to_numpy(step.token), to_numpy(step.ids), to_numpy(step.logits), to_numpy(step.counts), capped, wide)
+        full_width = None if wide is None else to_numpy(wide)
+        return Found(to_numpy(step.token), to_numpy(step.ids), to_numpy(step.logits), to_numpy(step.counts), capped, full_width)
 
     def cost(self, counts: np.ndarray | None, n: int) -> np.ndarray:
         assert counts is not None and len(counts) == n

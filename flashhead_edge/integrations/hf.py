@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flashhead_edge.errors import CheckpointError, SettingsError, UnsupportedModelError
 from flashhead_edge.head import Step
 from flashhead_edge.index import HeadIndex
-from flashhead_edge.reference import TorchHead, full_logits, step, torch_head
+from flashhead_edge.reference import TorchHead, full_logits, step, step_with_logits, torch_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,6 +77,11 @@ class FlashHead:
         """Full-width raw logits [N, V] float32, every one finite."""
         with torch.no_grad():
             return full_logits(self.torch_head, hidden.to(self.torch_head.weight.device))
+
+    def step_with_logits(self, hidden: Tensor) -> tuple[Step, Tensor]:
+        """Both from one pass of the stages."""
+        with torch.no_grad():
+            return step_with_logits(self.torch_head, hidden.to(self.torch_head.weight.device))
 
     def attach(self, model: PreTrainedModel) -> FlashHead:
         """Make `model` use this head. Its output embedding then gives full-width logits in float32, without gradient.

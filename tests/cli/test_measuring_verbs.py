@@ -27,7 +27,7 @@ def test_evaluate_prints_one_document_and_writes_the_report(inside, checkpoint: 
     assert document["positions"] == 300
     assert document["top1_agreement"] == 1.0  # its head leaves nothing out
     assert document["dense_bytes_per_step"] == 2 * 256 * 32
-    assert document["command"].startswith("flashhead ")
+    assert document["command"].startswith(f"flashhead evaluate {checkpoint} --text ")
     assert all(wanted - {"rivals"} <= rival.keys() for rival in document["rivals"])
     assert "lamps.txt" in result.stderr  # the table, for a person
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
