@@ -25,7 +25,7 @@ from flashhead_edge.fitting import Centroids, Coordinates, Layer, Moments, coded
 from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex, Stage
 from flashhead_edge.intervals import allowed_misses, wilson
 from flashhead_edge.progress import Progress, silent
-from flashhead_edge.reference import dense_tokens, run_stages, torch_head
+from flashhead_edge.reference import coordinates, dense_tokens, probe, run_stages, state_unit, torch_head
 from flashhead_edge.search import Group, Prepared, Traced, choose_margins, mean_counts, misses, needs, trace
 
 STRICTNESS = 10  # own text may miss a tenth of what is promised elsewhere: see own_target
@@ -35,7 +35,9 @@ TRACED_SLOTS = 20_000_000  # states x slots by which margins are priced
 HARD_TOKENS = 64  # always-scored tokens at most, beside the end tokens
 FEW_MISSES = 10  # a margin set by fewer held-out misses is extrapolated
 FRONTIER = (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995)
-CAP_ROOM = 1.5  # a cap over the largest count seen
+MOST_BYTES = 3.0  # of the mean of own text: what a step may read at most, where caps that keep the promise allow it
+CAPS_SHARE = 5  # caps may lose a fifth of the states that may miss
+CAPPED_STATES = 2000  # states that open most, by which caps are chosen
 
 
 @dataclass(frozen=True)
@@ -244,8 +246,13 @@ def finish(
     margins = choose_margins(need, data.groups, traced, f.item_cost)
     lost = misses(need, torch.tensor(margins, dtype=torch.float32), data.groups)
     index = assemble(f, margins, always, weight.shape, fingerprint)
-    progress("caps and tail", None)
-    index, seen = with_caps_and_tail(index, data, weight, bias, seed)
+    index, seen = with_tail(index, data, weight, bias, seed, progress)
+    caps, cut = choose_caps(index, data, weight, bias, seen, progress)
+    if sum(cut):  # what the caps lose, the margins must not
+        rest = [dataclasses.replace(g, allowed=g.allowed - n) for g, n in zip(data.groups, cut)]
+        margins = choose_margins(need, rest, traced, f.item_cost)
+        lost = [a + b for a, b in zip(misses(need, torch.tensor(margins, dtype=torch.float32), rest), cut)]
+    index = with_gates(index, margins, caps)
     frontier = [_frontier_point(t, need, data, traced, f) for t in FRONTIER]
     texts = [_text_record(g, s, m, target) for g, s, m in zip(data.groups, data.sources, lost)]
     worst = min(texts, key=lambda t: t["top1_agreement"])
@@ -267,6 +274,8 @@ def finish(
         "bytes_per_step": float(step_bytes.mean()),
         "bytes_per_step_p99": float(np.quantile(step_bytes, 0.99)),
         "dense_bytes_per_step": dense_bytes(index.vocab_size, index.hidden_size),
+        "most_bytes_per_step": int(bytes_per_step(index, most_counts(index, caps)[None], row_size)[0]),
+        "lost_to_caps": sum(cut),
         "fixed_bytes": fixed_bytes(index),
         "mean_counts": seen.mean(0).tolist(),
         "frontier": frontier,
@@ -322,8 +331,10 @@ def assemble(f: Fitted, margins: Sequence[float], always: np.ndarray, shape: Seq
     )
 
 
-def with_caps_and_tail(index: HeadIndex, data: Data, weight: Tensor, bias: Tensor | None, seed: int, n: int = 1024) -> tuple[HeadIndex, np.ndarray]:
-    """Caps with room over what `n` random states need, and a tail that gives unscored tokens their share of the mass.
+def with_tail(
+    index: HeadIndex, data: Data, weight: Tensor, bias: Tensor | None, seed: int, progress: Progress = silent, n: int = 1024
+) -> tuple[HeadIndex, np.ndarray]:
+    """A tail that gives unscored tokens their share of the mass of `n` random states.
 
     Returns:
         The index, and the states' counts [n, 2 + stages] as in `head.Step`.
@@ -331,19 +342,79 @@ def with_caps_and_tail(index: HeadIndex, data: Data, weight: Tensor, bias: Tenso
     at = torch.randperm(len(data.states), generator=torch.Generator().manual_seed(seed + 1))[:n]
     head = torch_head(index, weight, bias)
     counts, offsets = [], []
-    for rows in at.split(128):
+    for i, rows in enumerate(at.split(128)):
         states = data.states[rows].to(weight.device)
         trail = run_stages(head, states)
         counts.append(trail.counts.cpu())
         if len(offsets) < 2:
             offsets.append(_tail_offset(head, states, trail, weight, bias))
-    seen = torch.cat(counts).numpy()
-    most = [math.ceil(CAP_ROOM * int(c)) for c in seen.max(0)]
-    gates = [index.probe, *(s.gate for s in index.stages)]
-    # what a gate keeps: the probe its opened clusters, a code's gate what the next stage scores
-    capped = [dataclasses.replace(g, cap=max(1, min(len(g.error), most[j if j == 0 else j + 1]))) for j, g in enumerate(gates)]
-    stages = tuple(Stage(s.rows, g) for s, g in zip(index.stages, capped[1:]))
-    return dataclasses.replace(index, probe=capped[0], stages=stages, tail_offset=float(torch.cat(offsets).mean())), seen
+        progress("what a step reads", min(1.0, (i + 1) * 128 / len(at)))
+    return dataclasses.replace(index, tail_offset=float(torch.cat(offsets).mean())), torch.cat(counts).numpy()
+
+
+def with_gates(index: HeadIndex, margins: Sequence[float], caps: Sequence[int]) -> HeadIndex:
+    """The index with other margins and caps, one of each a gate."""
+    gates = [dataclasses.replace(g, margin=float(m), cap=c) for g, m, c in zip([index.probe, *(s.gate for s in index.stages)], margins, caps)]
+    return dataclasses.replace(index, probe=gates[0], stages=tuple(Stage(s.rows, g) for s, g in zip(index.stages, gates[1:])))
+
+
+def most_counts(index: HeadIndex, caps: Sequence[int]) -> np.ndarray:
+    """Counts of a step at which every cap is full, [2 + stages] int64."""
+    return np.array([caps[0], caps[0] * index.cluster_size + index.always_scored.size, *caps[1:]], np.int64)
+
+
+def choose_caps(
+    index: HeadIndex, data: Data, weight: Tensor, bias: Tensor | None, seen: np.ndarray, progress: Progress = silent
+) -> tuple[list[int], list[int]]:
+    """Caps by which no step reads more than MOST_BYTES times the mean, or wider ones where those would lose too much.
+
+    A cap lies between what a step needs on the average, `seen`, and what the hardest states need; all gates at the same
+    share of the way. It is tried on the states that open most clusters: the others it does not touch.
+
+    Returns:
+        A cap for each gate, and the states of each group whose token the caps lose.
+    """
+    row_size = 2 * weight.shape[1]
+    head = torch_head(index, weight, bias)
+    opened = torch.cat([_opened(head, s.to(weight.device)) for s in data.states.split(1024)])
+    hardest = opened.topk(min(CAPPED_STATES, len(opened))).indices.sort().values
+    margins = [index.probe.margin, *(s.gate.margin for s in index.stages)]
+
+    def run(index: HeadIndex, message: str) -> tuple[np.ndarray, Tensor]:
+        head, tokens, counts = torch_head(index, weight, bias), [], []
+        for i, rows in enumerate(hardest.split(128)):
+            step = head.step(data.states[rows].to(weight.device))
+            tokens.append(step.token.cpu())
+            counts.append(step.counts.cpu().numpy())
+            progress(message, min(1.0, (i + 1) * 128 / len(hardest)))
+        return np.concatenate(counts), torch.cat(tokens)
+
+    counts, tokens = run(index, "the hardest steps")
+    gates = [0, *range(2, counts.shape[1])]  # what a gate keeps: the probe its opened clusters, a code's gate what the next stage scores
+    mean, most = seen.mean(0)[gates], np.maximum(counts.max(0), seen.max(0))[gates]
+    bound = MOST_BYTES * float(bytes_per_step(index, seen, row_size).mean())
+
+    def at(share: float) -> list[int]:
+        return [max(1, math.ceil(a + share * (b - a))) for a, b in zip(mean, most)]
+
+    shares = [i / 64 for i in range(1, 65)]
+    fitting = [s for s in shares if bytes_per_step(index, most_counts(index, at(s))[None], row_size)[0] <= bound]
+    for share in [s for s in shares if s >= max(fitting, default=shares[0])][::8]:
+        caps = at(share)
+        _, capped = run(with_gates(index, margins, caps), "caps")
+        gone = (tokens == data.winners[hardest]) & (capped != tokens)
+        cut = [int(gone[(hardest >= g.start) & (hardest < g.stop)].sum()) for g in data.groups]
+        if all(n <= max(g.allowed, 0) // CAPS_SHARE for n, g in zip(cut, data.groups)):
+            return caps, cut
+    return at(1.0), [0] * len(data.groups)
+
+
+def _opened(head: Any, states: Tensor) -> Tensor:
+    """How many clusters states open, the cap left out of account, [N] int64 on the CPU."""
+    z = coordinates(head, states)
+    scores = probe(head, z)
+    gap = (scores.amax(1, keepdim=True) - scores) / (head.probe.error * state_unit(head, z))
+    return (gap <= head.probe.margin).sum(1).cpu()
 
 
 def _tail_offset(head: Any, states: Tensor, trail: Any, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,8 @@ Four kinds, told apart by `kind`:
   column and a scale for each row (reverse water-filling: Cover and Thomas, Elements of Information Theory,
   section 10.3.3).
 * ``product``: consecutive columns in groups; one byte a group names one of the group's 256 codebook entries
-  (product quantisation: Jegou et al., TPAMI 2011, section II).
+  (product quantisation: Jegou et al., TPAMI 2011, section II). The entries are integers of one width a group: in a
+  group of many columns an entry is far from its rows anyway, and a few bits of each column lose nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +32,10 @@ class Coded:
     columns: int
     data: np.ndarray  # [n, bytes a row] uint8: each row's own code, fields packed from the lowest bit up
     scale: np.ndarray | None = None  # int: [n, groups] float16; bits: [n, 1] float16
-    widths: np.ndarray | None = None  # int, bits: [columns] uint8, bits of each column, 0 to 8
-    steps: np.ndarray | None = None  # bits: [columns] float32, distance of two neighbouring values at scale 1
+    widths: np.ndarray | None = None  # [columns] uint8, bits of each column (product: in the codebook), 0 to 8
+    steps: np.ndarray | None = None  # bits, product: [columns] float32, distance of two neighbouring values at scale 1
     group_ends: np.ndarray | None = None  # product: [groups] int32, end column of each group, ascending
-    codebook: np.ndarray | None = None  # product: [256, columns] int8
-    codebook_step: np.ndarray | None = None  # product: [columns] float32, value of 1 in the codebook
+    codebook: np.ndarray | None = None  # product: [256, bytes] uint8: entry e of every group, packed like a row of `bits`
 
     def __post_init__(self) -> None:
         check_coded(self)
@@ -52,7 +52,7 @@ def row_bytes(coded: Coded) -> int:
 
 def table_bytes(coded: Coded) -> int:
     """Bytes read once a step whatever rows are read: steps and codebooks."""
-    tables = (coded.widths if coded.kind == "bits" else None, coded.steps, coded.group_ends, coded.codebook, coded.codebook_step)
+    tables = (None if coded.kind == "int" else coded.widths, coded.steps, coded.group_ends, coded.codebook)
     return sum(t.nbytes for t in tables if t is not None)
 
 
@@ -78,6 +78,11 @@ def check_coded(coded: Coded, name: str = "code") -> None:
         found = "absent" if a is None else f"{a.dtype} {list(a.shape)}"
         want(a is not None and a.dtype == dtype and a.shape == shape, field, found, f"{np.dtype(dtype)} {list(shape)}")
 
+    def widths() -> None:
+        array("widths", np.uint8, (coded.columns,))
+        most = int(coded.widths.max(initial=0))  # type: ignore[union-attr]
+        want(most <= 8, "widths", most, "at most 8 bits")
+
     want(coded.kind in KINDS, "kind", coded.kind, f"one of {', '.join(KINDS)}")
     want(coded.columns >= 1, "columns", coded.columns, "at least 1")
     want(coded.data.dtype == np.uint8 and coded.data.ndim == 2, "data", f"{coded.data.dtype} {list(coded.data.shape)}", "uint8 [n, bytes]")
@@ -87,14 +92,14 @@ def check_coded(coded: Coded, name: str = "code") -> None:
     elif coded.kind == "product":
         groups = coded.data.shape[1]
         array("group_ends", np.int32, (groups,))
-        array("codebook", np.int8, (256, columns))
-        array("codebook_step", np.float32, (columns,))
+        widths()
+        array("steps", np.float32, (columns,))
+        array("codebook", np.uint8, (256, packed_bytes(coded.widths)))  # type: ignore[arg-type]
         ends = np.concatenate([[0], coded.group_ends])  # type: ignore[list-item]
         want(bool((np.diff(ends) > 0).all()) and ends[-1] == columns, "group_ends", coded.group_ends, f"ascending, the last {columns}")
     else:
-        array("widths", np.uint8, (columns,))
+        widths()
         assert coded.widths is not None
-        want(int(coded.widths.max(initial=0)) <= 8, "widths", int(coded.widths.max(initial=0)), "at most 8 bits")
         want(coded.data.shape[1] == packed_bytes(coded.widths), "data", list(coded.data.shape), [n, packed_bytes(coded.widths)])
         groups = 1 if coded.kind == "bits" or coded.scale is None else coded.scale.shape[-1]
         array("scale", np.float16, (n, groups))
@@ -102,6 +107,6 @@ def check_coded(coded: Coded, name: str = "code") -> None:
             array("steps", np.float32, (columns,))
         else:
             want(groups >= 1 and columns % groups == 0, "scale groups", groups, f"a divisor of {columns}")
-    for field in ("scale", "steps", "codebook_step"):
+    for field in ("scale", "steps"):
         a = getattr(coded, field)
         want(a is None or bool(np.isfinite(a).all()), field, "not finite", "finite values")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from flashhead_edge.codes import Coded
 
 # Step of the uniform mid-rise quantiser of least squared error for N(0, 1) (Max, IRE Transactions 1960).
 GAUSSIAN_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.0569, 8: 0.0308}
+ENTRY_NOISE = 0.05  # what rounding a codebook may add to the squared error that its rows have anyway
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +23,13 @@ class TorchCoded:
 
     kind: str
     columns: int
-    arrays: dict[str, Tensor]
+    arrays: dict[str, Tensor]  # of `Coded`; a codebook as its values, `entries` [256, columns] float32
     runs: tuple[tuple[int, int, int, int], ...]  # runs of columns of one width: first column, end, width, first bit
 
 
 def to_torch(coded: Coded, device: torch.device | str = "cpu") -> TorchCoded:
     """Put the arrays on a device once, so that decoding does not copy them again."""
-    names = ("data", "scale", "steps", "group_ends", "codebook", "codebook_step")
+    names = ("data", "scale", "steps", "group_ends")
     arrays = {k: torch.from_numpy(np.ascontiguousarray(getattr(coded, k))).to(device) for k in names if getattr(coded, k) is not None}
     runs: list[tuple[int, int, int, int]] = []
     if coded.widths is not None:
@@ -35,6 +37,8 @@ def to_torch(coded: Coded, device: torch.device | str = "cpu") -> TorchCoded:
         edges = [0, *(np.flatnonzero(np.diff(widths)) + 1).tolist(), len(widths)]
         bits = np.concatenate([[0], np.cumsum(widths)])
         runs = [(a, b, int(widths[a]), int(bits[a])) for a, b in zip(edges, edges[1:])]
+    if coded.codebook is not None:
+        arrays["entries"] = _fields(torch.from_numpy(coded.codebook).to(device), coded.columns, runs) * arrays["steps"]
     return TorchCoded(coded.kind, coded.columns, arrays, tuple(runs))
 
 
@@ -49,22 +53,27 @@ def decode(coded: TorchCoded, rows: Tensor | slice = slice(None)) -> Tensor:
     if coded.kind == "float16":
         return data.contiguous().view(torch.float16).float()
     if coded.kind == "product":
-        book = a["codebook"].float() * a["codebook_step"]
         out = torch.empty(len(data), coded.columns, device=data.device)
         start = 0
         for g, end in enumerate(a["group_ends"].tolist()):
-            out[:, start:end] = book[:, start:end][data[:, g].long()]
+            out[:, start:end] = a["entries"][:, start:end][data[:, g].long()]
             start = end
         return out
-    out = torch.zeros(len(data), coded.columns, device=data.device)
-    for start, end, width, bit in coded.runs:
-        if width:
-            out[:, start:end] = _unpack(data, bit, width, end - start).float() - 2.0 ** (width - 1) + 0.5
+    out = _fields(data, coded.columns, coded.runs)
     scale = a["scale"][rows].float()
     if coded.kind == "bits":
         return out * a["steps"] * scale
     # int: zero must be a value, so the grid is whole numbers; `bits` has its halves (mid-rise)
     return ((out - 0.5).view(len(data), scale.shape[1], -1) * scale[:, :, None]).view(len(data), -1)
+
+
+def _fields(data: Tensor, columns: int, runs: Sequence[tuple[int, int, int, int]]) -> Tensor:
+    """Fields of packed rows on a grid of halves about zero: [n, columns] float32."""
+    out = torch.zeros(len(data), columns, device=data.device)
+    for start, end, width, bit in runs:
+        if width:
+            out[:, start:end] = _unpack(data, bit, width, end - start).float() - 2.0 ** (width - 1) + 0.5
+    return out
 
 
 def _unpack(data: Tensor, bit: int, width: int, count: int) -> Tensor:
@@ -178,24 +187,37 @@ def encode_product(values: Tensor, bytes_per_row: int, weight: Tensor | None = N
     rows = rows.to(values.device)
     w = torch.ones(len(rows), device=values.device) if weight is None else weight.float()[rows].to(values.device)
     book = torch.zeros(256, used, device=values.device)
-    step = torch.zeros(used, device=values.device)
+    step, widths = torch.zeros(used, device=values.device), np.zeros(used, np.uint8)
     data = torch.empty(n, len(ends), dtype=torch.uint8, device=values.device)
     start = 0
     for g, end in enumerate(ends):
         entries = _kmeans(values[rows, start:end], w, 256, iterations, generator)
-        width = entries.abs().amax(0).clamp(min=1e-12) / 127
-        whole = (entries / width).round()
-        book[:, start:end], step[start:end] = whole, width
-        data[:, g] = _nearest(values[:, start:end], whole * width).to(torch.uint8)
+        left = values[rows, start:end] - entries[_nearest(values[rows, start:end], entries)]
+        noise = ENTRY_NOISE * float(left.square().mean(0).sum())
+        for width in range(1, 9):
+            steps = entry_steps(entries, width)
+            whole = (entries / steps).floor().clamp(-(2 ** (width - 1)), 2 ** (width - 1) - 1)
+            coarse = (whole + 0.5) * steps
+            if float((coarse - entries).square().mean(0).sum()) <= noise:
+                break
+        book[:, start:end], step[start:end], widths[start:end] = whole + 2 ** (width - 1), steps, width
+        data[:, g] = _nearest(values[:, start:end], coarse).to(torch.uint8)
         start = end
     return Coded(
         "product",
         used,
         data.cpu().numpy(),
+        widths=widths,
+        steps=step.float().cpu().numpy(),
         group_ends=np.array(ends, np.int32),
-        codebook=book.to(torch.int8).cpu().numpy(),
-        codebook_step=step.float().cpu().numpy(),
+        codebook=_pack(book, widths),
     )
+
+
+def entry_steps(entries: Tensor, width: int) -> Tensor:
+    """Step of each column of a codebook in `width` bits: the Gaussian's, or a smaller one that reaches the largest entry."""
+    whole_range = entries.abs().amax(0) / (2 ** (width - 1) - 0.5)
+    return torch.minimum(GAUSSIAN_STEP[width] * entries.square().mean(0).sqrt(), whole_range).clamp(min=1e-12)
 
 
 def _nearest(values: Tensor, entries: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def test_few_rows_and_constant_rows(n):
 def test_sizes_are_those_of_the_arrays():
     coded = encode(falling(), "product8")
     assert row_bytes(coded) == 8
-    assert table_bytes(coded) == coded.codebook.nbytes + coded.codebook_step.nbytes + coded.group_ends.nbytes
+    assert table_bytes(coded) == coded.codebook.nbytes + coded.widths.nbytes + coded.steps.nbytes + coded.group_ends.nbytes
     assert total_bytes(coded) == 2000 * 8 + table_bytes(coded)
     assert row_bytes(encode(falling(), "int4/16")) == 48 // 2 + 3 * 2
 
@@ -101,7 +101,7 @@ def test_sizes_are_those_of_the_arrays():
     [
         ({"kind": "zip"}, "kind is zip, expected one of float16"),
         ({"data": np.zeros((4, 3), np.int8)}, "data is int8 [4, 3], expected uint8"),
-        ({"codebook": np.zeros((255, 9), np.int8)}, "codebook is int8 [255, 9], expected int8 [256,"),
+        ({"codebook": np.zeros((255, 9), np.uint8)}, "codebook is uint8 [255, 9], expected uint8 [256,"),
         ({"codebook": None}, "codebook is absent"),
         ({"group_ends": np.array([2, 1, 3, 4], np.int32)}, "group_ends is"),
     ],

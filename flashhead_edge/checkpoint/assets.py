@@ -29,7 +29,7 @@ ASSETS = "flash_head_assets"
 INDEX_FILE = "index.safetensors"
 CLUSTERS_FILE = "clustering_cache.safetensors"
 CLUSTERS_CONFIG = "clustering_config.json"
-CODED = ("data", "scale", "widths", "steps", "group_ends", "codebook", "codebook_step")
+CODED = ("data", "scale", "widths", "steps", "group_ends", "codebook")
 AGAIN = "run flashhead convert again, or restore the file"
 
 

@@ -218,7 +218,7 @@ def rich(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 NAMES = sorted(
     ["token_table", "always_scored", "mean", "units", "margins", "caps", "probe.error", "centroids.data", "centroids.scale", "centroids.widths"]
     + ["rotation.data", "rotation.scale", "rotation.widths"]
-    + ["stage.1.data", "stage.1.group_ends", "stage.1.codebook", "stage.1.codebook_step", "stage.1.error"]
+    + ["stage.1.data", "stage.1.group_ends", "stage.1.codebook", "stage.1.widths", "stage.1.steps", "stage.1.error"]
     + ["stage.2.data", "stage.2.scale", "stage.2.widths", "stage.2.steps", "stage.2.error"]
     + [f"stage.{i}.{part}" for i in (3, 4) for part in ("data", "scale", "widths", "error")]
     + ["stage.5.data", "stage.5.error"]
