@@ -200,8 +200,8 @@ def search(
                 made[plan.rotation_bits] = fit_coordinates(weight, bias, moments, plan.rotation_bits)
             f = fit(plan, tables[plan.cluster_size], made[plan.rotation_bits], moments, device, row_size, seed)
             need = needs_of(f, data, at, lambda m, s: progress(f"searching: {describe(plan)}", len(tried) / total))
-            margins = choose_margins(need, group, traced_of(f, data, loosest(need), seed), f.item_cost)
-            counts = mean_counts(traced_of(f, data, margins, seed), margins)
+            traced = traced_of(f, data, loosest(need), seed)
+            counts = mean_counts(traced, choose_margins(need, group, traced, f.item_cost))
             tried[plan] = (f.fixed + sum(c * p for c, p in zip(counts[1:], f.item_cost)), f)
         return tried[plan][0]
 

@@ -14,7 +14,7 @@ from flashhead_edge.codes import Coded
 
 # Step of the uniform mid-rise quantiser of least squared error for N(0, 1) (Max, IRE Transactions 1960).
 GAUSSIAN_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.0569, 8: 0.0308}
-ENTRY_NOISE = 0.05  # what rounding a codebook may add to the squared error that its rows have anyway
+ENTRY_NOISE = 0.2  # what rounding a codebook may add to the squared error that its rows have anyway
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from flashhead_edge.calibration import FIRST, describe, own_target
 from flashhead_edge.capture import SAMPLE_LENGTH, capture_ids, capture_text, recording, sample_own_text
 from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index, read_published
 from flashhead_edge.conversion import calibrate, convert
+from flashhead_edge.costs import bytes_per_step
 from flashhead_edge.errors import CheckpointError, SettingsError
 from flashhead_edge.reference import dense_tokens, torch_head
 
@@ -38,6 +39,19 @@ def test_the_promise_holds_on_fresh_own_text(converted):
     assert agreement >= 0.95
     assert summary["texts"][0]["top1_agreement_interval"][0] >= own_target(0.95)
     assert summary["reached"]
+
+
+def test_no_step_reads_more_than_the_summary_says(converted):
+    """States unlike any text, long ones among them, run into the caps, and the caps hold."""
+    out, summary = converted
+    head = read_head(out)
+    index = read_index(out, head)
+    hidden = torch.randn(512, index.hidden_size, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1.5, 512)[:, None]
+    step = torch_head(index, head.weight).step(hidden)
+    read = bytes_per_step(index, step.counts.numpy(), 2 * index.hidden_size)
+    assert step.capped.any()
+    assert read.max() <= summary["most_bytes_per_step"]
+    assert summary["lost_to_caps"] <= summary["texts"][0]["misses"]
 
 
 def test_padding_is_never_returned(converted):

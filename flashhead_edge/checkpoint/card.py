@@ -64,6 +64,8 @@ def _contract(name: str, index: HeadIndex) -> str:
     if "bytes_per_step" in s and "dense_bytes_per_step" in s:
         share = s["bytes_per_step"] / s["dense_bytes_per_step"]
         lines.append(f"- Bytes read per step: {s['bytes_per_step'] / 1e6:.2f} MB, {_share(share)} of the dense head in 16 bits.")
+    if "most_bytes_per_step" in s:
+        lines.append(f"- No step reads more than {s['most_bytes_per_step'] / 1e6:.2f} MB.")
     texts = s.get("texts") or []
     if texts:
         lines += ["- Calibrated on:"] + [f"  - {_text(t)}" for t in texts]

@@ -118,6 +118,9 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
     mean, p99 = summary["bytes_per_step"], summary["bytes_per_step_p99"]
     share = f"{percent(mean / dense)} of the dense head's {megabytes(dense)}"
     console.print(Text(f"a step reads {megabytes(mean)} on average, {share}; 99 of 100 steps read at most {megabytes(p99)}"))
+    if "most_bytes_per_step" in summary:
+        lost = f"; the caps that see to it lose {summary['lost_to_caps']:,} held-out tokens, counted above" if summary["lost_to_caps"] else ""
+        console.print(Text(f"no step reads more than {megabytes(summary['most_bytes_per_step'])}{lost}"))
     if not summary.get("reached", True):
         console.print(Text("The target was not reached on every text: this is the best there is.", style="red"))
     if summary.get("extrapolated"):
