@@ -73,7 +73,7 @@ class Traced:
     states: int
     slots_a_cluster: float
     probe: Tensor  # [m] float32, gaps of clusters
-    passed: tuple[Tensor, ...]  # after each code: [m, 2 + codes so far] float32, a slot's gaps at every gate so far
+    passed: tuple[Tensor, ...]  # after each code: [2 + codes so far, m] float32, a slot's gaps at every gate so far
 
 
 def trace(p: Prepared, parts: Sequence[tuple[Tensor, int]], loosest: Sequence[float]) -> Traced:
@@ -89,8 +89,8 @@ def trace(p: Prepared, parts: Sequence[tuple[Tensor, int]], loosest: Sequence[fl
             here = gap[row, slot]
             through = here <= loosest[j]
             row, slot, columns = row[through], slot[through], [c[through] for c in columns] + [here[through]]
-            passed[j - 1].append(torch.stack(columns, 1))
-    return Traced(sum(len(z) for z, _ in parts), float(p.filled.sum()) / len(p.probe_error), torch.cat(probe), tuple(torch.cat(x) for x in passed))
+            passed[j - 1].append(torch.stack(columns))
+    return Traced(sum(len(z) for z, _ in parts), float(p.filled.sum()) / len(p.probe_error), torch.cat(probe), tuple(torch.cat(x, 1) for x in passed))
 
 
 def mean_counts(traced: Traced, margins: Sequence[float]) -> list[float]:
@@ -98,7 +98,10 @@ def mean_counts(traced: Traced, margins: Sequence[float]) -> list[float]:
     opened = float((traced.probe <= margins[0]).sum()) / traced.states
     out = [opened, opened * traced.slots_a_cluster]
     for gaps in traced.passed:
-        out.append(float((gaps <= torch.tensor(margins[: gaps.shape[1]], device=gaps.device)).all(1).sum()) / traced.states)
+        through = gaps[0] <= margins[0]
+        for gap, margin in zip(gaps[1:], margins[1:]):
+            through &= gap <= margin
+        out.append(float(through.sum()) / traced.states)
     return out
 
 
