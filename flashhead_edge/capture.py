@@ -214,9 +214,10 @@ def _sample(model: Any, ids: Tensor, vocab_size: int, ends: list[int], generator
             cache = out.past_key_values
             logits = out.logits[:, -1, :vocab_size].float()
             logits[:, ends] = -torch.inf
-            # the largest of logit + Gumbel noise is a draw from the softmax
-            noise = torch.empty_like(logits).exponential_(generator=generator)
-            step_ids = ((logits / temperature).softmax(1) / noise).argmax(1, keepdim=True).to(ids.device)
+            total = (logits / temperature).softmax(1).cumsum(1)
+            # one number in (0, 1] a draw: never 0, which would fall on a token of no probability
+            drawn = total[:, -1:] * (1 - torch.rand(len(total), 1, generator=generator, device=total.device))
+            step_ids = torch.searchsorted(total, drawn).to(ids.device)
             ids = torch.cat([ids, step_ids], 1)
             progress(ids.shape[1] / length)
     return torch.cat(parts, 1).flatten(0, 1), ids.cpu()

@@ -194,7 +194,7 @@ def calibrated(
         index = calibration.finish(fitted, data, target, weight, bias, ends, weights.fingerprint, seed, progress)
     dense = dense_bytes(weights.vocab_size, weight.shape[1])
     searched = [{"plan": calibration.describe(t.plan), "state_power": t.plan.state_power, "share": t.cost / dense} for t in tried]
-    chosen = f"{calibration.describe(fitted.plan)}: the least cost of {len(tried)} candidates at {calibration.SEARCHED_TARGET:.1%} held-out agreement"
+    chosen = f"{calibration.describe(fitted.plan)}: the least cost of {len(tried)} candidates at equal held-out misses"
     frontier = index.summary["frontier"]
     if priced is not None:  # bytes' worth of time, as time
         frontier = [p | {"cost": p["cost"] / (priced.bandwidth * 1e3)} for p in frontier]
