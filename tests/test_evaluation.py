@@ -363,7 +363,7 @@ def test_lowest_text_counts() -> None:
         (None, 10, "no such file, expected a text file; check the path"),
         (b"", 10, "no tokens found, expected at least one; give a file with text in it"),
         (b"ab\xffcd", 10, "byte 2 is not UTF-8, expected UTF-8 text; convert the file"),
-        (b"text", 0, "0 positions and 8 prompts, expected at least 1 and 0"),
+        (b"text", 0, "0 positions and 0 prompts, expected at least 1 and 0"),
     ],
 )
 def test_bad_texts(checkpoint: Path, tmp_path: Path, content: bytes | None, positions: int, sentence: str) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 WINDOW = 512  # tokens of a text that a state may depend on
 PROMPT_TOKENS = 64  # of a prompt cut from the text
+PROMPT_EVERY, MOST_PROMPTS = 500, 8  # positions; prompts of a text
 NEW_TOKENS = 128  # of greedy text after it
 
 
@@ -51,7 +52,7 @@ def evaluate_checkpoint(
     progress: Progress = silent,
     *,
     rivals: bool = True,
-    prompts: int = 8,
+    prompts: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     command: str | None = None,
@@ -62,7 +63,8 @@ def evaluate_checkpoint(
         folder: a FlashHead checkpoint.
         texts: UTF-8 files; of each the first `positions` tokens count, read in windows of 512.
         rivals: measure the dense int8 and int4 heads and the published method as well.
-        prompts: prompts cut from each text, from which greedy text runs freely; 0 for none.
+        prompts: prompts cut from each text, from which greedy text runs freely; 0 for none. Unless told, one for each
+            500 positions, at most 8.
         device: where the model computes: a GPU if there is one, unless told.
         command: the command line, for the record.
     Returns:
@@ -72,6 +74,7 @@ def evaluate_checkpoint(
         CheckpointError: the folder holds no FlashHead checkpoint, or a damaged one.
         SettingsError: a setting is out of range, or a text is missing, empty or not UTF-8.
     """
+    prompts = min(MOST_PROMPTS, -(-positions // PROMPT_EVERY)) if prompts is None else prompts
     if positions < 1 or prompts < 0:
         raise SettingsError(f"evaluation: {positions} positions and {prompts} prompts, expected at least 1 and 0; call again with other values")
     if not texts:
