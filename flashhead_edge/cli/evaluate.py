@@ -15,6 +15,7 @@ from flashhead_edge.cli.display import shown_progress
 @folder_argument
 @click.option("--text", "texts", multiple=True, required=True, metavar="FILE", help="Text to measure on. Repeatable.")
 @click.option("--positions", type=click.IntRange(min=1), default=8000, show_default=True, help="Positions measured of each text at most.")
+@click.option("--no-rivals", "alone", is_flag=True, help="Leave out the other heads: this one alone, in a third of the time.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained report with plots to this file.")
 @click.option("--torch-device", metavar="NAME", help="Where the model runs.  [default: a GPU if there is one]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along.")
@@ -22,7 +23,15 @@ from flashhead_edge.cli.display import shown_progress
 @common_options
 @click.pass_obj
 def evaluate(
-    settings: Settings, out: Path, texts: tuple[str, ...], positions: int, html: Path | None, torch_device: str | None, trust_remote_code: bool, as_json: bool
+    settings: Settings,
+    out: Path,
+    texts: tuple[str, ...],
+    positions: int,
+    alone: bool,
+    html: Path | None,
+    torch_device: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Measure the head of the checkpoint OUT against the dense head, beside other heads, on each text."""
     if html is not None and not html.absolute().parent.is_dir():
@@ -34,7 +43,9 @@ def evaluate(
             from flashhead_edge.report.html import write_html
             from flashhead_edge.report.tables import show_evaluation
 
-            result = evaluate_checkpoint(out, texts, positions, progress, device=torch_device, trust_remote_code=trust_remote_code, command=command)
+            result = evaluate_checkpoint(
+                out, texts, positions, progress, rivals=not alone, device=torch_device, trust_remote_code=trust_remote_code, command=command
+            )
             if html is not None:
                 write_html(result, html)
         show_evaluation(result, person(stdout, as_json))

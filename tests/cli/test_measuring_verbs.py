@@ -27,6 +27,7 @@ def test_evaluate_prints_one_document_and_writes_the_report(inside, checkpoint: 
     assert document["positions"] == 300
     assert document["top1_agreement"] == 1.0  # its head leaves nothing out
     assert document["dense_bytes_per_step"] == 2 * 256 * 32
+    assert len(document["rivals"]) >= 4
     assert document["command"].startswith(f"flashhead evaluate {checkpoint} --text ")
     assert all(wanted - {"rivals"} <= rival.keys() for rival in document["rivals"])
     assert "lamps.txt" in result.stderr  # the table, for a person
@@ -106,3 +107,12 @@ def test_json_reader_is_strict() -> None:
         one_document("{}\n{}")
     with pytest.raises(AssertionError):
         one_document('{"x": NaN}')
+
+
+def test_evaluate_without_rivals_gives_the_same_figures_of_the_head_itself(inside, checkpoint: Path, text: Path) -> None:
+    """Everything but the rivals is as it is beside them."""
+    beside = one_document(inside("evaluate", checkpoint, "--text", text, "--positions", 200, "--json").stdout)
+    alone = one_document(inside("evaluate", checkpoint, "--text", text, "--positions", 200, "--no-rivals", "--json").stdout)
+    assert alone["rivals"] == [] and beside["rivals"]
+    same = {"rivals", "command", "texts"}
+    assert {k: v for k, v in alone.items() if k not in same} == {k: v for k, v in beside.items() if k not in same}
