@@ -258,6 +258,7 @@ def finish(
         margins = choose_margins(need, rest, traced, f.item_cost)
         lost = [a + b for a, b in zip(misses(need, torch.tensor(margins, dtype=torch.float32), rest), cut)]
     index = with_gates(index, margins, caps)
+    _, seen = with_tail(index, data, weight, bias, seed, progress)  # what the head as it is written reads
     frontier = [_frontier_point(t, need, data, traced, f) for t in FRONTIER]
     texts = [_text_record(g, s, m, target) for g, s, m in zip(data.groups, data.sources, lost)]
     worst = min(texts, key=lambda t: t["top1_agreement"])
@@ -339,7 +340,7 @@ def assemble(f: Fitted, margins: Sequence[float], always: np.ndarray, shape: Seq
 def with_tail(
     index: HeadIndex, data: Data, weight: Tensor, bias: Tensor | None, seed: int, progress: Progress = silent, n: int = 1024
 ) -> tuple[HeadIndex, np.ndarray]:
-    """A tail that gives unscored tokens their share of the mass of `n` random states.
+    """A tail that gives unscored tokens their share of the mass of 256 random states, and what `n` of them read.
 
     Returns:
         The index, and the states' counts [n, 2 + stages] as in `head.Step`.
@@ -354,7 +355,8 @@ def with_tail(
         if len(offsets) < 2:
             offsets.append(_tail_offset(head, states, trail, weight, bias))
         progress("what a step reads", min(1.0, (i + 1) * 128 / len(at)))
-    return dataclasses.replace(index, tail_offset=float(torch.cat(offsets).mean())), torch.cat(counts).numpy()
+    found = torch.cat(offsets)  # empty where every state scores every token: then nothing has a tail
+    return dataclasses.replace(index, tail_offset=float(found.mean()) if len(found) else 0.0), torch.cat(counts).numpy()
 
 
 def with_gates(index: HeadIndex, margins: Sequence[float], caps: Sequence[int]) -> HeadIndex:
@@ -374,10 +376,10 @@ def choose_caps(
     """Caps by which no step reads more than MOST_BYTES times the mean, or wider ones where those would lose too much.
 
     A cap lies between what a step needs on the average, `seen`, and what the hardest states need; all gates at the same
-    share of the way. It is tried on the states that open most clusters: the others it does not touch.
+    share of the way. They are tried on the states that open most clusters, where nearly all that they cut lies.
 
     Returns:
-        A cap for each gate, and the states of each group whose token the caps lose.
+        A cap for each gate, and the states of each group, of those tried, whose token the caps lose.
     """
     row_size = 2 * weight.shape[1]
     head = torch_head(index, weight, bias)

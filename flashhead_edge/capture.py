@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_edge.errors import SettingsError, UnsupportedModelError
+from flashhead_edge.errors import CheckpointError, SettingsError, UnsupportedModelError
 from flashhead_edge.progress import Progress, silent
 
 WINDOW = 512  # tokens that a text is read in at a time
@@ -55,8 +55,19 @@ def recording(model: Any, *, compute: bool) -> Iterator[list[Tensor]]:
         del head.forward
 
 
+def check_finite(states: Tensor) -> None:
+    """Raise CheckpointError where a model gives states that are no numbers."""
+    if not bool(states.isfinite().all()):
+        raise CheckpointError("hidden states: NaN or infinity found, expected finite values; the model's weights are damaged: fetch the model again")
+
+
 def compact(states: Tensor) -> Tensor:
-    """States in half the memory, where every value fits."""
+    """States in half the memory, where every value fits.
+
+    Raises:
+        CheckpointError: a value is no number: the model's weights are damaged.
+    """
+    check_finite(states)
     half = states.to(torch.float16)
     return half if bool(half.isfinite().all()) else states.float()
 
@@ -75,6 +86,7 @@ def capture_ids(model: Any, ids: Tensor, window: int = WINDOW, progress: Progres
         for start in range(0, len(ids), window):
             model(input_ids=ids[None, start : start + window].to(device), use_cache=False)
             out.append(seen.pop().reshape(-1, seen_width(model)).float().cpu())
+            check_finite(out[-1])
             progress(message, min(1.0, (start + window) / len(ids)))
     return torch.cat(out) if out else torch.zeros(0, seen_width(model))
 
@@ -94,15 +106,19 @@ def capture_text(model: Any, tokenizer: Any, name: str, positions: int, progress
     return Source(Path(name).name, compact(states), False, digest_of(ids))
 
 
+def need_datasets(name: str) -> Any:
+    """The package datasets, which a data set's `name` needs."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise SettingsError(f"{name}: the package datasets is not installed, expected for a data set's name; pip install datasets, or give a file") from error
+    return datasets
+
+
 def read_text(name: str) -> str:
     """The text of a file, or of a data set by its name on the hub."""
     if name.startswith("datasets:"):
-        try:
-            import datasets
-        except ImportError as error:
-            raise SettingsError(
-                f"{name}: the package datasets is not installed, expected for a data set's name; pip install datasets, or give a file"
-            ) from error
+        datasets = need_datasets(name)
         path, *rest = name.removeprefix("datasets:").split(":")
         parts = path.split("/")
         # OWNER/NAME or OWNER/NAME/CONFIG; a name without owner has no slash
@@ -209,6 +225,7 @@ def _sample(model: Any, ids: Tensor, vocab_size: int, ends: list[int], generator
         while True:
             out = model(input_ids=step_ids, past_key_values=cache, use_cache=True)
             parts.append(seen.pop().float().cpu())
+            check_finite(parts[-1])
             if ids.shape[1] == length:
                 break
             cache = out.past_key_values

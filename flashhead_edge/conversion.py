@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge import calibration
-from flashhead_edge.capture import Source, capture_text, end_ids, sample_own_text
+from flashhead_edge.capture import Source, capture_text, end_ids, need_datasets, read_text, sample_own_text
 from flashhead_edge.checkpoint import (
     HeadWeights,
     PublishedClusters,
@@ -76,6 +76,8 @@ def convert(
         raise SettingsError(f"head is {head!r}, expected one of {', '.join(HEADS)}; leave it out for the default")
     calibration.check_settings(target, positions)
     priced = device_named(device_model)
+    if head == "published" and texts:
+        raise SettingsError("head published: it is calibrated on nothing, expected no calibration text; leave the texts out, or convert to the fitted head")
     source = open_source(model, trust_remote_code=trust_remote_code)
     check_output(source, out, overwrite)
     _check_texts(texts)
@@ -108,24 +110,26 @@ def convert(
 def calibrate(
     folder: str | Path,
     *,
-    target: float = 0.995,
+    target: float | None = None,
     texts: Sequence[str] = (),
     positions: int = 60_000,
     device_model: str | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Fit the head of a checkpoint again, in place, for another target or other texts, with the clusters it has.
 
-    Arguments, returned summary and errors as in `convert`.
+    Arguments, returned summary and errors as in `convert`; without a target the checkpoint keeps the one that it has.
     """
-    calibration.check_settings(target, positions)
+    calibration.check_settings(0.995 if target is None else target, positions)
     priced = device_named(device_model)
     folder = Path(folder)
-    source = open_source(folder)
+    source = open_source(folder, trust_remote_code=trust_remote_code)
     _check_texts(texts)
     weights = read_head(source)
     before = read_index(folder, weights)
+    target = before.summary.get("target_agreement", 0.995) if target is None else target
     if before.rotation is None:
         raise CheckpointError(
             f"{folder}: a published head, which is calibrated on nothing, expected a fitted one; convert the model again without --head published"
@@ -133,7 +137,7 @@ def calibrate(
     read_published(folder)
     weight, bias = _on_device(weights)
     progress("loading the model", None)
-    runner, tokenizer = load_model(folder, device=device_of_work()), load_tokenizer(folder)
+    runner, tokenizer = load_model(source, device=device_of_work(), trust_remote_code=trust_remote_code), load_tokenizer(source)
     sources = capture(runner, tokenizer, weights.vocab_size, texts, positions, seed, progress)
     ends = end_ids(runner, tokenizer, weights.vocab_size)
     del runner
@@ -143,14 +147,12 @@ def calibrate(
 
 
 def _check_texts(texts: Sequence[str]) -> None:
-    """Find a missing or empty file before minutes of work."""
+    """Find a file that is missing, empty or no text, or a missing package, before minutes of work."""
     for name in texts:
         if name.startswith("datasets:"):
+            need_datasets(name)
             continue
-        path = Path(name)
-        if not path.is_file():
-            raise SettingsError(f"calibration text {name}: no such file, expected a text file or datasets:NAME; check the path")
-        if not path.read_bytes().strip():
+        if not read_text(name).strip():
             raise SettingsError(f"calibration text {name}: the file is empty, expected text; give another file or leave it out")
 
 

@@ -16,6 +16,7 @@ from flashhead_edge.head import Step
 from flashhead_edge.index import Gate, HeadIndex, own_error, slot_of_token
 
 BELOW = 2.0**-7  # of 1 + the smallest exact logit's size: two steps of bfloat16, so that rounding makes no ties
+NEAR = 1e-4  # of 1 + the largest logit's size: far more than a float32 sum is wrong by
 DECODED_BYTES = 64 << 20  # rows are decoded in blocks of about this size
 
 
@@ -272,9 +273,14 @@ def dense_tokens(weight: Tensor, bias: Tensor | None, hidden: Tensor, vocab_size
         rough = h.float() @ matrix.T
         if bias is not None:
             rough = rough + bias[:vocab_size].float()
-        ids = rough.topk(min(near, vocab_size), dim=1).indices.sort(1).values
+        top = rough.topk(min(near, vocab_size), dim=1)
+        ids = top.indices.sort(1).values
         exact = (weight[ids].double() @ h.double()[:, :, None])[:, :, 0]
         if bias is not None:
             exact = exact + bias[ids].double()
-        out.append(greedy(ids, exact.float()))
+        token = greedy(ids, exact.float())
+        tied = top.values[:, -1] >= top.values[:, 0] - NEAR * (1 + top.values[:, 0].abs())  # more may be as near as those
+        if near < vocab_size and bool(tied.any()):
+            token[tied] = dense_logits(weight, bias, h[tied], vocab_size).argmax(1)
+        out.append(token)
     return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.int64)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_checkpoints import content, save_model
+from small_checkpoints import content, save_model, save_tokenizer
 from small_models import VOCAB, small_model
 
 from flashhead_edge.calibration import FIRST, describe, own_target
@@ -13,7 +13,7 @@ from flashhead_edge.capture import SAMPLE_LENGTH, capture_ids, capture_text, rec
 from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index, read_published
 from flashhead_edge.conversion import calibrate, convert
 from flashhead_edge.costs import bytes_per_step
-from flashhead_edge.errors import CheckpointError, SettingsError
+from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
 from flashhead_edge.reference import dense_tokens, torch_head
 
 
@@ -77,6 +77,7 @@ def test_calibrate_again_keeps_clusters_and_weights(model, converted, tmp_path):
     assert np.array_equal(before.token_table, after.token_table)
     assert [t["name"] for t in summary["texts"]] == ["own text", "text.txt"]
     assert after.summary["target_agreement"] == 0.9
+    assert calibrate(tmp_path / "out", positions=4000)["target_agreement"] == 0.9  # its own, where none is given
     text = summary["texts"][1]
     assert text["required"] == 0.9
     assert text["top1_agreement_interval"][0] >= 0.9
@@ -140,6 +141,34 @@ def test_empty_and_binary_texts(model, tmp_path):
     with pytest.raises(SettingsError, match="byte 2 is not UTF-8"):
         capture_text(None, None, str(tmp_path / "binary.txt"), 10)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
+def test_what_cannot_work_is_found_before_any_work(model, tmp_path, monkeypatch):
+    """A text that is none, a place that cannot be written, a device that is not there: nothing was loaded by then."""
+    monkeypatch.setattr("flashhead_edge.conversion.read_head", None)
+    (tmp_path / "binary.txt").write_bytes(b"ab\xff\xfe")
+    with pytest.raises(SettingsError, match="byte 2 is not UTF-8"):
+        convert(model, tmp_path / "out", texts=[str(tmp_path / "binary.txt")])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file cannot be written .*, expected a folder where a checkpoint may be made"):
+        convert(model, tmp_path / "file" / "out")
+    with pytest.raises(SettingsError, match="head published: it is calibrated on nothing, expected no calibration text"):
+        convert(model, tmp_path / "out", head="published", texts=[str(tmp_path / "file")])
+    with pytest.raises(DeviceError, match="device banana: torch cannot use it, expected one of cpu"):
+        load_model(model, device="banana")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["binary.txt", "file"]
+
+
+def test_damaged_body_is_said(tmp_path):
+    """A NaN in a body's weight: no head can be calibrated on what such a model says."""
+    runner = small_model("llama")
+    with torch.no_grad():
+        runner.model.layers[0].mlp.down_proj.weight[3, 5] = torch.nan
+    runner.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="hidden states: NaN or infinity found, expected finite values"):
+        convert(tmp_path / "model", tmp_path / "out", positions=1000)
+    assert not (tmp_path / "out").exists()
 
 
 def test_existing_output_is_refused_before_any_work(model, tmp_path):

@@ -77,6 +77,11 @@ def test_stages_are_the_words(weight, hidden, margins, caps, power):
         assert bool(found.capped[n]) == capped
 
 
+def test_many_ties_go_to_the_smallest_id(weight):
+    """A state of zeros makes every logit equal, more of them than the quick pass keeps."""
+    assert dense_tokens(weight, None, torch.zeros(3, weight.shape[1]), len(weight)).tolist() == [0, 0, 0]
+
+
 def test_published_head_opens_the_best_by_cosine(weight, hidden):
     index = few_probes(weight, 3)
     found = torch_head(index, weight).step(hidden)

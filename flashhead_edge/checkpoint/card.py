@@ -54,6 +54,10 @@ def _contract(name: str, index: HeadIndex) -> str:
     lines += ["## Contract", ""]
     if "target_agreement" in s:
         lines.append(f"- Target: the dense head's greedy token at {_share(s['target_agreement'])} of the steps.")
+    if s.get("reached") is False:
+        lines.append("- **The target was not reached**: these are the best settings found, see the texts below.")
+    if s.get("extrapolated"):
+        lines.append("- A margin rests on fewer than 10 held-out misses: it is extrapolated.")
     if "top1_agreement" in s:
         interval = s.get("top1_agreement_interval")
         about = f" (95 % interval {_share(interval[0])} to {_share(interval[1])})" if interval else ""

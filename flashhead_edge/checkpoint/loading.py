@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashhead_edge.checkpoint import families
 from flashhead_edge.checkpoint.source import Source, open_source
-from flashhead_edge.errors import CheckpointError, SettingsError
+from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,17 @@ log = logging.getLogger(__name__)
 NOT_STORED = ("zero_point", "qzeros", "g_idx")  # a symmetric scheme, or one in the order of columns, has none
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 OURS = ("flash_head", "flash_head_cache_dir", "flash_head_special_token_ids", "n_clusters", "n_probes")
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Raise DeviceError where torch cannot compute on `device`."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        some = "cpu, cuda" if torch.cuda.is_available() else "cpu (torch sees no GPU: flashhead doctor says why)"
+        raise DeviceError(f"device {device}: torch cannot use it, expected one of {some}; leave --torch-device out for the default") from error
 
 
 def load_model(
@@ -35,9 +46,11 @@ def load_model(
     Raises:
         CheckpointError: weights are missing or damaged.
         SettingsError: `dtype` cannot hold the head's weights.
+        DeviceError: there is no such device here.
     """
     import torch
 
+    _check_device(device)
     source = open_source(source, trust_remote_code=trust_remote_code)
     dtype = torch.float32 if dtype is None else dtype
     if source.gguf is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ def check_output(source: Source | None, out: str | Path, overwrite: bool = False
             raise CheckpointError(f"{path}: a file has this name, expected a folder; choose another name")
         if any(path.iterdir()) and not is_checkpoint(path):
             raise CheckpointError(f"{path}: the folder is no FlashHead checkpoint, and only those are overwritten; choose another name or remove it yourself")
+    above = next(p for p in path.parents if p.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=".flashhead-", dir=above)).rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {above} cannot be written ({error.strerror}), expected a folder where a checkpoint may be made; choose another"
+        ) from error
     return path
 
 

@@ -13,20 +13,38 @@ from flashhead_edge.cli.display import shown_progress
 @click.command(short_help="Give a checkpoint a new target or new texts.")
 @folder_argument
 @click.option("--calibration", "texts", multiple=True, metavar="FILE|datasets:NAME", help="Calibrate on this text too, and hold it to the target. Repeatable.")
-@click.option("--target-agreement", "target", type=float, default=0.995, show_default=True, help="Share of steps that keep the dense head's token.")
+@click.option("--target-agreement", "target", type=float, help="Share of steps that keep the dense head's token.  [default: the checkpoint's own]")
 @click.option("--positions", type=click.IntRange(min=1), default=60_000, show_default=True, help="Positions to calibrate on.")
 @click.option("--device", "device_model", metavar="NAME", help="Count cost as time on this device instead of bytes.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same command and seed give the same checkpoint.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Same command, seed and threads: same checkpoint.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along.")
 @json_option
 @common_options
-def calibrate(out: Path, texts: tuple[str, ...], target: float, positions: int, device_model: str | None, seed: int, as_json: bool) -> None:
+def calibrate(
+    out: Path, texts: tuple[str, ...], target: float | None, positions: int, device_model: str | None, seed: int, trust_remote_code: bool, as_json: bool
+) -> None:
     """Calibrate the checkpoint OUT again, in place, without clustering again."""
     with answer_only() as stdout:
         with shown_progress("loading") as progress:
             from flashhead_edge.conversion import calibrate as run
             from flashhead_edge.report.tables import show_conversion
 
-            summary = run(out, target=target, texts=texts, positions=positions, device_model=device_model, seed=seed, progress=progress)
+            summary = run(
+                out,
+                target=target,
+                texts=texts,
+                positions=positions,
+                device_model=device_model,
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
         show_conversion(summary, person(stdout, as_json))
         if as_json:
             write_json(summary, stdout)

@@ -18,7 +18,13 @@ from flashhead_edge.cli.display import shown_progress
 @click.option("--head", type=click.Choice(["fitted", "published"]), default="fitted", show_default=True, help="The calibrated head, or the published method's.")
 @click.option("--positions", type=click.IntRange(min=1), default=60_000, show_default=True, help="Positions to calibrate on.")
 @click.option("--device", "device_model", metavar="NAME", help="Count cost as time on this device instead of bytes.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same command and seed give the same checkpoint.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Same command, seed and threads: same checkpoint.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that MODEL brings along.")
 @json_option

@@ -46,10 +46,9 @@ def evaluate(
             result = evaluate_checkpoint(
                 out, texts, positions, progress, rivals=not alone, device=torch_device, trust_remote_code=trust_remote_code, command=command
             )
-            if html is not None:
-                write_html(result, html)
         show_evaluation(result, person(stdout, as_json))
-        if html is not None:
-            click.echo(f"report: {html}", err=True)
         if as_json:
             write_json(result, stdout)
+        if html is not None:
+            write_html(result, html)
+            click.echo(f"report: {html}", err=True)

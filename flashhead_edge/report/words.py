@@ -51,7 +51,8 @@ def verdict(document: Mapping[str, Any]) -> tuple[str, str]:
     if target is None:
         return "none", f"The head was not calibrated to a target. It kept the dense head's token in {where}."
     if lowest >= target:
-        return "kept", f"The promise of {percent(target, 1)} was kept: {where}."
+        sure = "" if ends[0] >= target else f" The 95 % interval starts at {percent(ends[0])}: more positions would make it sure."
+        return "kept", f"The promise of {percent(target, 1)} was kept: {where}.{sure}"
     if ends[1] >= target:
         return "close", f"The promise of {percent(target, 1)} was not reached, by less than chance explains: {where}."
     return "missed", f"The promise of {percent(target, 1)} was not kept: {where}."
