@@ -221,3 +221,16 @@ def test_own_text_is_seeded_and_full(model):
     assert a.digest == b.digest != c.digest
     assert torch.equal(a.states, b.states)
     assert len(a.states) == 8 * SAMPLE_LENGTH
+
+
+def test_a_vocabulary_of_seven(tmp_path):
+    """So few tokens that every step scores them all: there is no tail to fit, and nothing is missed but by margins."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=7, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=256)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", 7)
+    summary = convert(tmp_path / "model", tmp_path / "out", positions=1500, target=0.9)
+    assert summary["reached"]
+    assert sorted(read_index(tmp_path / "out").token_table[read_index(tmp_path / "out").token_table >= 0].tolist()) == list(range(7))
