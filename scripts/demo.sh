@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
 out=demo/SmolLM2-135M-FlashHead
 report=demo/report.html
-positions=20000
+positions=15000
 mkdir -p demo
 
 step() { printf '\n== %s\n' "$*"; }
@@ -17,8 +17,8 @@ model=$("$BIN/python" scripts/fetch_model.py)
 step "2/4 flashhead convert, calibrated on $positions positions of the model's own text (the default is 60,000: slower, and a firmer proof)"
 "$BIN/flashhead" convert "$model" "$out" --positions "$positions" --overwrite
 
-step "3/4 flashhead evaluate, on three texts that it was not calibrated on, up to 1,000 positions each"
-"$BIN/flashhead" evaluate "$out" --positions 1000 --html "$report" \
+step "3/4 flashhead evaluate, on three texts that it was not calibrated on, up to 700 positions each"
+"$BIN/flashhead" evaluate "$out" --positions 700 --html "$report" \
   --text examples/text/english.txt --text examples/text/german.txt --text examples/text/records.json
 
 step "4/4 flashhead generate, with the fast head"
