@@ -2,7 +2,7 @@
 
 The promise is `target`: the share of steps that keep the dense head's token, on text that was never calibrated on.
 Own text flatters itself, so it is held to a stricter share (`own_target`); texts given are held to the target each.
-Every state is held out once: two folds, centroids of one measured on the other. docs/experiments.md has the why.
+Every state is measured once with centroids fitted without it: two folds, those of one measured on the other. docs/experiments.md has the why.
 """
 
 from __future__ import annotations
@@ -251,14 +251,14 @@ def finish(
     margins = choose_margins(need, data.groups, traced, f.item_cost)
     lost = misses(need, torch.tensor(margins, dtype=torch.float32), data.groups)
     index = assemble(f, margins, always, weight.shape, fingerprint)
-    index, seen = with_tail(index, data, weight, bias, seed, progress)
+    _, seen = with_tail(index, data, weight, bias, seed, progress)
     caps, cut = choose_caps(index, data, weight, bias, seen, progress)
     if sum(cut):  # what the caps lose, the margins must not
         rest = [dataclasses.replace(g, allowed=g.allowed - n) for g, n in zip(data.groups, cut)]
         margins = choose_margins(need, rest, traced, f.item_cost)
         lost = [a + b for a, b in zip(misses(need, torch.tensor(margins, dtype=torch.float32), rest), cut)]
     index = with_gates(index, margins, caps)
-    _, seen = with_tail(index, data, weight, bias, seed, progress)  # what the head as it is written reads
+    index, seen = with_tail(index, data, weight, bias, seed, progress)  # of the head as it is written
     frontier = [_frontier_point(t, need, data, traced, f) for t in FRONTIER]
     texts = [_text_record(g, s, m, target) for g, s, m in zip(data.groups, data.sources, lost)]
     worst = min(texts, key=lambda t: t["top1_agreement"])
