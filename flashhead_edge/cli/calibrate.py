@@ -6,24 +6,14 @@ from pathlib import Path
 
 import click
 
-from flashhead_edge.cli.common import answer_only, common_options, folder_argument, json_option, person, write_json
+from flashhead_edge.cli.common import answer_only, calibration_options, common_options, folder_argument, json_option, person, write_json
 from flashhead_edge.cli.display import shown_progress
 
 
 @click.command(short_help="Give a checkpoint a new target or new texts.")
 @folder_argument
-@click.option("--calibration", "texts", multiple=True, metavar="FILE|datasets:NAME", help="Calibrate on this text too, and hold it to the target. Repeatable.")
 @click.option("--target-agreement", "target", type=float, help="Share of steps that keep the dense head's token.  [default: the checkpoint's own]")
-@click.option("--positions", type=click.IntRange(min=1), default=60_000, show_default=True, help="Positions to calibrate on.")
-@click.option("--device", "device_model", metavar="NAME", help="Count cost as time on this device instead of bytes.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Same command, seed and threads: same checkpoint.",
-)
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along.")
+@calibration_options
 @json_option
 @common_options
 def calibrate(

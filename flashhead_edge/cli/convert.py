@@ -6,27 +6,17 @@ from pathlib import Path
 
 import click
 
-from flashhead_edge.cli.common import answer_only, common_options, json_option, person, write_json
+from flashhead_edge.cli.common import answer_only, calibration_options, common_options, json_option, person, write_json
 from flashhead_edge.cli.display import shown_progress
 
 
 @click.command(short_help="Write a model as a FlashHead checkpoint.")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--calibration", "texts", multiple=True, metavar="FILE|datasets:NAME", help="Calibrate on this text too, and hold it to the target. Repeatable.")
 @click.option("--target-agreement", "target", type=float, default=0.995, show_default=True, help="Share of steps that keep the dense head's token.")
 @click.option("--head", type=click.Choice(["fitted", "published"]), default="fitted", show_default=True, help="The calibrated head, or the published method's.")
-@click.option("--positions", type=click.IntRange(min=1), default=60_000, show_default=True, help="Positions to calibrate on.")
-@click.option("--device", "device_model", metavar="NAME", help="Count cost as time on this device instead of bytes.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Same command, seed and threads: same checkpoint.",
-)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that MODEL brings along.")
+@calibration_options
 @json_option
 @common_options
 def convert(
