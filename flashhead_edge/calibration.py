@@ -8,7 +8,6 @@ Every state is measured once with centroids fitted without it: two folds, those 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashhead_edge.caps import choose_caps, most_counts, with_gates
 from flashhead_edge.capture import Source
 from flashhead_edge.costs import bytes_per_step, dense_bytes, fixed_bytes
 from flashhead_edge.devices import Device, row_price, table_price
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.fitting import Centroids, Coordinates, Layer, Moments, coded_errors, fit_centroids, fit_coordinates, fit_layers, fold_of
 from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex, Stage
-from flashhead_edge.intervals import allowed_misses, wilson
+from flashhead_edge.intervals import allowed_misses, least_trials, wilson
 from flashhead_edge.progress import Progress, silent
-from flashhead_edge.reference import coordinates, dense_tokens, probe, run_stages, state_unit, torch_head
+from flashhead_edge.reference import run_stages, torch_head
 from flashhead_edge.search import Group, Prepared, Traced, choose_margins, mean_counts, misses, needs, trace
 
 STRICTNESS = (0.29, 1.2)  # how much stricter own text is held than other text: see own_target
@@ -35,9 +35,6 @@ TRACED_SLOTS = 20_000_000  # states x slots by which margins are priced
 HARD_TOKENS = 64  # always-scored tokens at most, beside the end tokens
 FEW_MISSES = 10  # a margin set by fewer held-out misses is extrapolated
 FRONTIER = (0.98, 0.99, 0.995, 0.998, 0.999, 0.9995)
-MOST_BYTES = 3.0  # of the mean of own text: what a step may read at most, where caps that keep the promise allow it
-CAPS_SHARE = 5  # caps may lose a fifth of the states that may miss
-CAPPED_STATES = 1000  # states that open most, by which caps are chosen
 
 
 @dataclass(frozen=True)
@@ -86,18 +83,20 @@ class Data:
     sources: tuple[Source, ...]
 
 
-def gather(sources: Sequence[Source], weight: Tensor, bias: Tensor | None, vocab_size: int, target: float, progress: Progress = silent) -> Data:
-    """Line the sources up, and find the dense head's token of every state."""
-    groups, winners, start = [], [], 0
+def gather(sources: Sequence[Source], winners: Tensor, target: float) -> Data:
+    """Line the sources up, beside the dense head's token of every state, [n] int64."""
+    groups, start = [], 0
     for source in sources:
         n = len(source.states)
         groups.append(Group(source.name, start, start + n, allowed_misses(n, own_target(target) if source.own else target)))
-        for i, part in enumerate(source.states.split(4096)):
-            winners.append(dense_tokens(weight, bias, part.to(weight.device), vocab_size).cpu())
-            progress(f"dense tokens of {source.name}", min(1.0, (i + 1) * 4096 / n))
         start += n
     folds = torch.cat([fold_of(len(s.states)) for s in sources])
-    return Data(torch.cat([s.states for s in sources]), torch.cat(winners), folds, tuple(groups), tuple(sources))
+    return Data(torch.cat([s.states for s in sources]), winners, folds, tuple(groups), tuple(sources))
+
+
+def least_positions(target: float) -> int:
+    """Positions of own text at which not one miss still shows a promise of `target`: with fewer it cannot be reached."""
+    return least_trials(own_target(target))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +136,11 @@ def fit(plan: Plan, table: np.ndarray, coordinates: Coordinates, moments: Moment
     fixed += sum(table_price(c, device) for c in (rotation, centroids.coded, *(x.coded for x in layers)))
     item_cost = [row_price(x.coded, device) for x in layers] + [float(row_size)]
     return Fitted(plan, table, coordinates, moments.mean, centroids, layers, prepared, slot_of, tuple(gates), fixed, item_cost)
+
+
+def cost_of(f: Fitted, counts: Sequence[float]) -> float:
+    """Cost of a step that opens and scores these counts, [1 + gates] as in `search.mean_counts`."""
+    return f.fixed + sum(n * price for n, price in zip(counts[1:], f.item_cost))
 
 
 def lifted(f: Fitted, states: Tensor) -> Tensor:
@@ -207,7 +211,7 @@ def search(
             need = needs_of(f, data, at, lambda m, s: progress(f"searching: {describe(plan)}", len(tried) / total))
             traced = traced_of(f, data, loosest(need), seed)
             counts = np.mean([mean_counts(traced, choose_margins(need, group, traced, f.item_cost)) for group in groups], 0)
-            tried[plan] = (f.fixed + float(counts[1:] @ np.array(f.item_cost)), f)
+            tried[plan] = (cost_of(f, counts), f)
         return tried[plan][0]
 
     best = dataclasses.replace(FIRST, cluster_size=FIRST.cluster_size if FIRST.cluster_size in tables else next(iter(tables)))
@@ -252,7 +256,7 @@ def finish(
     lost = misses(need, torch.tensor(margins, dtype=torch.float32), data.groups)
     index = assemble(f, margins, always, weight.shape, fingerprint)
     _, seen = with_tail(index, data, weight, bias, seed, progress)
-    caps, cut = choose_caps(index, data, weight, bias, seen, progress)
+    caps, cut = choose_caps(index, data.states, data.winners, data.groups, weight, bias, seen, progress)
     if sum(cut):  # what the caps lose, the margins must not
         rest = [dataclasses.replace(g, allowed=g.allowed - n) for g, n in zip(data.groups, cut)]
         margins = choose_margins(need, rest, traced, f.item_cost)
@@ -276,7 +280,7 @@ def finish(
         "texts": texts,
         "positions": len(data.states),
         "reached": all(g.allowed >= 0 for g in data.groups),
-        "extrapolated": min(int((need[:, j] > m).sum()) for j, m in enumerate(margins)) < FEW_MISSES,
+        "extrapolated": [name for name, n in zip(gate_names(index), (need > torch.tensor(margins)).sum(0).tolist()) if n < FEW_MISSES],
         "bytes_per_step": float(step_bytes.mean()),
         "bytes_per_step_p99": float(np.quantile(step_bytes, 0.99)),
         "dense_bytes_per_step": dense_bytes(index.vocab_size, index.hidden_size),
@@ -288,6 +292,11 @@ def finish(
         "seed": seed,
     }
     return dataclasses.replace(index, summary=summary)
+
+
+def gate_names(index: HeadIndex) -> list[str]:
+    """What each gate lets through, in the order of the margins."""
+    return ["clusters", *(f"after {s.rows.kind} {i}" for i, s in enumerate(index.stages, 1))]
 
 
 def _text_record(group: Group, source: Source, lost: int, target: float) -> dict[str, Any]:
@@ -311,7 +320,7 @@ def _frontier_point(target: float, need: Tensor, data: Data, traced: Traced, f: 
         dataclasses.replace(g, allowed=allowed_misses(g.stop - g.start, own_target(target) if s.own else target)) for g, s in zip(data.groups, data.sources)
     ]
     margins = choose_margins(need, groups, traced, f.item_cost)
-    cost = f.fixed + sum(c * p for c, p in zip(mean_counts(traced, margins)[1:], f.item_cost))
+    cost = cost_of(f, mean_counts(traced, margins))
     lost = sum(misses(need, torch.tensor(margins, dtype=torch.float32), groups))
     return {"target_agreement": target, "held_out_agreement": 1 - lost / len(need), "cost": cost, "reached": all(g.allowed >= 0 for g in groups)}
 
@@ -357,71 +366,6 @@ def with_tail(
         progress("what a step reads", min(1.0, (i + 1) * 128 / len(at)))
     found = torch.cat(offsets)  # empty where every state scores every token: then nothing has a tail
     return dataclasses.replace(index, tail_offset=float(found.mean()) if len(found) else 0.0), torch.cat(counts).numpy()
-
-
-def with_gates(index: HeadIndex, margins: Sequence[float], caps: Sequence[int]) -> HeadIndex:
-    """The index with other margins and caps, one of each a gate."""
-    gates = [dataclasses.replace(g, margin=float(m), cap=c) for g, m, c in zip([index.probe, *(s.gate for s in index.stages)], margins, caps)]
-    return dataclasses.replace(index, probe=gates[0], stages=tuple(Stage(s.rows, g) for s, g in zip(index.stages, gates[1:])))
-
-
-def most_counts(index: HeadIndex, caps: Sequence[int]) -> np.ndarray:
-    """Counts of a step at which every cap is full, [2 + stages] int64."""
-    return np.array([caps[0], caps[0] * index.cluster_size + index.always_scored.size, *caps[1:]], np.int64)
-
-
-def choose_caps(
-    index: HeadIndex, data: Data, weight: Tensor, bias: Tensor | None, seen: np.ndarray, progress: Progress = silent
-) -> tuple[list[int], list[int]]:
-    """Caps by which no step reads more than MOST_BYTES times the mean, or wider ones where those would lose too much.
-
-    A cap lies between what a step needs on the average, `seen`, and what the hardest states need; all gates at the same
-    share of the way. They are tried on the states that open most clusters, where nearly all that they cut lies.
-
-    Returns:
-        A cap for each gate, and the states of each group, of those tried, whose token the caps lose.
-    """
-    row_size = 2 * weight.shape[1]
-    head = torch_head(index, weight, bias)
-    opened = torch.cat([_opened(head, s.to(weight.device)) for s in data.states.split(1024)])
-    hardest = opened.topk(min(CAPPED_STATES, len(opened))).indices.sort().values
-    margins = [index.probe.margin, *(s.gate.margin for s in index.stages)]
-
-    def run(index: HeadIndex, message: str) -> tuple[np.ndarray, Tensor]:
-        head, tokens, counts = torch_head(index, weight, bias), [], []
-        for i, rows in enumerate(hardest.split(128)):
-            step = head.step(data.states[rows].to(weight.device))
-            tokens.append(step.token.cpu())
-            counts.append(step.counts.cpu().numpy())
-            progress(message, min(1.0, (i + 1) * 128 / len(hardest)))
-        return np.concatenate(counts), torch.cat(tokens)
-
-    counts, tokens = run(index, "the hardest steps")
-    gates = [0, *range(2, counts.shape[1])]  # what a gate keeps: the probe its opened clusters, a code's gate what the next stage scores
-    mean, most = seen.mean(0)[gates], np.maximum(counts.max(0), seen.max(0))[gates]
-    bound = MOST_BYTES * float(bytes_per_step(index, seen, row_size).mean())
-
-    def at(share: float) -> list[int]:
-        return [max(1, math.ceil(a + share * (b - a))) for a, b in zip(mean, most)]
-
-    shares = [i / 64 for i in range(1, 65)]
-    fitting = [s for s in shares if bytes_per_step(index, most_counts(index, at(s))[None], row_size)[0] <= bound]
-    for share in [s for s in shares if s >= max(fitting, default=shares[0])][::8]:
-        caps = at(share)
-        _, capped = run(with_gates(index, margins, caps), "caps")
-        gone = (tokens == data.winners[hardest]) & (capped != tokens)
-        cut = [int(gone[(hardest >= g.start) & (hardest < g.stop)].sum()) for g in data.groups]
-        if all(n <= max(g.allowed, 0) // CAPS_SHARE for n, g in zip(cut, data.groups)):
-            return caps, cut
-    return at(1.0), [0] * len(data.groups)
-
-
-def _opened(head: Any, states: Tensor) -> Tensor:
-    """How many clusters states open, the cap left out of account, [N] int64 on the CPU."""
-    z = coordinates(head, states)
-    scores = probe(head, z)
-    gap = (scores.amax(1, keepdim=True) - scores) / (head.probe.error * state_unit(head, z))
-    return (gap <= head.probe.margin).sum(1).cpu()
 
 
 def _tail_offset(head: Any, states: Tensor, trail: Any, weight: Tensor, bias: Tensor | None) -> Tensor:

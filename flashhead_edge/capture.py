@@ -21,6 +21,7 @@ from flashhead_edge.progress import Progress, silent
 
 WINDOW = 512  # tokens that a text is read in at a time
 SAMPLE_LENGTH = 128  # tokens of one sample of the model's own text
+USER_TURN = (4, 48)  # tokens of a user's turn, at least and at most, in a chat that the model writes
 TEMPERATURES = ((1.0, 0.75), (1.4, 0.25))  # of samples, and their shares
 BATCH_BYTES = 1 << 30  # of keys, values and logits in one batch of samples
 
@@ -37,7 +38,7 @@ class Source:
 
 @contextlib.contextmanager
 def recording(model: Any, *, compute: bool) -> Iterator[list[Tensor]]:
-    """Collect what reaches the head, each [..., d]; with `compute` False the head returns nothing of use, at no cost."""
+    """Collect what reaches the head, each [..., d]; the head scores the last place only, with `compute` False none."""
     head = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no output embeddings, expected a causal language model; choose another model")
@@ -46,7 +47,7 @@ def recording(model: Any, *, compute: bool) -> Iterator[list[Tensor]]:
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append(hidden)
-        return original(hidden, *args, **kwargs) if compute else hidden[..., :1]
+        return original(hidden[..., -1:, :], *args, **kwargs) if compute else hidden[..., :1]
 
     head.forward = forward
     try:
@@ -147,13 +148,23 @@ def digest_of(ids: Tensor) -> str:
     return hashlib.sha256(ids.to(torch.int64).cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def chat_opening(tokenizer: Any) -> list[int] | None:
-    """Tokens of a chat turn that the user has not yet filled, or None where the family has no chat template."""
+@dataclass(frozen=True)
+class ChatFrame:
+    """The tokens that a family's chat template puts around a user's words."""
+
+    before: list[int]
+    after: list[int]  # up to where the assistant's words stand
+
+
+def chat_frame(tokenizer: Any) -> ChatFrame | None:
+    """The frame of a first chat turn, or None where the family has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     mark = "\u2063"  # a character that templates leave alone, to find where the user's words stand
-    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=False)
-    return tokenizer(text.split(mark)[0], add_special_tokens=False).input_ids or None
+    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+    before, _, after = text.partition(mark)
+    before_ids, after_ids = (tokenizer(part, add_special_tokens=False).input_ids for part in (before, after))
+    return ChatFrame(before_ids, after_ids) if before_ids else None
 
 
 def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int, seed: int = 0, progress: Progress = silent) -> Source:
@@ -161,37 +172,39 @@ def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int,
 
     Three quarters of the samples are drawn at temperature 1, one quarter at 1.4: what a model writes when it is pushed
     off its path is nearer to text that it does not know. In both, two thirds begin with a random token (after the
-    family's first token, if it has one) and one third with an opened chat turn, where there is a template. End tokens
-    are never sampled, so that every sample is full; that the model wanted one is still seen in the state.
+    family's first token, if it has one) and one third are chats, where there is a template: the model writes a user's
+    turn of random length, and then the answer. End tokens are never sampled, so that every sample is full; that the
+    model wanted one is still seen in the state. What all samples begin with is no part of them.
 
     Returns:
         `Source` of about `positions` states (whole samples).
     """
     device = model.get_input_embeddings().weight.device
     rows = max(len(TEMPERATURES), -(-positions // SAMPLE_LENGTH))
-    opening = chat_opening(tokenizer)
+    frame = chat_frame(tokenizer)
     generator, noise = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
     ordinary = torch.ones(vocab_size)
     ordinary[[i for i in set(tokenizer.all_special_ids) if i < vocab_size]] = 0
     first_id = tokenizer.bos_token_id
     begin = [first_id] if first_id is not None and tokenizer("a").input_ids[:1] == [first_id] else []
-    starts: list[tuple[str, float, Tensor]] = []
+    starts: list[tuple[str, float, Tensor, Tensor]] = []
     for temperature, share in TEMPERATURES:
         n = max(1, round(rows * share))
-        chats = n // 3 if opening else 0
+        chats = n // 3 if frame else 0
         first = torch.multinomial(ordinary, n - chats, replacement=True, generator=generator)
-        starts.append(("own text", temperature, torch.tensor([begin + [t] for t in first.tolist()])))
-        if chats and opening:
-            starts.append(("own chat turns", temperature, torch.tensor([opening]).expand(chats, -1)))
-    ends, batch = end_ids(model, tokenizer, vocab_size), _batch_rows(model)
-    states, ids, done, total = [], [], 0, sum(len(s) for _, _, s in starts)
-    for message, temperature, start in starts:
-        for part in start.split(batch):
+        starts.append(("own text", temperature, torch.tensor([begin + [t] for t in first.tolist()]), torch.full((n - chats, SAMPLE_LENGTH), -1)))
+        if chats and frame:
+            turns = torch.randint(USER_TURN[0], USER_TURN[1] + 1, (chats,), generator=generator).tolist()
+            starts.append(("own chats", temperature, torch.tensor([frame.before]).expand(chats, -1), _turned(turns, frame.after)))
+    ends, batch = end_ids(model, tokenizer, vocab_size), _batch_rows(model, SAMPLE_LENGTH + max(s.shape[1] for _, _, s, _ in starts))
+    states, ids, done, total = [], [], 0, sum(len(s) for _, _, s, _ in starts)
+    for message, temperature, start, forced in starts:
+        for part, given in zip(start.split(batch), forced.split(batch)):
 
             def said(share: float, done: int = done, n: int = len(part), message: str = message) -> None:
                 progress(f"sampling {message}", (done + n * share) / total)
 
-            got_states, got_ids = _sample(model, part.to(device), vocab_size, ends, noise, temperature, said)
+            got_states, got_ids = _sample(model, part.to(device), given.to(device), vocab_size, ends, noise, temperature, said)
             states.append(compact(got_states))
             ids.append(got_ids)
             done += len(part)
@@ -200,12 +213,20 @@ def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int,
     return Source("own text", torch.cat(states), True, digest_of(torch.cat([i.flatten() for i in ids])))
 
 
-def _batch_rows(model: Any) -> int:
-    """Samples in one batch: their keys, values and logits stay within `BATCH_BYTES`."""
+def _turned(turns: list[int], after: list[int]) -> Tensor:
+    """What is not sampled in chats whose user's turns have these lengths: `after`, -1 elsewhere, [n, SAMPLE_LENGTH]."""
+    forced = torch.full((len(turns), SAMPLE_LENGTH), -1)
+    for row, n in zip(forced, turns):
+        row[n : n + len(after)] = torch.tensor(after[: SAMPLE_LENGTH - n], dtype=torch.int64)
+    return forced
+
+
+def _batch_rows(model: Any, length: int) -> int:
+    """Samples of `length` tokens in one batch: their keys, values and a step's logits stay within `BATCH_BYTES`."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * heads * size * SAMPLE_LENGTH * 4 + 3 * 4 * config.vocab_size
+    each = 2 * config.num_hidden_layers * heads * size * length * 4 + 3 * 4 * config.vocab_size
     return max(1, min(256, BATCH_BYTES // each))
 
 
@@ -217,16 +238,22 @@ def end_ids(model: Any, tokenizer: Any, vocab_size: int) -> list[int]:
     return sorted({e for e in ends if 0 <= e < vocab_size})
 
 
-def _sample(model: Any, ids: Tensor, vocab_size: int, ends: list[int], generator: torch.Generator, temperature: float, progress: Any) -> tuple[Tensor, Tensor]:
-    """Go on from `ids` [n, start] to `SAMPLE_LENGTH` tokens each: states [n * length, d] and ids [n, length]."""
+def _sample(
+    model: Any, ids: Tensor, forced: Tensor, vocab_size: int, ends: list[int], generator: torch.Generator, temperature: float, progress: Any
+) -> tuple[Tensor, Tensor]:
+    """Go on from `ids` [n, start], sampling a token wherever `forced` [n, length] names none.
+
+    Returns:
+        States [n * length, d], from that of the last start token on, and the ids that they are of, [n, length].
+    """
     parts: list[Tensor] = []
-    cache, step_ids, length = None, ids, max(SAMPLE_LENGTH, ids.shape[1] + 1)
+    cache, step_ids, written = None, ids, [ids[:, -1:]]
     with torch.inference_mode(), recording(model, compute=True) as seen:
         while True:
             out = model(input_ids=step_ids, past_key_values=cache, use_cache=True)
-            parts.append(seen.pop().float().cpu())
+            parts.append(seen.pop()[:, -1:].float().cpu())
             check_finite(parts[-1])
-            if ids.shape[1] == length:
+            if len(written) == forced.shape[1]:
                 break
             cache = out.past_key_values
             logits = out.logits[:, -1, :vocab_size].float()
@@ -235,6 +262,8 @@ def _sample(model: Any, ids: Tensor, vocab_size: int, ends: list[int], generator
             # one number in (0, 1] a draw: never 0, which would fall on a token of no probability
             drawn = total[:, -1:] * (1 - torch.rand(len(total), 1, generator=generator, device=total.device))
             step_ids = torch.searchsorted(total, drawn).to(ids.device)
-            ids = torch.cat([ids, step_ids], 1)
-            progress(ids.shape[1] / length)
-    return torch.cat(parts, 1).flatten(0, 1), ids.cpu()
+            given = forced[:, len(written) - 1 : len(written)]
+            step_ids = torch.where(given >= 0, given, step_ids)
+            written.append(step_ids)
+            progress(len(written) / forced.shape[1])
+    return torch.cat(parts, 1).flatten(0, 1), torch.cat(written, 1).cpu()

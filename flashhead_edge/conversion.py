@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ from flashhead_edge.costs import dense_bytes, fixed_bytes
 from flashhead_edge.devices import device_named
 from flashhead_edge.errors import CheckpointError, SettingsError
 from flashhead_edge.fitting import accumulate, roots, second_moment
-from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex
+from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex, default_probes
 from flashhead_edge.progress import Progress, silent
+
+log = logging.getLogger(__name__)
 
 PUBLISHED_SIZE = 16  # tokens in a cluster of every released checkpoint
 HEADS = ("fitted", "published")
@@ -81,13 +84,15 @@ def convert(
     source = open_source(model, trust_remote_code=trust_remote_code)
     check_output(source, out, overwrite)
     _check_texts(texts)
+    if head == "fitted":
+        _warn_of_few_positions(target, positions)
     progress("reading the head", None)
     weights = read_head(source)
     weight, bias = _on_device(weights)
     published = cluster_published(weight, seed, progress)
     if head == "published":
         index = published_head(published, weights)
-        write_checkpoint(source, out, index, released(published, default_probes(published)), overwrite=overwrite)
+        write_checkpoint(source, out, index, released(published, default_probes(len(published.token_table))), overwrite=overwrite)
         return index.summary
     progress("loading the model", None)
     runner, tokenizer = load_model(source, device=device_of_work()), load_tokenizer(source)
@@ -101,7 +106,7 @@ def convert(
             tables[size] = cluster(rows, size, seed=seed, progress=_clustering(progress, size)).token_table
     del rows
     index, data = calibrated(weights, weight, bias, sources, tables, target, ends, priced, seed, progress)
-    probes = probes_needed(published, data, target)
+    probes = probes_needed(released(published, 1), data, target)
     progress("writing the checkpoint", None)
     write_checkpoint(source, out, index, released(published, probes), overwrite=overwrite)
     return index.summary
@@ -134,15 +139,16 @@ def calibrate(
         raise CheckpointError(
             f"{folder}: a published head, which is calibrated on nothing, expected a fitted one; convert the model again without --head published"
         )
-    read_published(folder)
+    published = read_published(folder)
+    _warn_of_few_positions(target, positions)
     weight, bias = _on_device(weights)
     progress("loading the model", None)
     runner, tokenizer = load_model(source, device=device_of_work(), trust_remote_code=trust_remote_code), load_tokenizer(source)
     sources = capture(runner, tokenizer, weights.vocab_size, texts, positions, seed, progress)
     ends = end_ids(runner, tokenizer, weights.vocab_size)
     del runner
-    index, _ = calibrated(weights, weight, bias, sources, {before.cluster_size: before.token_table}, target, ends, priced, seed, progress)
-    update_index(folder, index)
+    index, data = calibrated(weights, weight, bias, sources, {before.cluster_size: before.token_table}, target, ends, priced, seed, progress)
+    update_index(folder, index, probes_needed(published, data, target))
     return index.summary
 
 
@@ -154,6 +160,16 @@ def _check_texts(texts: Sequence[str]) -> None:
             continue
         if not read_text(name).strip():
             raise SettingsError(f"calibration text {name}: the file is empty, expected text; give another file or leave it out")
+
+
+def _warn_of_few_positions(target: float, positions: int) -> None:
+    """Say before the work what only its end would show."""
+    least = calibration.least_positions(target)
+    if positions < least:
+        log.warning(
+            f"{positions:,} positions cannot show {100 * target:g} %, at least {least:,} can: the checkpoint will hold the best there is and say so; "
+            "give more --positions or a lower target"
+        )
 
 
 def _on_device(weights: HeadWeights) -> tuple[Tensor, Tensor | None]:
@@ -190,8 +206,8 @@ def calibrated(
 ) -> tuple[HeadIndex, calibration.Data]:
     """Fit, search and choose margins: the index with its summary, and the states it was chosen on."""
     with torch.inference_mode():
-        data = calibration.gather(sources, weight, bias, weights.vocab_size, target, progress)
-        moments = accumulate(weight, bias, [s.states for s in sources], tables, progress)
+        moments, winners = accumulate(weight, bias, [s.states for s in sources], tables, progress)
+        data = calibration.gather(sources, winners, target)
         fitted, tried = calibration.search(data, moments, tables, weight, bias, priced, seed, progress)
         index = calibration.finish(fitted, data, target, weight, bias, ends, weights.fingerprint, seed, progress)
     dense = dense_bytes(weights.vocab_size, weight.shape[1])
@@ -216,17 +232,12 @@ def cluster_published(weight: Tensor, seed: int, progress: Progress) -> Clusters
     return cluster(weight, PUBLISHED_SIZE, seed=seed, progress=_clustering(progress, PUBLISHED_SIZE))
 
 
-def default_probes(clusters: Clusters) -> int:
-    """The published default, a sixteenth of the clusters."""
-    return max(1, len(clusters.token_table) // 16)
-
-
 def released(clusters: Clusters, n_probes: int) -> PublishedClusters:
     """The clusters as other tools of the field read them."""
     return PublishedClusters(clusters.centroids, clusters.assignments, n_probes)
 
 
-def probes_needed(clusters: Clusters, data: calibration.Data, target: float, n: int = 6000) -> int:
+def probes_needed(clusters: PublishedClusters, data: calibration.Data, target: float, n: int = 6000) -> int:
     """Clusters that the published method must open so that `target` of n states find the dense head's token."""
     at = torch.randperm(len(data.states), generator=torch.Generator().manual_seed(0))[:n]
     unit = torch.nn.functional.normalize(torch.from_numpy(clusters.centroids), dim=1)
@@ -245,7 +256,7 @@ def published_head(clusters: Clusters, weights: HeadWeights) -> HeadIndex:
     centroids = torch.from_numpy(clusters.centroids)
     length = centroids.norm(dim=1, keepdim=True).clamp(min=1e-12)
     k = len(centroids)
-    probes = default_probes(clusters)
+    probes = default_probes(k)
     index = HeadIndex(
         vocab_size=weights.vocab_size,
         hidden_size=weights.weight.shape[1],

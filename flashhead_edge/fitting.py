@@ -19,6 +19,7 @@ from flashhead_edge.codes import Coded
 from flashhead_edge.coding import decode, encode, encode_bits, to_torch
 from flashhead_edge.index import ERROR_STEPS, Gate
 from flashhead_edge.progress import Progress, silent
+from flashhead_edge.reference import settled
 
 BLOCK = 512  # states in one block
 FOLD_BLOCK = 128  # consecutive states, one sample, that stay in one fold
@@ -42,13 +43,17 @@ class Moments:
     best_square: dict[int, Tensor]  # by cluster size: [2, K], sum of best^2
 
 
-def accumulate(weight: Tensor, bias: Tensor | None, sources: Sequence[Tensor], tables: dict[int, np.ndarray], progress: Progress = silent) -> Moments:
+def accumulate(
+    weight: Tensor, bias: Tensor | None, sources: Sequence[Tensor], tables: dict[int, np.ndarray], progress: Progress = silent
+) -> tuple[Moments, Tensor]:
     """One pass over the states with every row of the head.
 
     Args:
         weight: [V, d], bias: [V] or None.
         sources: hidden states [n, d] each; folds are counted within each source.
         tables: token tables [K, cluster_size] by cluster size.
+    Returns:
+        The moments, and the dense head's token of every state in the order of the sources, [n] int64 on the CPU.
     """
     device, (v, d) = weight.device, weight.shape
     total = sum(len(s) for s in sources)
@@ -59,12 +64,14 @@ def accumulate(weight: Tensor, bias: Tensor | None, sources: Sequence[Tensor], t
     best = {size: torch.zeros(2, 1 + d, len(t), dtype=torch.float64, device=device) for size, t in tables.items()}
     square = {size: torch.zeros(2, len(t), dtype=torch.float64, device=device) for size, t in tables.items()}
     count, done = [0, 0], 0
-    for states in sources:
+    winners = torch.empty(total, dtype=torch.int64)
+    for states, place in zip(sources, torch.arange(total).split([len(s) for s in sources])):
         folds = fold_of(len(states))
         for fold in (0, 1):
-            for h in states[folds == fold].split(BLOCK):
-                h = h.to(device).float()
+            for at in (folds == fold).nonzero()[:, 0].split(BLOCK):
+                h = states[at].to(device).float()
                 logits = h @ matrix if bias is None else torch.addmm(bias.float(), h, matrix)
+                winners[place[at]] = settled(weight, bias, h, logits).cpu()
                 logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
                 x = torch.cat([torch.ones(len(h), 1, device=device), (h.double() - mean).float()], 1)
                 second[fold] += (x.T @ x).double()
@@ -75,7 +82,7 @@ def accumulate(weight: Tensor, bias: Tensor | None, sources: Sequence[Tensor], t
                 count[fold] += len(h)
                 done += len(h)
                 progress("fitting clusters", done / total)
-    return Moments(mean, (count[0], count[1]), second, best, square)
+    return Moments(mean, (count[0], count[1]), second, best, square), winners
 
 
 def _slots(table: np.ndarray, empty: int) -> Tensor:

@@ -21,6 +21,11 @@ FORMAT_VERSION = 1
 ERROR_STEPS = 8  # values of a coded error in a doubling: relative rounding of at most 2^(1/16) - 1 = 4.4 %
 
 
+def default_probes(n_clusters: int) -> int:
+    """Clusters that the published method opens where a checkpoint does not say: a sixteenth of them."""
+    return max(1, n_clusters // 16)
+
+
 @dataclass(frozen=True, eq=False)
 class Gate:
     """Who passes a stage: items whose score lies within margin x own error of the best, at most `cap` of them."""

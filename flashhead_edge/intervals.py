@@ -25,6 +25,11 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
 
 
+def least_trials(share: float) -> int:
+    """Trials at which the lower end of the Wilson interval reaches `share` when all succeed."""
+    return math.ceil(Z95 * Z95 * share / (1 - share))
+
+
 def allowed_misses(n: int, share: float) -> int:
     """Misses among n at which the lower end of the Wilson interval still reaches `share`; -1 where none does."""
     low, high = -1, n

@@ -17,6 +17,7 @@ from flashhead_edge.index import Gate, HeadIndex, own_error, slot_of_token
 
 BELOW = 2.0**-7  # of 1 + the smallest exact logit's size: two steps of bfloat16, so that rounding makes no ties
 NEAR = 1e-4  # of 1 + the largest logit's size: far more than a float32 sum is wrong by
+SETTLED = 8  # best tokens of a float32 pass whose order float64 settles
 DECODED_BYTES = 64 << 20  # rows are decoded in blocks of about this size
 
 
@@ -263,24 +264,26 @@ def dense_logits(weight: Tensor, bias: Tensor | None, hidden: Tensor, vocab_size
     return exact_logits(weight, bias, hidden, torch.arange(vocab_size, device=weight.device))
 
 
-def dense_tokens(weight: Tensor, bias: Tensor | None, hidden: Tensor, vocab_size: int, near: int = 8) -> Tensor:
-    """The dense head's greedy tokens, [N] int64: those of `dense_logits`, found faster.
-
-    A pass in float32 finds the `near` best; their float64 sums settle ties and near ties, the smaller id on equals.
-    """
-    matrix, out = weight[:vocab_size].float(), []
+def dense_tokens(weight: Tensor, bias: Tensor | None, hidden: Tensor, vocab_size: int) -> Tensor:
+    """The dense head's greedy tokens, [N] int64: those of `dense_logits`, found faster."""
+    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    matrix, out = weight.float().T, []
     for h in hidden.split(512):
-        rough = h.float() @ matrix.T
-        if bias is not None:
-            rough = rough + bias[:vocab_size].float()
-        top = rough.topk(min(near, vocab_size), dim=1)
-        ids = top.indices.sort(1).values
-        exact = (weight[ids].double() @ h.double()[:, :, None])[:, :, 0]
-        if bias is not None:
-            exact = exact + bias[ids].double()
-        token = greedy(ids, exact.float())
-        tied = top.values[:, -1] >= top.values[:, 0] - NEAR * (1 + top.values[:, 0].abs())  # more may be as near as those
-        if near < vocab_size and bool(tied.any()):
-            token[tied] = dense_logits(weight, bias, h[tied], vocab_size).argmax(1)
-        out.append(token)
+        rough = h.float() @ matrix
+        out.append(settled(weight, bias, h, rough if bias is None else rough + bias.float()))
     return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.int64)
+
+
+def settled(weight: Tensor, bias: Tensor | None, hidden: Tensor, rough: Tensor) -> Tensor:
+    """The dense head's greedy tokens [N] of states whose logits `rough` [N, V] were summed in float32.
+
+    The float64 sums of the few best settle ties and near ties, the smaller id on equals.
+    """
+    top = rough.topk(min(SETTLED, rough.shape[1]), dim=1)
+    ids = top.indices.sort(1).values
+    exact = (weight[ids].double() @ hidden.double()[:, :, None])[:, :, 0]
+    token = greedy(ids, (exact if bias is None else exact + bias[ids].double()).float())
+    tied = top.values[:, -1] >= top.values[:, 0] - NEAR * (1 + top.values[:, 0].abs())  # more may be as near as those
+    if ids.shape[1] < rough.shape[1] and bool(tied.any()):
+        token[tied] = dense_logits(weight, bias, hidden[tied], rough.shape[1]).argmax(1)
+    return token

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashhead_edge.coding import TorchCoded, decode, encode_int, to_torch
 from flashhead_edge.evaluation.measures import Contender, Found, HeadContender
+from flashhead_edge.index import default_probes
 from flashhead_edge.reference import dense_tokens, torch_head
 
 BLOCK_NUMBERS = 4 << 20  # rows are turned into float32 in blocks of about this many numbers
@@ -103,7 +104,7 @@ def published_heads(folder: Path, head: Any, weight: Tensor, bias: Tensor | None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     k = len(clusters.centroids)
     out: list[Contender] = []
-    some, default = min(PUBLISHED_PROBES, k), max(1, k // 16)
+    some, default = min(PUBLISHED_PROBES, k), default_probes(k)
     for name, probes in ((f"published, {some} probes", some), (f"published, default {default} probes", default)):
         index = published_index(dataclasses.replace(clusters, n_probes=probes), folder, config, head)
         # its full-width logits have no calibrated tail: what it says of all tokens would say nothing of the method

@@ -76,10 +76,10 @@ def main() -> None:
     print(f"captured in {time.time() - began:.0f} s: own text {len(own.states)}, texts { {k: len(s) for k, (s, _) in texts.items()} }", flush=True)
 
     def prepare(sources: list[capture.Source]) -> tuple[Data, Moments, dict[int, np.ndarray]]:
-        data = gather(sources, weight, bias, head.vocab_size, a.target)
         rows = in_state_metric(weight, sources)
         tables = {size: cluster(rows, size).token_table for size in (32, 64)}
-        return data, accumulate(weight, bias, [s.states for s in sources], tables), tables
+        moments, winners = accumulate(weight, bias, [s.states for s in sources], tables)
+        return gather(sources, winners, a.target), moments, tables
 
     def measure(name: str, plan: Plan, prepared: tuple[Data, Moments, dict[int, np.ndarray]], strict: int = 10) -> None:
         if a.only and a.only not in name:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashhead_edge.calibration import Data, Fitted, Plan, fit, gather, hard_tokens, lifted, loosest, needs_of, traced_of
+from flashhead_edge.calibration import Data, Fitted, Plan, cost_of, fit, gather, hard_tokens, lifted, loosest, needs_of, own_target, traced_of
 from flashhead_edge.capture import capture_ids, compact, end_ids, sample_own_text
 from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head, read_index
 from flashhead_edge.coding import decode, to_torch
@@ -91,13 +91,13 @@ def report(
 ) -> None:
     """Fit, then a table for each target and the rules of all kinds but one."""
     plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in index.summary["plan"].items()})
-    data: Data = gather([own], weight, bias, vocab_size, 0.995)
-    moments = accumulate(weight, bias, [own.states], {index.cluster_size: index.token_table})
+    moments, winners = accumulate(weight, bias, [own.states], {index.cluster_size: index.token_table})
+    data: Data = gather([own], winners, 0.995)
     f = fit(plan, index.token_table, fit_coordinates(weight, bias, moments, plan.rotation_bits), moments, None, 2 * weight.shape[1] + 4, a.seed)
     need = needs_of(f, data, torch.arange(len(data.states)))
     dense = dense_bytes(vocab_size, weight.shape[1])
     for target in a.target or [0.995, 0.999]:
-        always = np.unique(np.concatenate([hard_tokens(need, data.winners, allowed_misses(len(need), target)), np.asarray(ends, np.int64)]))
+        always = np.unique(np.concatenate([hard_tokens(need, data.winners, allowed_misses(len(need), own_target(target))), np.asarray(ends, np.int64)]))
         mine = need.clone()
         mine[torch.isin(data.winners, torch.from_numpy(always).long()), 0] = 0
         traced = traced_of(f, data, loosest(mine), a.seed)
@@ -113,7 +113,7 @@ def report(
             margins = choose_margins(mine, [dataclasses.replace(data.groups[0], allowed=allowed)], traced, f.item_cost)
             limit = torch.tensor(margins, dtype=torch.float32)
             agreement[n] = {k: float((x <= limit).all(1).float().mean()) for k, x in other.items()}
-            cost = {k: (f.fixed + sum(c * p for c, p in zip(mean_counts(t, margins)[1:], f.item_cost))) / dense for k, t in prices.items()}
+            cost = {k: cost_of(f, mean_counts(t, margins)) / dense for k, t in prices.items()}
             print(f"{f'1/{n} ({allowed})':>18} " + " ".join(f"{f'{agreement[n][k]:.2%} at {cost[k]:.2%}':>22}" for k in texts), flush=True)
         for left_out in texts:
             rule = next((n for n in STRICTNESS if all(v >= target for k, v in agreement[n].items() if k != left_out)), None)

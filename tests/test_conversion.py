@@ -9,7 +9,7 @@ from small_checkpoints import content, save_model, save_tokenizer
 from small_models import VOCAB, small_model
 
 from flashhead_edge.calibration import FIRST, describe, own_target
-from flashhead_edge.capture import SAMPLE_LENGTH, capture_ids, capture_text, recording, sample_own_text
+from flashhead_edge.capture import SAMPLE_LENGTH, _sample, _turned, capture_ids, capture_text, chat_frame, recording, sample_own_text
 from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index, read_published
 from flashhead_edge.conversion import calibrate, convert
 from flashhead_edge.costs import bytes_per_step
@@ -221,6 +221,23 @@ def test_own_text_is_seeded_and_full(model):
     assert a.digest == b.digest != c.digest
     assert torch.equal(a.states, b.states)
     assert len(a.states) == 8 * SAMPLE_LENGTH
+
+
+def test_own_chats_hold_a_turn_and_an_answer(model):
+    """The template's tokens stand after each user's turn, and the states are those of the whole chat read at once."""
+    runner, tokenizer = load_model(model), load_tokenizer(model)
+    tokenizer.chat_template = "{% for m in messages %}t3 {{ m.content }} t4{% endfor %}{% if add_generation_prompt %} t5{% endif %}"
+    frame = chat_frame(tokenizer)
+    assert tokenizer.decode(frame.before).split() == ["t3"]
+    assert tokenizer.decode(frame.after).split() == ["t4", "t5"]
+    turns = [4, 7, SAMPLE_LENGTH - 1]
+    start = torch.tensor([frame.before]).expand(3, -1)
+    states, ids = _sample(runner, start, _turned(turns, frame.after), 127, [], torch.Generator().manual_seed(0), 1.0, lambda share: None)
+    for i, (row, n) in enumerate(zip(ids.tolist(), turns)):
+        after = row[1 + n :][: len(frame.after)]  # the first id is the last of `before`
+        assert after == frame.after[: len(after)]
+        whole = capture_ids(runner, torch.tensor(frame.before[:-1] + row))[-SAMPLE_LENGTH:]
+        assert torch.allclose(states.view(3, SAMPLE_LENGTH, -1)[i], whole, atol=1e-5)  # float32 sums in another order
 
 
 def test_a_vocabulary_of_seven(tmp_path):

@@ -20,7 +20,7 @@ from flashhead_edge.checkpoint.tensors import read_array, read_arrays, read_head
 from flashhead_edge.checkpoint.vocabulary import read_json, returnable_tokens
 from flashhead_edge.codes import Coded
 from flashhead_edge.errors import CheckpointError
-from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex, Stage
+from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex, Stage, default_probes
 
 if TYPE_CHECKING:
     from flashhead_edge.checkpoint.weights import HeadWeights
@@ -243,7 +243,7 @@ def read_published(folder: str | Path) -> PublishedClusters:
         raise CheckpointError(f"{path}: centroids is {found}, expected floats [{hidden or 'd'}, K] or [1, 1, {hidden or 'd'}, K]; {AGAIN}")
     if not np.issubdtype(assignments.dtype, np.integer) or assignments.ndim != 1:
         raise CheckpointError(f"{path}: cluster_assignments is {assignments.dtype} {list(assignments.shape)}, expected integers [V]; {AGAIN}")
-    n_probes = config.get("n_probes") or max(1, centroids.shape[1] // 16)
+    n_probes = config.get("n_probes") or default_probes(centroids.shape[1])
     if not isinstance(n_probes, int):
         raise CheckpointError(f"{folder / 'config.json'}: n_probes is {n_probes!r}, expected a whole number; restore the file")
     try:

@@ -57,7 +57,7 @@ def _contract(name: str, index: HeadIndex) -> str:
     if s.get("reached") is False:
         lines.append("- **The target was not reached**: these are the best settings found, see the texts below.")
     if s.get("extrapolated"):
-        lines.append("- A margin rests on fewer than 10 held-out misses: it is extrapolated.")
+        lines.append(f"- Extrapolated, set by fewer than 10 held-out misses: the margins of {', '.join(s['extrapolated'])}.")
     if "top1_agreement" in s:
         interval = s.get("top1_agreement_interval")
         about = f" (95 % interval {_share(interval[0])} to {_share(interval[1])})" if interval else ""

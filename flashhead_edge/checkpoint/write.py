@@ -207,11 +207,13 @@ def _write_index(new: Path, config: dict[str, Any], index: HeadIndex, arrays: di
     write_file(new / "config.json", [to_json(config).encode()])
 
 
-def update_index(folder: str | Path, index: HeadIndex) -> None:
+def update_index(folder: str | Path, index: HeadIndex, n_probes: int | None = None) -> None:
     """Put another index into a checkpoint of ours, for the same head: all or nothing.
 
     The body's files keep their bytes (second names of the same files, where the file system has links).
 
+    Args:
+        n_probes: clusters that other tools shall open from now on; unless told, as many as before.
     Raises:
         CheckpointError: the folder is no checkpoint of ours, or the index is for another head.
         FlashHeadError: the disk is full or refuses.
@@ -235,7 +237,7 @@ def update_index(folder: str | Path, index: HeadIndex) -> None:
             target = new / file.relative_to(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(file, target)
-        _write_index(new, config, index, arrays)
+        _write_index(new, config if n_probes is None else config | {"n_probes": n_probes}, index, arrays)
         write_file(new / CARD, [build_card(_named_in(path), index, original).encode()])
 
 

@@ -13,7 +13,7 @@ from flashhead_edge.cli.display import shown_progress
 @click.command(short_help="Write a model as a FlashHead checkpoint.")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--target-agreement", "target", type=float, default=0.995, show_default=True, help="Share of steps that keep the dense head's token.")
+@click.option("--target-agreement", "target", type=float, help="Share of steps that keep the dense head's token.  [default: 0.995]")
 @click.option("--head", type=click.Choice(["fitted", "published"]), default="fitted", show_default=True, help="The calibrated head, or the published method's.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @calibration_options
@@ -23,7 +23,7 @@ def convert(
     model: str,
     out: Path,
     texts: tuple[str, ...],
-    target: float,
+    target: float | None,
     head: str,
     positions: int,
     device_model: str | None,
@@ -37,6 +37,8 @@ def convert(
     MODEL is a model folder, a .gguf file or a hub name. Without --calibration the head is calibrated on text that the
     model writes itself. OUT is written whole or not at all.
     """
+    if head == "published" and target is not None:
+        raise click.UsageError("--head published is calibrated for no target, expected no --target-agreement; leave it out, or leave out --head.")
     with answer_only() as stdout:
         with shown_progress("loading") as progress:
             from flashhead_edge.conversion import convert as run
@@ -46,7 +48,7 @@ def convert(
                 model,
                 out,
                 head=head,
-                target=target,
+                target=0.995 if target is None else target,
                 texts=texts,
                 positions=positions,
                 device_model=device_model,

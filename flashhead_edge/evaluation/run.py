@@ -30,7 +30,6 @@ from flashhead_edge.progress import Progress, silent
 if TYPE_CHECKING:
     from torch import Tensor
 
-WINDOW = 512  # tokens of a text that a state may depend on
 PROMPT_TOKENS = 64  # of a prompt cut from the text
 PROMPT_EVERY, MOST_PROMPTS = 500, 8  # positions; prompts of a text
 NEW_TOKENS = 128  # of greedy text after it
@@ -82,6 +81,7 @@ def evaluate_checkpoint(
     contents = [_read(Path(text)) for text in texts]
     import torch
 
+    from flashhead_edge.capture import WINDOW
     from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head, read_index
 
     source = open_source(folder, trust_remote_code=trust_remote_code)
@@ -167,7 +167,7 @@ def _one_text(
 
     device = model.get_output_embeddings().weight.device
     ids = torch.tensor(text.ids, dtype=torch.int64)
-    hidden = capture_ids(model, ids[:positions], WINDOW, lambda message, share: progress("reading the text", 0.25 * (share or 0))).to(device)
+    hidden = capture_ids(model, ids[:positions], progress=lambda message, share: progress("reading the text", 0.25 * (share or 0))).to(device)
     free: list[dict[str, Any] | None] = [None] * len(contenders)
     cut = cut_prompts(ids[:positions], prompts)
     if cut is not None:

@@ -124,7 +124,12 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
     if not summary.get("reached", True):
         console.print(Text("The target was not reached on every text: this is the best there is.", style="red"))
     if summary.get("extrapolated"):
-        console.print(Text("A margin rests on fewer than 10 held-out misses: it is extrapolated. More positions make it firmer.", style="yellow"))
+        console.print(
+            Text(
+                f"extrapolated, set by fewer than 10 held-out misses: the margins of {', '.join(summary['extrapolated'])}; more positions make them firmer",
+                style="yellow",
+            )
+        )
 
 
 def show_inspection(description: Mapping[str, Any], console: Console) -> None:

@@ -57,7 +57,7 @@ def conversion() -> dict[str, Any]:
     points = [{"target_agreement": t, "held_out_agreement": t, "cost": c, "reached": t < 0.9995} for t, c in ((0.99, 9e5), (0.995, 1.1e6), (0.9995, 3e6))]
     return {
         "target_agreement": 0.995, "own_text_target": 0.9995, "chosen": "clusters of 64, rows product8 + bits96", "texts": [text],
-        "frontier": points, "bytes_per_step": 1.13e6, "bytes_per_step_p99": 3.3e6, "dense_bytes_per_step": 56_600_000, "reached": True, "extrapolated": False,
+        "frontier": points, "bytes_per_step": 1.13e6, "bytes_per_step_p99": 3.3e6, "dense_bytes_per_step": 56_600_000, "reached": True, "extrapolated": [],
     }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_conversion() -> None:
 
 
 def test_conversion_says_what_failed() -> None:
-    text = printed(show_conversion, conversion() | {"reached": False, "extrapolated": True})
+    text = printed(show_conversion, conversion() | {"reached": False, "extrapolated": ["clusters"]})
     assert "the best there is" in text
     assert "fewer than 10 held-out misses" in text
 
