@@ -145,7 +145,7 @@ def read_index(folder: str | Path, head: HeadWeights | None = None) -> HeadIndex
             f"{folder}: the index was made for the head {index.fingerprint[:19]}..., found {head.fingerprint[:19]}...; run flashhead convert on this model"
         )
     if head is not None and (index.vocab_size > len(head.weight) or index.hidden_size != head.weight.shape[1]):
-        raise CheckpointError(f"{folder}: the index is for a head [{index.vocab_size}, {index.hidden_size}], found {list(head.weight.shape)}; {AGAIN}")
+        raise CheckpointError(f"{folder}: the head is {list(head.weight.shape)}, expected [{index.vocab_size}, {index.hidden_size}], for which the index was made; {AGAIN}")
     return index
 
 
@@ -154,7 +154,7 @@ def _read_ours(path: Path, settings: Mapping[str, Any]) -> HeadIndex:
     version = settings.get("format_version")
     if version != FORMAT_VERSION:
         step = "install a newer flashhead-edge" if isinstance(version, int) and version > FORMAT_VERSION else AGAIN
-        raise CheckpointError(f"{path.parent}: format version {version}, this flashhead-edge reads {FORMAT_VERSION}; {step}")
+        raise CheckpointError(f"{path.parent}: format version {version}, expected {FORMAT_VERSION}, which this flashhead-edge reads; {step}")
     arrays = read_arrays(path)
 
     def take(name: str, dtype: type, ndim: int) -> np.ndarray:
@@ -179,7 +179,7 @@ def _read_ours(path: Path, settings: Mapping[str, Any]) -> HeadIndex:
             ("caps", caps, [s["cap"] for s in said]),
         ):
             if values.tolist() != found:
-                raise CheckpointError(f"{path}: {name} are {values.tolist()}, config.json says {found}; {AGAIN}")
+                raise CheckpointError(f"{path}: {name} are {values.tolist()}, expected {found} as config.json says; {AGAIN}")
         if units.shape != margins.shape:
             raise CheckpointError(f"{path}: units is {list(units.shape)}, expected {list(margins.shape)}; {AGAIN}")
 
@@ -189,7 +189,7 @@ def _read_ours(path: Path, settings: Mapping[str, Any]) -> HeadIndex:
         table = take("token_table", np.int32, 2)
         want = [settings["n_clusters"], settings["cluster_size"]]
         if list(table.shape) != want:
-            raise CheckpointError(f"{path}: token_table is {list(table.shape)}, config.json says {want}; {AGAIN}")
+            raise CheckpointError(f"{path}: token_table is {list(table.shape)}, expected {want} as config.json says; {AGAIN}")
         index = HeadIndex(
             vocab_size=int(settings["vocab_size"]),
             hidden_size=int(settings["hidden_size"]),
@@ -216,7 +216,7 @@ def _read_ours(path: Path, settings: Mapping[str, Any]) -> HeadIndex:
     if arrays:
         raise CheckpointError(f"{path}: {', '.join(sorted(arrays))} found, expected only the arrays of format version {FORMAT_VERSION}; {AGAIN}")
     if hashlib.sha256(path.read_bytes()).hexdigest() != stated:
-        raise CheckpointError(f"{path}: the file's SHA-256 is not the one that config.json says, so a value has changed; {AGAIN}")
+        raise CheckpointError(f"{path}: a value has changed, expected the SHA-256 that config.json names; {AGAIN}")
     return index
 
 

@@ -62,7 +62,7 @@ def architecture(config: Mapping[str, Any], name: str) -> str:
     what = original_architecture(str(found[0])) if found else f"model_type {model_type!r}"
     ask = "expected a causal language model such as LlamaForCausalLM; choose another model"
     if not found or not what.endswith(HEADED):
-        raise UnsupportedModelError(f"{name}: {what} has no output head over a vocabulary, {ask}")
+        raise UnsupportedModelError(f"{name}: {what} has no head that writes the next token, {ask}")
     if model_type in ENCODERS:
         raise UnsupportedModelError(f"{name}: {what} is an encoder, {ask}")
     if config.get("is_encoder_decoder") or text_config(config).get("is_encoder_decoder"):

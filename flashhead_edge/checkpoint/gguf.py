@@ -103,7 +103,7 @@ def _half(tensor: Any, path: Path) -> Tensor:
             out[first : first + BLOCK] = values
         else:
             return out.view(shape)
-    raise CheckpointError(f"{path}: {tensor.name} has values that no 16-bit float holds; fetch the file again")
+    raise CheckpointError(f"{path}: {tensor.name} has values that no 16-bit float holds, expected ones within 65,504; fetch the file again")
 
 
 def _named(reader: GGUFReader, rows: int) -> int:

@@ -274,7 +274,7 @@ def test_changed_value(rich: Path, tmp_path: Path) -> None:
     data = bytearray((out / INDEX).read_bytes())
     data[-1] ^= 1
     (out / INDEX).write_bytes(data)
-    with pytest.raises(CheckpointError, match="the file's SHA-256 is not the one that config.json says"):
+    with pytest.raises(CheckpointError, match="a value has changed, expected the SHA-256 that config.json names"):
         read_index(out)
 
 
@@ -288,10 +288,10 @@ def test_truncated_index(rich: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format_version": 2}, "format version 2, this flashhead-edge reads 1; install a newer flashhead-edge"),
-        ({"format_version": None}, "format version None, this flashhead-edge reads 1; run flashhead convert again"),
-        ({"stages": []}, r"margins are \[.*\], config\.json says"),
-        ({"n_clusters": 3072}, r"token_table is \[16, 8\], config\.json says \[3072, 8\]"),
+        ({"format_version": 2}, "format version 2, expected 1, which this flashhead-edge reads; install a newer flashhead-edge"),
+        ({"format_version": None}, "format version None, expected 1, which this flashhead-edge reads; run flashhead convert again"),
+        ({"stages": []}, r"margins are \[.*\], expected .* as config\.json says"),
+        ({"n_clusters": 3072}, r"token_table is \[16, 8\], expected \[3072, 8\] as config\.json says"),
         ({"vocab_size": 128}, "token_table is 127 tokens, expected each id 0 to 127 exactly once"),
         ({"hidden_size": 33}, r"mean is float32 \[32\], expected float32 \[33\]"),
         ({"tail": None}, "the object flash_head does not have the expected form"),

@@ -79,13 +79,13 @@ def test_damaged_config(folder: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"architectures": ["BertModel"], "model_type": "bert"}, "BertModel has no output head over a vocabulary"),
+        ({"architectures": ["BertModel"], "model_type": "bert"}, "BertModel has no head that writes the next token"),
         ({"architectures": ["BertLMHeadModel"], "model_type": "bert"}, "BertLMHeadModel is an encoder"),
-        ({"architectures": ["LlamaModel"]}, "LlamaModel has no output head over a vocabulary"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification has no output head"),
+        ({"architectures": ["LlamaModel"]}, "LlamaModel has no head that writes the next token"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification has no head that writes"),
         ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True}, "is an encoder-decoder model"),
-        ({"architectures": None, "model_type": "vit"}, "model_type 'vit' has no output head"),
-        ({"model_type": "never-heard-of"}, "model type 'never-heard-of' is unknown to this version of transformers"),
+        ({"architectures": None, "model_type": "vit"}, "model_type 'vit' has no head that writes"),
+        ({"model_type": "never-heard-of"}, "model type 'never-heard-of' is unknown, expected one that this version of transformers has"),
     ],
 )
 def test_models_without_a_head(folder: Path, changes: dict, sentence: str) -> None:
@@ -101,7 +101,7 @@ def test_architecture_from_the_model_type(folder: Path) -> None:
 
 def test_remote_code_only_when_asked(folder: Path) -> None:
     edit(folder, model_type="their-own", auto_map={"AutoModelForCausalLM": "modeling.Model"})
-    with pytest.raises(CheckpointError, match=r"model type 'their-own' brings its own Python code; read that code, then allow it with trust_remote_code"):
+    with pytest.raises(CheckpointError, match=r"model type 'their-own' brings its own Python code, expected leave to run it; read that code, then allow it with trust_remote_code"):
         open_source(folder)
     assert open_source(folder, trust_remote_code=True).trust_remote_code
 

@@ -76,7 +76,7 @@ def test_dtypes(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stored", "asked"), [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float32, torch.float16)])
 def test_dtype_that_cannot_hold_the_head(stored: torch.dtype, asked: torch.dtype, tmp_path: Path) -> None:
     names = str(stored).removeprefix("torch."), str(asked).removeprefix("torch.")
-    with pytest.raises(SettingsError, match=rf"the head is stored in {names[0]}, which {names[1]} cannot hold exactly"):
+    with pytest.raises(SettingsError, match=rf"the head is stored in {names[0]}, expected a dtype that holds it exactly, found {names[1]}"):
         load_model(save_model(tmp_path, dtype=stored), dtype=asked)
 
 

@@ -117,7 +117,7 @@ def test_out_exists(model_folder: Path, checkpoint: Path, tmp_path: Path) -> Non
 
 def test_only_checkpoints_are_overwritten(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match="the folder is no FlashHead checkpoint, and only those are overwritten"):
+    with pytest.raises(CheckpointError, match="the folder is no FlashHead checkpoint, expected one, since only those are overwritten"):
         save_checkpoint(model_folder, tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     with pytest.raises(CheckpointError, match="a file has this name, expected a folder"):
