@@ -21,9 +21,21 @@ from flashhead_edge.progress import Progress, silent
 
 WINDOW = 512  # tokens that a text is read in at a time
 SAMPLE_LENGTH = 128  # tokens of one sample of the model's own text
+READ_ROWS = 8  # samples that are read again at a time
 USER_TURN = (4, 48)  # tokens of a user's turn, at least and at most, in a chat that the model writes
-TEMPERATURES = ((1.0, 0.75), (1.4, 0.25))  # of samples, and their shares
 BATCH_BYTES = 1 << 30  # of keys, values and logits in one batch of samples
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the own text: samples of one temperature."""
+
+    temperature: float
+    share: float  # of all states
+    twice: bool  # read the samples a second time, each after itself: as many states again
+
+
+MIXTURE = (Part(1.0, 0.56, False), Part(1.4, 0.22, True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,47 +182,64 @@ def chat_frame(tokenizer: Any) -> ChatFrame | None:
 def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int, seed: int = 0, progress: Progress = silent) -> Source:
     """Hidden states of text that the model samples from itself.
 
-    Three quarters of the samples are drawn at temperature 1, one quarter at 1.4: what a model writes when it is pushed
-    off its path is nearer to text that it does not know. In both, two thirds begin with a random token (after the
-    family's first token, if it has one) and one third are chats, where there is a template: the model writes a user's
-    turn of random length, and then the answer. End tokens are never sampled, so that every sample is full; that the
-    model wanted one is still seen in the state. What all samples begin with is no part of them.
+    Most samples are drawn at temperature 1, some at 1.4 (`MIXTURE`): what a model writes when it is pushed off its path
+    is nearer to text that it does not know. Those are also read a second time, each after itself: the states in which
+    a model copies rare words from its context, which given text has and sampled text lacks. Two thirds of the samples
+    begin with a random token (after the family's first token, if it has one) and one third are chats, where there is a
+    template: the model writes a user's turn of random length, and then the answer. End tokens are never sampled, so
+    that every sample is full; that the model wanted one is still seen in the state. What all samples begin with is no
+    part of them.
 
     Returns:
         `Source` of about `positions` states (whole samples).
     """
     device = model.get_input_embeddings().weight.device
-    rows = max(len(TEMPERATURES), -(-positions // SAMPLE_LENGTH))
+    rows = -(-positions // SAMPLE_LENGTH)
     frame = chat_frame(tokenizer)
     generator, noise = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
     ordinary = torch.ones(vocab_size)
     ordinary[[i for i in set(tokenizer.all_special_ids) if i < vocab_size]] = 0
     first_id = tokenizer.bos_token_id
     begin = [first_id] if first_id is not None and tokenizer("a").input_ids[:1] == [first_id] else []
-    starts: list[tuple[str, float, Tensor, Tensor]] = []
-    for temperature, share in TEMPERATURES:
-        n = max(1, round(rows * share))
+    starts: list[tuple[str, Part, Tensor, Tensor]] = []
+    for part in MIXTURE:
+        n = max(1, round(rows * part.share))
         chats = n // 3 if frame else 0
         first = torch.multinomial(ordinary, n - chats, replacement=True, generator=generator)
-        starts.append(("own text", temperature, torch.tensor([begin + [t] for t in first.tolist()]), torch.full((n - chats, SAMPLE_LENGTH), -1)))
+        starts.append(("own text", part, torch.tensor([begin + [t] for t in first.tolist()]), torch.full((n - chats, SAMPLE_LENGTH), -1)))
         if chats and frame:
             turns = torch.randint(USER_TURN[0], USER_TURN[1] + 1, (chats,), generator=generator).tolist()
-            starts.append(("own chats", temperature, torch.tensor([frame.before]).expand(chats, -1), _turned(turns, frame.after)))
-    ends, batch = end_ids(model, tokenizer, vocab_size), _batch_rows(model, SAMPLE_LENGTH + max(s.shape[1] for _, _, s, _ in starts))
+            starts.append(("own chats", part, torch.tensor([frame.before]).expand(chats, -1), _turned(turns, frame.after)))
+    ends = end_ids(model, tokenizer, vocab_size)
     states, ids, done, total = [], [], 0, sum(len(s) for _, _, s, _ in starts)
-    for message, temperature, start, forced in starts:
-        for part, given in zip(start.split(batch), forced.split(batch)):
+    for message, part, start, forced in starts:
+        batches = -(-len(start) // _batch_rows(model, SAMPLE_LENGTH + start.shape[1]))
+        for opened, given in zip(start.chunk(batches), forced.chunk(batches)):
 
-            def said(share: float, done: int = done, n: int = len(part), message: str = message) -> None:
+            def said(share: float, done: int = done, n: int = len(opened), message: str = message) -> None:
                 progress(f"sampling {message}", (done + n * share) / total)
 
-            got_states, got_ids = _sample(model, part.to(device), given.to(device), vocab_size, ends, noise, temperature, said)
+            got_states, got_ids = _sample(model, opened.to(device), given.to(device), vocab_size, ends, noise, part.temperature, said)
             states.append(compact(got_states))
             ids.append(got_ids)
-            done += len(part)
+            done += len(opened)
+            if part.twice:
+                states.append(compact(_second_reading(model, got_ids, progress)))
     if len({s.dtype for s in states}) > 1:
         states = [s.float() for s in states]
     return Source("own text", torch.cat(states), True, digest_of(torch.cat([i.flatten() for i in ids])))
+
+
+def _second_reading(model: Any, ids: Tensor, progress: Progress) -> Tensor:
+    """States of texts [n, length] read after themselves, [n * length, d] float32 on the CPU."""
+    parts = []
+    with torch.inference_mode(), recording(model, compute=False) as seen:
+        for start, text in enumerate(ids.to(model.get_input_embeddings().weight.device).split(READ_ROWS)):
+            model(input_ids=torch.cat([text, text], 1), use_cache=False)
+            parts.append(seen.pop().reshape(len(text), 2 * ids.shape[1], -1)[:, ids.shape[1] :].float().cpu())
+            check_finite(parts[-1])
+            progress("reading own text again", min(1.0, (start + 1) * READ_ROWS / len(ids)))
+    return torch.cat(parts).flatten(0, 1)
 
 
 def _turned(turns: list[int], after: list[int]) -> Tensor:

@@ -69,9 +69,9 @@ def main() -> None:
         states = capture.capture_ids(model, ids)
         texts[path.stem] = states, dense_tokens(weight, bias, states.to(a.device), head.vocab_size).cpu()
     own = capture.sample_own_text(model, tokenizer, head.vocab_size, a.positions)
-    mixture, capture.TEMPERATURES = capture.TEMPERATURES, ((1.0, 1.0),)
+    mixture, capture.MIXTURE = capture.MIXTURE, (capture.Part(1.0, 1.0, False),)
     cold = capture.sample_own_text(model, tokenizer, head.vocab_size, a.positions)
-    capture.TEMPERATURES = mixture
+    capture.MIXTURE = mixture
     del model
     print(f"captured in {time.time() - began:.0f} s: own text {len(own.states)}, texts { {k: len(s) for k, (s, _) in texts.items()} }", flush=True)
 

@@ -145,7 +145,9 @@ def read_index(folder: str | Path, head: HeadWeights | None = None) -> HeadIndex
             f"{folder}: the index was made for the head {index.fingerprint[:19]}..., found {head.fingerprint[:19]}...; run flashhead convert on this model"
         )
     if head is not None and (index.vocab_size > len(head.weight) or index.hidden_size != head.weight.shape[1]):
-        raise CheckpointError(f"{folder}: the head is {list(head.weight.shape)}, expected [{index.vocab_size}, {index.hidden_size}], for which the index was made; {AGAIN}")
+        raise CheckpointError(
+            f"{folder}: the head is {list(head.weight.shape)}, expected [{index.vocab_size}, {index.hidden_size}], for which the index was made; {AGAIN}"
+        )
     return index
 
 

@@ -117,7 +117,9 @@ def _check_dtype(stored: torch.dtype, dtype: torch.dtype, name: str) -> None:
 
     if dtype not in (stored, torch.float32, torch.float64) or (stored == torch.float32 and dtype not in (torch.float32, torch.float64)):
         short = str(stored).removeprefix("torch."), str(dtype).removeprefix("torch.")
-        raise SettingsError(f"{name}: the head is stored in {short[0]}, expected a dtype that holds it exactly, found {short[1]}; load the model in float32 or {short[0]}")
+        raise SettingsError(
+            f"{name}: the head is stored in {short[0]}, expected a dtype that holds it exactly, found {short[1]}; load the model in float32 or {short[0]}"
+        )
 
 
 def model_config(source: Source, scheme: dict[str, Any] | None = None) -> PreTrainedConfig:

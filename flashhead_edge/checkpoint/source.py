@@ -75,8 +75,12 @@ def open_source(model: str | Path | Source, *, trust_remote_code: bool = False, 
     if not source.native and not trust_remote_code:
         kind = source.config.get("model_type")
         if "auto_map" in source.config:
-            raise CheckpointError(f"{name}: model type {kind!r} brings its own Python code, expected leave to run it; read that code, then allow it with trust_remote_code")
-        raise UnsupportedModelError(f"{name}: model type {kind!r} is unknown, expected one that this version of transformers has; install a newer one or choose another model")
+            raise CheckpointError(
+                f"{name}: model type {kind!r} brings its own Python code, expected leave to run it; read that code, then allow it with trust_remote_code"
+            )
+        raise UnsupportedModelError(
+            f"{name}: model type {kind!r} is unknown, expected one that this version of transformers has; install a newer one or choose another model"
+        )
     weight_map(path)
     return source
 

@@ -57,7 +57,9 @@ def check_output(source: Source | None, out: str | Path, overwrite: bool = False
         if not path.is_dir():
             raise CheckpointError(f"{path}: a file has this name, expected a folder; choose another name")
         if any(path.iterdir()) and not is_checkpoint(path):
-            raise CheckpointError(f"{path}: the folder is no FlashHead checkpoint, expected one, since only those are overwritten; choose another name or remove it yourself")
+            raise CheckpointError(
+                f"{path}: the folder is no FlashHead checkpoint, expected one, since only those are overwritten; choose another name or remove it yourself"
+            )
     above = next(p for p in path.parents if p.exists())
     try:
         Path(tempfile.mkdtemp(prefix=".flashhead-", dir=above)).rmdir()
@@ -223,7 +225,9 @@ def update_index(folder: str | Path, index: HeadIndex, n_probes: int | None = No
     assets = asset_folder(path, config)
     ours = config.get("flash_head")
     if not isinstance(ours, dict) or assets != path / ASSETS:
-        raise CheckpointError(f"{path}: the checkpoint was not written by flashhead convert, expected one that was, whose index can be replaced; convert the model")
+        raise CheckpointError(
+            f"{path}: the checkpoint was not written by flashhead convert, expected one that was, whose index can be replaced; convert the model"
+        )
     if ours.get("fingerprint") != index.fingerprint:
         found = f"{index.fingerprint[:19]}..., the checkpoint's head is {str(ours.get('fingerprint'))[:19]}..."
         raise CheckpointError(f"{path}: the new index was made for the head {found}; calibrate this checkpoint")

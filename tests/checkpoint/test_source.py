@@ -101,7 +101,10 @@ def test_architecture_from_the_model_type(folder: Path) -> None:
 
 def test_remote_code_only_when_asked(folder: Path) -> None:
     edit(folder, model_type="their-own", auto_map={"AutoModelForCausalLM": "modeling.Model"})
-    with pytest.raises(CheckpointError, match=r"model type 'their-own' brings its own Python code, expected leave to run it; read that code, then allow it with trust_remote_code"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model type 'their-own' brings its own Python code, expected leave to run it; read that code, then allow it with trust_remote_code",
+    ):
         open_source(folder)
     assert open_source(folder, trust_remote_code=True).trust_remote_code
 
