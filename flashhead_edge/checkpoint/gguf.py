@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.checkpoint import families
+from flashhead_edge.checkpoint.quiet import without_bars, without_warnings
 from flashhead_edge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -48,19 +49,6 @@ def _reader(path: Path) -> GGUFReader:
     """The file's tensors and fields; parsed once, since the token lists take seconds."""
     about = path.stat()
     return _parsed(path, about.st_size, about.st_mtime_ns)
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """transformers warns that packed weights are slow in 16 bits; here none stays packed."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -123,7 +111,8 @@ def load(path: Path, config: dict[str, Any]) -> PreTrainedModel:
     import transformers
 
     cls = getattr(transformers, families.architecture(config, path.name))
-    with _reading(path), _no_warnings():
+    # packed weights are slow in 16 bits, it warns; here none stays packed
+    with _reading(path), without_warnings(), without_bars():
         for dtype in (torch.float16, torch.bfloat16):
             model: PreTrainedModel = cls.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
             if all(bool(torch.isfinite(p).all()) for p in model.parameters()):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashhead_edge.checkpoint import families
+from flashhead_edge.checkpoint.quiet import without_bars
 from flashhead_edge.checkpoint.source import Source, open_source
 from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
 
@@ -154,27 +153,13 @@ def _model_class(source: Source) -> Any:
     return cls
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bars: what a caller wants to see, its `Progress` says."""
-    from transformers.utils import logging as theirs
-
-    shown = theirs.is_progress_bar_enabled()
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            theirs.enable_progress_bar()
-
-
 def _from_folder(source: Source, dtype: torch.dtype, scheme: dict[str, Any] | None = None, device: Any = "cpu") -> PreTrainedModel:
     from safetensors import SafetensorError
 
     remote = {"trust_remote_code": True} if source.trust_remote_code and "auto_map" in source.config else {}
     placed = {} if scheme is None else {"device_map": {"": device}}
     try:
-        with _quiet():
+        with without_bars():
             model, info = _model_class(source).from_pretrained(
                 source.folder, config=model_config(source, scheme), dtype=dtype, use_safetensors=True, output_loading_info=True, **remote, **placed
             )
@@ -195,7 +180,7 @@ def _from_floats(source: Source, dtype: torch.dtype, scheme: dict[str, Any]) -> 
     opened = {file: safe_open(str(file), framework="pt") for file in sorted(set(files.values()))}
     state = dict(dequantised(scheme, set(files), lambda name: opened[files[name]].get_tensor(name), dtype, source.name))
     try:
-        with _quiet():
+        with without_bars():
             model, info = _model_class(source).from_pretrained(None, config=model_config(source), state_dict=state, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{source.name}: transformers cannot load the model ({first_line(error)}); fetch the model again") from error

@@ -25,6 +25,7 @@ from flashhead_edge.checkpoint.assets import (
 )
 from flashhead_edge.checkpoint.atomic import copy_file, link_or_copy, named_errors, regular, replacing, write_file
 from flashhead_edge.checkpoint.card import build_card, source_card
+from flashhead_edge.checkpoint.quiet import without_bars
 from flashhead_edge.checkpoint.source import INDEX, PICKLES, Source, weight_map
 from flashhead_edge.checkpoint.tensors import pack_arrays, read_header
 from flashhead_edge.checkpoint.vocabulary import read_json
@@ -139,7 +140,8 @@ def _write_gguf(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with replacing(path, ours + weights + (64 << 20)) as new:
         try:
-            model.save_pretrained(new, max_shard_size=SHARD)
+            with without_bars():
+                model.save_pretrained(new, max_shard_size=SHARD)
             tokenizer.save_pretrained(new)
         except SafetensorError as error:
             raise OSError(errno.ENOSPC if "space" in str(error).lower() else errno.EIO, str(error)) from error
