@@ -38,3 +38,8 @@ class ExportError(FlashHeadError):
 
 class EngineError(FlashHeadError):
     """A runtime (vLLM, TensorRT, ONNX Runtime) refused or failed: see its message for the versions that work."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return next((line.strip().rstrip(":.") for line in str(error).splitlines() if line.strip()), type(error).__name__)

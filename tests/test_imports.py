@@ -23,7 +23,7 @@ FOLDERS = {"": ROOT / PACKAGE, "export": ROOT / "export", "jetson": ROOT / "jets
 LEAVES = {"errors", "progress", "intervals"}
 DATA = LEAVES | {"index", "codes", "head", "costs"}
 HEADS = DATA | {"coding", "reference", "decoding", "clustering", "cases"}
-CALIBRATION = {"capture", "fitting", "devices", "search", "calibration", "conversion"}
+CALIBRATION = {"capture", "fitting", "devices", "search", "caps", "calibration", "conversion"}
 MIDDLE = HEADS | CALIBRATION | {"checkpoint", "evaluation", "quantize", "kernels", "integrations", "generation", "exact"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fitting": HEADS | {"capture"},
     "evaluation": HEADS | {"checkpoint", "capture", "rivals", "integrations"},
     "rivals": HEADS | {"checkpoint", "evaluation"},
-    "calibration": HEADS | {"capture", "fitting", "devices", "search"},
+    "caps": HEADS | {"search"},
+    "calibration": HEADS | {"capture", "fitting", "devices", "search", "caps"},
     "conversion": HEADS | {"checkpoint", "capture", "fitting", "devices", "calibration"},
     "quantize": DATA | {"coding", "checkpoint"},
     "kernels": DATA,
@@ -86,6 +87,7 @@ MAY_NEED: dict[str, set[str]] = {
     "fitting": TORCH,
     "evaluation": NUMPY,
     "rivals": TORCH,
+    "caps": TORCH,
     "calibration": TORCH,
     "conversion": TORCH,
     "quantize": TORCH | {"safetensors"},

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashhead_edge.checkpoint.assets import PublishedClusters, read_index, read_published
-    from flashhead_edge.checkpoint.loading import load_model, load_tokenizer
+    from flashhead_edge.checkpoint.loading import load_model
     from flashhead_edge.checkpoint.source import Source, open_source
+    from flashhead_edge.checkpoint.tokenizer import load_tokenizer
     from flashhead_edge.checkpoint.weights import HeadWeights, fingerprint, read_head
     from flashhead_edge.checkpoint.write import check_output, update_index, write_checkpoint
 
@@ -20,7 +21,7 @@ _HOME = {
     "read_index": "assets",
     "read_published": "assets",
     "load_model": "loading",
-    "load_tokenizer": "loading",
+    "load_tokenizer": "tokenizer",
     "Source": "source",
     "open_source": "source",
     "HeadWeights": "weights",

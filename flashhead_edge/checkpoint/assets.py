@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashhead_edge.checkpoint import families
+from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.checkpoint.tensors import read_array, read_arrays, read_header
-from flashhead_edge.checkpoint.vocabulary import read_json, returnable_tokens
+from flashhead_edge.checkpoint.vocabulary import returnable_tokens
 from flashhead_edge.codes import Coded
 from flashhead_edge.errors import CheckpointError
 from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex, Stage, default_probes

@@ -1,4 +1,4 @@
-"""A model and its tokenizer in memory, from any source and from FlashHead checkpoints: through transformers."""
+"""A model in memory, from any source and from FlashHead checkpoints: through transformers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from flashhead_edge.checkpoint import families
 from flashhead_edge.checkpoint.quiet import without_bars
 from flashhead_edge.checkpoint.source import Source, open_source
-from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
+from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError, first_line
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 NOT_STORED = ("zero_point", "qzeros", "g_idx")  # a symmetric scheme, or one in the order of columns, has none
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 OURS = ("flash_head", "flash_head_cache_dir", "flash_head_special_token_ids", "n_clusters", "n_probes")
 
 
@@ -80,35 +79,6 @@ def load_model(
         found = "no output embeddings" if rows is None else f"output embeddings {list(rows.weight.shape)}"
         raise CheckpointError(f"{source.name}: the loaded model has {found}, expected {list(shape)} as {name}; fetch the model again")
     return model.eval() if scheme is not None and getattr(model, "hf_quantizer", None) is not None else model.to(device).eval()
-
-
-def load_tokenizer(source: Source | str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    if not isinstance(source, Source):
-        path = Path(source)
-        there = any((path / file).is_file() for file in TOKENIZERS)
-        source = Source(path, None, {}, path.name, trust_remote_code) if there else open_source(source, trust_remote_code=trust_remote_code)
-    if source.gguf is not None:
-        from flashhead_edge.checkpoint import gguf
-
-        return gguf.load_tokenizer(source.gguf)
-    folder, trust = source.folder, source.trust_remote_code or trust_remote_code
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); add the tokenizer's files to the folder") from error
-    return tokenizer
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
-    return next((line.strip().rstrip(":.") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _check_dtype(stored: torch.dtype, dtype: torch.dtype, name: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.checkpoint import families
-from flashhead_edge.checkpoint.vocabulary import read_json
+from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import CheckpointError, UnsupportedModelError
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_edge.checkpoint import families
+from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.checkpoint.tensors import read_header
-from flashhead_edge.checkpoint.vocabulary import read_json
 from flashhead_edge.errors import CheckpointError, UnsupportedModelError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import CheckpointError
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content.
-
-    Raises:
-        CheckpointError: the file is missing or is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: the file is missing; restore it or fetch the model again") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: the file cannot be read as JSON ({error}); restore it or fetch the model again") from error
 
 
 def named_tokens(folder: Path) -> int | None:
@@ -35,7 +21,7 @@ def named_tokens(folder: Path) -> int | None:
         elif (folder / "vocab.json").is_file():
             ids.append(max(read_json(folder / "vocab.json").values()))
         elif (folder / "tokenizer.model").is_file():
-            from flashhead_edge.checkpoint.loading import load_tokenizer
+            from flashhead_edge.checkpoint.tokenizer import load_tokenizer
 
             ids.append(max(load_tokenizer(folder).get_vocab().values()))
         if not ids:

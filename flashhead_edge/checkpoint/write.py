@@ -25,10 +25,10 @@ from flashhead_edge.checkpoint.assets import (
 )
 from flashhead_edge.checkpoint.atomic import copy_file, link_or_copy, named_errors, regular, replacing, write_file
 from flashhead_edge.checkpoint.card import build_card, source_card
+from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.checkpoint.quiet import without_bars
 from flashhead_edge.checkpoint.source import INDEX, PICKLES, Source, weight_map
 from flashhead_edge.checkpoint.tensors import pack_arrays, read_header
-from flashhead_edge.checkpoint.vocabulary import read_json
 from flashhead_edge.errors import CheckpointError
 from flashhead_edge.index import HeadIndex
 
