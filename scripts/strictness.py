@@ -5,7 +5,8 @@
 
 The head of the checkpoint OUT is fitted again on the model's own text alone, and its margins are chosen for one
 strictness after another: own text may miss 1/n of what is promised. What each kind of text then misses is read from the
-margins that its states need. A file of several languages (told apart by their letters) counts as several kinds. A rule
+margins that its states need. A file of several languages (told apart by their letters) counts as several kinds; where the family has a chat template,
+the model's answers to lines of the texts are one more. A rule
 that is derived from all kinds but one is tried on that one. docs/experiments.md states what came of it.
 """
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.calibration import Data, Fitted, Plan, cost_of, fit, gather, hard_tokens, lifted, loosest, needs_of, own_target, traced_of
-from flashhead_edge.capture import capture_ids, compact, end_ids, sample_own_text
+from flashhead_edge.capture import capture_ids, chat_frame, compact, end_ids, sample_own_text
 from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head, read_index
 from flashhead_edge.coding import decode, to_torch
 from flashhead_edge.costs import dense_bytes
@@ -46,6 +47,18 @@ def kinds_of(path: Path) -> dict[str, str]:
     if min(sum(map(len, parts.get(name, []))) for name, _ in LETTERS) < len(text) / 20:
         return {path.stem: text}
     return {f"{path.stem} {name}": "\n\n".join(paragraphs) for name, paragraphs in sorted(parts.items())}
+
+
+def chat_states(model: Any, tokenizer: Any, texts: list[Path], seed: int, questions: int = 60, tokens: int = 60) -> Tensor:
+    """States of answers that the model samples at temperature 0.7 to lines of the texts, [n, d]."""
+    lines = [line for path in texts for line in path.read_text(encoding="utf-8").split("\n") if 40 < len(line) < 300]
+    torch.manual_seed(seed)
+    out = []
+    for line in lines[:: max(1, len(lines) // questions)][:questions]:
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": line}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        whole = model.generate(**asked, do_sample=True, temperature=0.7, max_new_tokens=tokens)[0]
+        out.append(capture_ids(model, whole, window=len(whole))[asked.input_ids.shape[1] - 1 :])
+    return torch.cat(out)
 
 
 def needs_of_text(f: Fitted, states: Tensor, winners: Tensor, always: np.ndarray) -> tuple[Tensor, Any]:
@@ -78,6 +91,9 @@ def main() -> None:
             ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[: a.text_positions])
             states = compact(capture_ids(model, ids))
             texts[name] = states, dense_tokens(weight, bias, states, head.vocab_size)
+    if chat_frame(tokenizer):
+        states = compact(chat_states(model, tokenizer, a.text, a.seed))
+        texts["chat answers"] = states, dense_tokens(weight, bias, states, head.vocab_size)
     own = sample_own_text(model, tokenizer, head.vocab_size, a.positions, a.seed)
     ends = end_ids(model, tokenizer, head.vocab_size)
     del model
