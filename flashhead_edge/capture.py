@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashhead_edge.checkpoint import fresh_cache
 from flashhead_edge.errors import CheckpointError, SettingsError, UnsupportedModelError
 from flashhead_edge.progress import Progress, silent
 
@@ -276,15 +277,15 @@ def _sample(
         States [n * length, d], from that of the last start token on, and the ids that they are of, [n, length].
     """
     parts: list[Tensor] = []
-    cache, step_ids, written = None, ids, [ids[:, -1:]]
+    step_ids, written = ids, [ids[:, -1:]]
+    _, cached = fresh_cache(model)
     with torch.inference_mode(), recording(model, compute=True) as seen:
         while True:
-            out = model(input_ids=step_ids, past_key_values=cache, use_cache=True)
+            out = model(input_ids=step_ids, **cached)
             parts.append(seen.pop()[:, -1:].float().cpu())
             check_finite(parts[-1])
             if len(written) == forced.shape[1]:
                 break
-            cache = out.past_key_values
             logits = out.logits[:, -1, :vocab_size].float()
             logits[:, ends] = -torch.inf
             total = (logits / temperature).softmax(1).cumsum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,18 @@ def load_model(
         found = "no output embeddings" if rows is None else f"output embeddings {list(rows.weight.shape)}"
         raise CheckpointError(f"{source.name}: the loaded model has {found}, expected {list(shape)} as {name}; fetch the model again")
     return model.eval() if scheme is not None and getattr(model, "hf_quantizer", None) is not None else model.to(device).eval()
+
+
+def fresh_cache(model: Any) -> tuple[Any, dict[str, Any]]:
+    """An empty cache of keys and values, and the arguments with which `model` uses it.
+
+    transformers names the argument `cache` from 5.24 on; earlier versions, and code that models bring along, `past_key_values`.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return cache, {name: cache, "use_cache": True}
 
 
 def _check_dtype(stored: torch.dtype, dtype: torch.dtype, name: str) -> None:

@@ -205,13 +205,14 @@ def dense_text(model: Any, judge: Dense, prompts: Tensor, new_tokens: int, progr
     import torch
 
     from flashhead_edge.capture import recording
+    from flashhead_edge.checkpoint import fresh_cache
 
     device = model.get_output_embeddings().weight.device
-    states, tokens, cache, ids = [], [], None, prompts.to(device)
+    states, tokens, ids = [], [], prompts.to(device)
+    _, cached = fresh_cache(model)
     with torch.inference_mode(), recording(model, compute=False) as seen:
         for i in range(new_tokens):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            model(input_ids=ids, **cached)
             hidden = seen.pop().reshape(len(prompts), ids.shape[1], -1)[:, -1].float()
             token = judge.tokens(hidden)
             states.append(hidden)

@@ -90,11 +90,11 @@ class Body:
     """The model without its head: tokens go in, the hidden state that would reach the head comes out."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from transformers import DynamicCache
+        from flashhead_edge.checkpoint import fresh_cache
 
         self.model = model
         self.module = output_head(model)
-        self.cache = DynamicCache(config=model.config)
+        self.cache, self.cached = fresh_cache(model)
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class Body:
         self.module.__dict__["forward"] = tap
         try:
             tokens = torch.tensor([list(ids)], device=self.module.weight.device)  # type: ignore[union-attr]
-            self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **self.options)
+            self.model(input_ids=tokens, **self.cached, **self.options)
         finally:
             if before is None:
                 del self.module.__dict__["forward"]
