@@ -37,16 +37,19 @@ def test_codebooks_lie_in_the_order_of_the_rotation():
     random = np.random.default_rng(1)
     coded = made_product(random, 10, 6, 65, 65, 1.0)
     _, columns, reach = pack_rotation(rotation_of(64))
-    book, where, offsets, names = pack_book(coded, columns)
+    book, where, wide_chunks, chunks, names = pack_book(coded, columns)
+    assert 0 < wide_chunks < chunks <= len(columns)
     entries = np.zeros((256, 65))
-    for c, i in np.argwhere(where[..., 3].view(np.int32) >= 0):
-        offset, step, centre, part = where[c, i]
-        at = int(offset) // 2
-        assert offsets[c] <= at < offsets[c + 1]
-        data = book[at : at + 256] if offset & 1 else np.stack([book[at : at + 128] & 15, book[at : at + 128] >> 4], 1).reshape(-1)
+    for c, i in np.argwhere(where[..., 2].view(np.int32) >= 0):
+        if c < wide_chunks:
+            data = book[1024 * c + 256 * i :][:256]
+        else:
+            half = book[512 * (c + wide_chunks) + 128 * i :][:128]
+            data = np.stack([half & 15, half >> 4], 1).reshape(-1)
         j = columns[c, i]
-        entries[:, j] = (data - float(centre.view(np.float32))) * float(step.view(np.float32))
-        assert coded.group_ends[names[part]] > j
+        step, centre, part, _ = where[c, i]
+        entries[:, j] = (data - float(centre)) * float(step)
+        assert coded.group_ends[names[part.view(np.int32)]] > j
     used = np.isin(np.arange(65), columns)
     assert np.allclose(entries[:, used], (to_torch(coded).arrays["entries"].double().numpy())[:, used], rtol=1e-6, atol=1e-9)
     slope, base = table_bound(coded, reach)

@@ -14,6 +14,7 @@ from flashhead_edge.kernels.packing import Packed, Plan, pack, plan
 from flashhead_edge.reference import TorchHead, torch_head
 
 MOST_ROWS = 32  # of one launch; more are split
+STATIC_SHARED = 8 << 10  # shared memory that the kernel declares itself, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ def cuda_head(
         packed=packed,
         image=torch.from_numpy(packed.image).to(weight.device),
         multiprocessors=multiprocessors or properties.multi_processor_count,
-        shared_bytes=shared_bytes or properties.shared_memory_per_block_optin - 1024,
+        shared_bytes=shared_bytes or properties.shared_memory_per_block_optin - STATIC_SHARED,
         architecture=architecture or f"sm_{properties.major}{properties.minor}",
     )
 

@@ -24,6 +24,8 @@ HISTOGRAM = 2052
 PASSES = 7
 MAX_SLOTS = 1 << 20
 PART_COLUMNS = 256  # columns of a codebook group that share a part: their sums meet at one address
+MAX_COORDINATES = 12 * THREADS
+PHASES = MAX_STAGES + 3  # that have a message: the probe, each code, the first once more after a cap, the exact rows
 STATE_BYTES = 256  # of RowState, rounded up
 
 I, U, F = ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
@@ -32,7 +34,7 @@ I, U, F = ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
 class Table(ctypes.Structure):
     """`FlashHeadTable` of head_step.h."""
 
-    _fields_ = [("columns_at", U), ("chunks_at", U), ("bytes_at", U), ("first_part", I), ("parts", I)]
+    _fields_ = [("columns_at", U), ("book_at", U), ("bytes_at", U), *[(n, I) for n in ("chunks", "wide_chunks", "first_part", "parts")]]
 
 
 class Stage(ctypes.Structure):
@@ -49,15 +51,14 @@ class Layout(ctypes.Structure):
 
     _fields_ = [
         *[(n, I) for n in ("vocab_size", "hidden_size", "clusters", "cluster_size", "coordinates", "stages", "tables", "always")],
-        *[(n, U) for n in ("token_table_at", "filled_at", "always_at")],
-        ("chunks", I),
+        *[("token_table_at", U), ("filled_at", U), ("least_filled", I), ("always_at", U), ("chunks", I)],
         *[(n, U) for n in ("rotation_at", "virtual_at", "mean_at", "row_scale_at")],
         *[("bound_slope", F), ("bound_base", F), ("state_power", F)],
         *[("centroids_at", U), ("centroid_stride", I), ("cluster_error_at", U), ("cluster_inverse_at", U)],
         *[("probe_margin", F), ("probe_cap", I), ("candidates", I), ("parts", I), ("capacity", I)],
         *[("prefetch_at", U), ("prefetch_bytes", U)],
-        *[("blocks", I), ("shared_z", I), ("shared_x", I), ("shared_work", I), ("shared_items", I), ("shared_clusters", I)],
-        *[(n, U) for n in ("row_bytes", "row_tables", "row_z", "row_scores", "row_histograms", "row_items")],
+        *[("blocks", I), ("shared_z", I), ("shared_x", I), ("shared_work", I), ("shared_items", I), ("shared_clusters", I), ("shared_weights", I)],
+        *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_histograms", "row_items")],
         ("table", Table * MAX_TABLES),
         ("stage", Stage * MAX_STAGES),
     ]
@@ -139,7 +140,8 @@ def pack(index: HeadIndex) -> Packed:
     layout.candidates = min(index.slots, index.stages[-1].gate.cap if index.stages else most)
 
     layout.prefetch_at = image.size
-    layout.filled_at = image.add((index.token_table >= 0).sum(1).astype(np.uint8))
+    filled = (index.token_table >= 0).sum(1)
+    layout.filled_at, layout.least_filled = image.add(filled.astype(np.uint8)), int(filled.min())
     layout.always_at = image.add(slot_of_token(index)[index.always_scored].astype(np.int32))
     layout.cluster_error_at, layout.cluster_inverse_at = image.add(index.probe.error), image.add(inverse_errors(index.probe))
     columns = np.zeros((0, 4), np.int64)
@@ -156,10 +158,11 @@ def pack(index: HeadIndex) -> Packed:
     books = []
     for i, coded in enumerate(products):
         t = layout.table[i]
-        book, where, offsets, names = pack_book(coded, columns)
+        book, where, t.wide_chunks, t.chunks, names = pack_book(coded, columns)
         t.bytes_at, t.first_part, t.parts = image.add(names), part, len(names)
         part += len(names)
-        books.append((t, book, where, offsets))
+        books.append((t, book))
+        t.columns_at = image.add(where)
     for stage, s in zip(index.stages, layout.stage):
         if stage.rows.kind == "bits":
             s.weights_at = image.add(bit_weights(stage.rows))
@@ -177,11 +180,8 @@ def pack(index: HeadIndex) -> Packed:
         for coded in products:
             slope, base = table_bound(coded, reach)
             layout.bound_slope, layout.bound_base = max(layout.bound_slope, slope), max(layout.bound_base, base)
-    for t, book, where, offsets in books:
-        start = image.add(book)
-        t.chunks_at = image.add((offsets + start).astype(np.uint32))
-        where[..., 0] += np.where(where[..., 3].view(np.int32) >= 0, 2 * start, 0).astype(np.uint32)
-        t.columns_at = image.add(where)
+    for t, book in books:
+        t.book_at = image.add(book)
     layout.token_table_at = image.add(index.token_table)
     table = 1
     for stage, s in zip(index.stages, layout.stage):
@@ -210,6 +210,7 @@ def check_codes(index: HeadIndex) -> None:
     want(index.slots < MAX_SLOTS, "number of slots", index.slots, f"fewer than {MAX_SLOTS}")
     want(len(index.stages) <= MAX_STAGES, "number of row codes", len(index.stages), f"at most {MAX_STAGES}")
     want(index.cluster_size <= 255, "cluster size", index.cluster_size, "at most 255")
+    want(index.hidden_size < MAX_COORDINATES, "hidden size", index.hidden_size, f"less than {MAX_COORDINATES}")
     if index.rotation is None:
         want(index.centroids.kind == "float16" and index.centroids.columns == index.hidden_size, "centroid code", index.centroids.kind, "float16 of all columns")
         want(not index.stages, "number of row codes without a rotation", len(index.stages), "none")
@@ -272,12 +273,13 @@ def _pairs(numbers: np.ndarray, floats: np.ndarray) -> np.ndarray:
     return np.stack([numbers.astype(np.int32).view(np.uint32), floats.astype(np.float32).view(np.uint32)], 1)
 
 
-def pack_book(coded: Coded, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def pack_book(coded: Coded, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int, np.ndarray]:
     """A product code's codebook in the rotation's chunks, one coordinate after the other.
 
     Returns:
-        [bytes] uint8: 256 fields of each coordinate, two a byte where they have at most four bits; [chunks, 4, 4]
-        uint32 {offset * 2 + wide, step, centre, part}; [chunks + 1] offsets; [parts] uint8: the code byte of each part.
+        [bytes] uint8: the 256 fields of a chunk's four coordinates, a byte each in the first chunks, then half a byte;
+        [chunks, 4, 4] float32 {step, centre, part (int32; -1: none), 0}; the number of chunks in bytes; the number of
+        chunks that the codebook reaches; [parts] uint8: the code byte of each part.
     """
     assert coded.widths is not None and coded.steps is not None and coded.codebook is not None and coded.group_ends is not None
     values = fields(coded, coded.codebook)
@@ -285,21 +287,19 @@ def pack_book(coded: Coded, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray
     start = np.concatenate([[0], coded.group_ends])[group]
     names = group * (1 << 16) + (np.arange(coded.columns) - start) // PART_COLUMNS
     _, first, part = np.unique(names, return_index=True, return_inverse=True)
-    where = np.zeros((*columns.shape, 4), np.uint32)
-    where[..., 3] = np.uint32(0xFFFFFFFF)
-    parts, offset, offsets = [], 0, np.zeros(len(columns) + 1, np.int64)
-    for c, chunk in enumerate(columns.tolist()):
-        for i, j in enumerate(chunk):
-            if j < 0 or j >= coded.columns or (i and chunk[i - 1] == j):
-                continue
-            width = int(coded.widths[j])
-            data = values[:, j] if width > 4 else values[0::2, j] | values[1::2, j] << 4
-            centre = np.float32(2.0 ** (width - 1) - 0.5) if width else np.float32(0)
-            where[c, i] = [2 * offset + (width > 4), np.float32(coded.steps[j]).view(np.uint32), centre.view(np.uint32), part[j]]
-            parts.append(data)
-            offset += data.size
-        offsets[c + 1] = offset
-    return np.concatenate(parts), where, offsets, group[first].astype(np.uint8)
+    twice = np.concatenate([np.zeros((len(columns), 1), bool), columns[:, 1:] == columns[:, :-1]], 1)
+    there = (columns >= 0) & (columns < coded.columns) & ~twice
+    chunks = int(there.any(1).nonzero()[0].max()) + 1
+    at = np.where(there, columns, 0)
+    wide = ((coded.widths[at] > 4) & there).any(1).nonzero()[0]
+    wide_chunks = int(wide.max()) + 1 if wide.size else 0
+    entries = np.where(there[:chunks, :, None], values.T[at[:chunks]], 0).astype(np.uint8)  # [chunks, 4, 256]
+    book = np.concatenate([entries[:wide_chunks].reshape(-1), (entries[wide_chunks:, :, 0::2] | entries[wide_chunks:, :, 1::2] << 4).reshape(-1)])
+    where = np.zeros((*columns.shape, 4), np.float32)
+    widths = coded.widths[at].astype(int)
+    where[..., 0], where[..., 1] = coded.steps[at], np.where(widths > 0, 2.0 ** (widths - 1) - 0.5, 0)
+    where[..., 2] = np.where(there, part[at], -1).astype(np.int32).view(np.float32)
+    return book, where, wide_chunks, chunks, group[first].astype(np.uint8)
 
 
 def table_bound(coded: Coded, reach: np.ndarray) -> tuple[float, float]:
@@ -348,8 +348,7 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
     """
     layout = Layout.from_buffer_copy(bytes(packed.layout))
     layout.blocks = max(1, multiprocessors // max(1, rows))
-    share = -(-min(layout.probe_cap, layout.clusters) // layout.blocks)
-    layout.capacity = share * layout.cluster_size + -(-layout.always // layout.blocks) + 1
+    layout.capacity = -(-layout.clusters // layout.blocks) * layout.cluster_size + 1
     octets = layout.hidden_size // 8
     work = 16 * BATCH_CHUNKS * -(-octets // 32) + BATCH_CHUNKS * (16 + MAX_TABLES * 64 + layout.tables * 1024)
     size = 0
@@ -364,6 +363,7 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
     layout.shared_work, layout.shared_clusters = shared(max(work, 4 * HISTOGRAM)), shared(4 * layout.clusters)
     for s in layout.stage[: layout.stages]:
         s.shared_table = shared(1024 * s.bytes if s.table >= 0 else 512 * s.words)
+    layout.shared_weights = shared(sum(128 * s.words for s in layout.stage[: layout.stages] if s.table < 0))
     items = 16 * layout.capacity
     in_shared = size + items <= shared_bytes
     if in_shared:
@@ -378,7 +378,8 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
         used += -(-count // 256) * 256
         return start
 
-    layout.row_tables, layout.row_z, layout.row_scores = row(2048 * layout.parts), row(4 * layout.coordinates), row(4 * layout.clusters)
+    layout.row_messages = row(16 * PHASES * layout.blocks)
+    layout.row_tables, layout.row_z, layout.row_scores = row(2048 * layout.parts), row(4 * layout.coordinates), row(8 * layout.clusters)
     layout.row_histograms = row(4 * layout.stages * PASSES * HISTOGRAM)
     if not in_shared:
         layout.row_items = row(items * layout.blocks)

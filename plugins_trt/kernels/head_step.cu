@@ -19,8 +19,10 @@
 // exact logit by (d/32 + 7) u sum|terms|; a gap by 4 u more, relatively, and the state's unit by 16 u. The token is the
 // reference's where neither the winner's lead nor its distance to a margin is within that.
 //
-// One kernel, because at these sizes launches and grid barriers are the cost: 2 + stages barriers (one counter each
-// row), and two or three more where a cap may have been hit. Tables of the next codes are made while a barrier waits.
+// One kernel, because at these sizes launches and grid barriers are the cost. After the rotation no block needs another's
+// data but the best score so far and a few counts: they travel in one message of 16 bytes a block and phase, tagged with
+// the step, without fences or atomics (`post`, `collect`). A block owns every blocks-th cluster and keeps its items to the
+// end. A message also says how many items at most will pass, so a cap costs nothing until it may cut.
 #include "head_step.h"
 
 typedef unsigned long long u64;
@@ -86,13 +88,54 @@ __device__ u64 block_max(u64 key, u64* scratch) {
     return warp_max(scratch[threadIdx.x & 15]);
 }
 
-// What a row's blocks share, zero between steps.
+// What a row's blocks share.
 struct RowState {
-    u64 best[FLASHHEAD_MAX_STAGES + 2];         // of the probe, each code and the exact rows: ordered score, then ~number
-    unsigned counter, arrived, candidates;
-    unsigned within[FLASHHEAD_MAX_STAGES];      // at least as many items as lie within each margin
-    unsigned counts[FLASHHEAD_MAX_STAGES + 1];  // items scored by each code, rows scored exactly
+    unsigned counter, candidates, epoch;  // arrivals of this step; rows scored exactly so far; steps made
 };
+
+// What a block tells the others at the end of a phase, in one store of 16 bytes: nothing else must be visible with it, so
+// no fence is needed. A message is there when its tag is that of the step.
+struct Message {
+    u64 best;   // ordered score << 32 | ~number
+    u64 items;  // tag << 40 (the low 24 bits of the step's epoch) | count of 20 bits | count of 20 bits
+};
+
+__device__ __forceinline__ void post(Message* place, u64 best, unsigned first, unsigned second, unsigned tag) {
+    const u64 items = (u64)tag << 40 | (u64)first << 20 | second;
+    asm volatile("{ .reg .b128 both; mov.b128 both, {%1, %2}; st.relaxed.gpu.global.b128 [%0], both; }" ::"l"(place), "l"(best), "l"(items) : "memory");
+}
+
+struct Collected {
+    u64 best;
+    unsigned first, second;
+};
+
+// Waits for a phase's message of every block: the largest key and the sums of both counts, in every thread.
+__device__ Collected collect(const Message* places, int blocks, unsigned tag, Collected* scratch) {
+    Collected mine = {0, 0, 0};
+    const int warps = (min(blocks, FLASHHEAD_THREADS) + 31) / 32;
+    for (int i = threadIdx.x; i < blocks; i += FLASHHEAD_THREADS) {
+        u64 best, items;
+        do {
+            asm volatile("{ .reg .b128 both; ld.relaxed.gpu.global.b128 both, [%2]; mov.b128 {%0, %1}, both; }" : "=l"(best), "=l"(items) : "l"(places + i) : "memory");
+        } while ((unsigned)(items >> 40) != tag);
+        mine.best = best > mine.best ? best : mine.best;
+        mine.first += (unsigned)(items >> 20) & 0xfffff, mine.second += (unsigned)items & 0xfffff;
+    }
+    if ((threadIdx.x >> 5) < warps) {
+        mine.best = warp_max(mine.best);
+        mine.first = __reduce_add_sync(~0u, mine.first), mine.second = __reduce_add_sync(~0u, mine.second);
+        if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = mine;
+    }
+    __syncthreads();
+    Collected all = {0, 0, 0};
+    for (int w = 0; w < warps; w++) {
+        all.best = scratch[w].best > all.best ? scratch[w].best : all.best;
+        all.first += scratch[w].first, all.second += scratch[w].second;
+    }
+    __syncthreads();
+    return all;
+}
 
 // A gate's keys: those within the margin order by gap, then number; key 0 is outside.
 __device__ __forceinline__ u64 gate_key(float gap, float margin, unsigned number) {
@@ -203,38 +246,41 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
     float4* x_high = x_low + octets;
     float4* partial = (float4*)(shared + L.shared_work);                                   // [batch chunks][segments]
     float* z_own = (float*)(partial + FLASHHEAD_BATCH_CHUNKS * segments);                   // [batch chunks * 4]
-    int4* columns = (int4*)(z_own + 4 * FLASHHEAD_BATCH_CHUNKS);                             // [tables][batch chunks * 4]
-    unsigned char* books = (unsigned char*)(columns + FLASHHEAD_MAX_TABLES * 4 * FLASHHEAD_BATCH_CHUNKS);  // [tables][batch chunks * 1024]
+    float4* columns = (float4*)(z_own + 4 * FLASHHEAD_BATCH_CHUNKS);                         // [tables][batch chunks * 4]
+    uint4* books = (uint4*)(columns + FLASHHEAD_MAX_TABLES * 4 * FLASHHEAD_BATCH_CHUNKS);    // [tables][batch chunks * 64]
     __shared__ float scratch[16];
-    __shared__ unsigned from[FLASHHEAD_MAX_TABLES];  // where the staged part of a codebook starts in the image
+    float scale = 0;
     int shift = 0;
 
     int begin = first;
     do {
-        const int chunks = min(FLASHHEAD_BATCH_CHUNKS, end - begin), tasks = chunks * segments;
-        // the loads that wait longest first: two tasks' fields of the rotation, then the codebooks' columns
+        const int chunks = max(0, min(FLASHHEAD_BATCH_CHUNKS, end - begin)), tasks = chunks * segments;
+        // all loads first, none waits for another: two tasks' fields of the rotation, the codebooks' columns, the state
         uint4 fields[2];
         for (int i = 0; i < 2; i++) {
             const int task = warp + 16 * i, octet = task % segments * 32 + lane;
             if (task < tasks && octet < octets) fields[i] = __ldcs(&rotation[(size_t)(begin + task / segments) * octets + octet]);
         }
+        int2 column = {-1, 0};
+        if (threadIdx.x < 4 * chunks) column = __ldg((const int2*)(a.image + L.virtual_at) + 4 * begin + threadIdx.x);
         for (int t = 0; t < L.tables; t++) {
             const FlashHeadTable& table = L.table[t];
-            const unsigned* offsets = (const unsigned*)(a.image + table.chunks_at);
-            const unsigned start = __ldg(&offsets[begin]), stop = __ldg(&offsets[begin + chunks]);
-            if (threadIdx.x == 0) from[t] = start;
-            for (unsigned i = start / 16 + threadIdx.x; i < stop / 16; i += FLASHHEAD_THREADS)
-                ((uint4*)(books + t * FLASHHEAD_BATCH_CHUNKS * 1024))[i - start / 16] = __ldcs((const uint4*)a.image + i);
-            if (threadIdx.x < 4 * chunks) columns[t * 4 * FLASHHEAD_BATCH_CHUNKS + threadIdx.x] = __ldg((const int4*)(a.image + table.columns_at) + 4 * begin + threadIdx.x);
+            const int c = begin + (threadIdx.x >> 6), i = threadIdx.x & 63;  // 64 threads a chunk: 16 bytes each, in wide chunks
+            const bool wide = c < table.wide_chunks;
+            if (c < min(begin + chunks, table.chunks) && i < (wide ? 64 : 32))
+                books[t * FLASHHEAD_BATCH_CHUNKS * 64 + (threadIdx.x >> 6) * 64 + i] =
+                    __ldcs((const uint4*)(a.image + table.book_at) + (size_t)c * 32 + min(c, table.wide_chunks) * 32 + i);
+            if (threadIdx.x >= 480 && threadIdx.x - 480 < 4 * chunks)
+                columns[t * 4 * FLASHHEAD_BATCH_CHUNKS + threadIdx.x - 480] = __ldg((const float4*)(a.image + table.columns_at) + 4 * begin + threadIdx.x - 480);
         }
         if (begin == first) {
             const unsigned short* hidden = (const unsigned short*)a.hidden + (size_t)row * L.hidden_size;
-            const unsigned short* scale = (const unsigned short*)(a.image + L.row_scale_at);
+            const unsigned short* row_scale = (const unsigned short*)(a.image + L.row_scale_at);
             const float* mean = (const float*)(a.image + L.mean_at);
-            const float place[8] = {1.f / 16, 1.f / 16, 1.f / 256, 1.f / 4096, 1.f / 65536, 1.f / 16, 1.f / 256, 1.f / 4096};
             float size = 0;
+#pragma unroll 2
             for (int i = threadIdx.x; i < octets * 2; i += FLASHHEAD_THREADS) {
-                const uint2 h = ((const uint2*)hidden)[i], s = __ldg((const uint2*)scale + i);
+                const uint2 h = __ldg((const uint2*)hidden + i), s = __ldg((const uint2*)row_scale + i);
                 const float4 m = __ldg((const float4*)mean + i);
                 float4 x;
                 x.x = from16(s.x & 0xffff, false) * (from16(h.x & 0xffff, a.hidden_bf16) - m.x);
@@ -242,13 +288,15 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
                 x.z = from16(s.y & 0xffff, false) * (from16(h.y & 0xffff, a.hidden_bf16) - m.z);
                 x.w = from16(s.y >> 16, false) * (from16(h.y >> 16, a.hidden_bf16) - m.w);
                 size += fabsf(x.x) + fabsf(x.y) + fabsf(x.z) + fabsf(x.w);
-                const int half = 4 * (i & 1);
-                x.x *= half ? place[4] : place[0], x.y *= half ? place[5] : place[1], x.z *= half ? place[6] : place[2], x.w *= half ? place[7] : place[3];
-                (half ? x_high : x_low)[i >> 1] = x;
+                // the places of eight_fields: 1 1 2 3 and 4 1 2 3 fields of four bits
+                const bool upper = i & 1;
+                x.x *= upper ? 1.f / 65536 : 1.f / 16, x.y *= 1.f / 16, x.z *= 1.f / 256, x.w *= 1.f / 4096;
+                (upper ? x_high : x_low)[i >> 1] = x;
             }
             size = block_sum(size, scratch);
             // sums stay whole numbers from here on: their scale is a power of two that no sum can overflow
-            shift = 60 - ilogbf(fmaxf(size * L.bound_slope + L.bound_base, 1e-30f));
+            shift = min(120, 60 - ilogbf(fmaxf(size * L.bound_slope + L.bound_base, 1e-30f)));
+            scale = ldexpf(1.f, shift);
         }
         __syncthreads();
         for (int task = warp, i = 0; task < tasks; task += 16, i++) {
@@ -257,10 +305,8 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             if (octet < octets) {
                 const uint4 w = i == 0 ? fields[0] : i == 1 ? fields[1] : __ldcs(&rotation[(size_t)(begin + task / segments) * octets + octet]);
                 const float4 low = x_low[octet], high = x_high[octet];
-                sum.x = eight_fields(w.x, low, high, sum.x);
-                sum.y = eight_fields(w.y, low, high, sum.y);
-                sum.z = eight_fields(w.z, low, high, sum.z);
-                sum.w = eight_fields(w.w, low, high, sum.w);
+                sum.x = eight_fields(w.x, low, high, sum.x), sum.y = eight_fields(w.y, low, high, sum.y);
+                sum.z = eight_fields(w.z, low, high, sum.z), sum.w = eight_fields(w.w, low, high, sum.w);
             }
             for (int step = 16; step; step >>= 1) {
                 sum.x += __shfl_xor_sync(~0u, sum.x, step), sum.y += __shfl_xor_sync(~0u, sum.y, step);
@@ -271,43 +317,44 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
         __syncthreads();
         if (threadIdx.x < 4 * FLASHHEAD_BATCH_CHUNKS) {
             const int v = threadIdx.x;
-            int2 column = {-1, 0};
             float value = 0;
-            if (v < 4 * chunks) {
-                column = __ldg((const int2*)(a.image + L.virtual_at) + 4 * begin + v);
+            if (v < 4 * chunks)
                 for (int s = 0; s < segments; s++) value += ((const float*)&partial[v / 4 * segments + s])[v & 3];
-                value *= __int_as_float(column.y);
-            }
+            value *= __int_as_float(column.y);
             // a column of more than four bits is two virtual ones, side by side in one chunk
             const int next = __shfl_down_sync(0xffffu, column.x, 1), last = __shfl_up_sync(0xffffu, column.x, 1);
             const float upper = __shfl_down_sync(0xffffu, value, 1);
             if ((v & 3) < 3 && next == column.x) value += upper;
             if (column.x == 0) value = 1;
             z_own[v] = value;
-            const bool owner = column.x >= 0 && ((v & 3) == 0 || last != column.x);
-            if (owner) __stcg(&z_out[column.x], value);
+            if (column.x >= 0 && ((v & 3) == 0 || last != column.x)) __stcg(&z_out[column.x], value);
         }
         __syncthreads();
         const int entry = threadIdx.x & 255, half = threadIdx.x >> 8, middle = (chunks + 1) / 2;
         for (int t = 0; t < L.tables; t++) {
+            const FlashHeadTable& table = L.table[t];
+            const int stop = min(half ? chunks : middle, table.chunks - begin);
             long long sum = 0;
             int part = -1;
-            for (int c = half ? middle : 0; c < (half ? chunks : middle); c++) {
+            for (int c = half ? middle : 0; c < stop; c++) {
+                const unsigned char* book = (const unsigned char*)&books[(t * FLASHHEAD_BATCH_CHUNKS + c) * 64];
+                const bool wide = begin + c < table.wide_chunks;
                 float run = 0;
+#pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const int4 column = columns[t * 4 * FLASHHEAD_BATCH_CHUNKS + 4 * c + i];  // {book | wide, step, centre, part}
-                    if (column.w < 0) continue;
-                    if (column.w != part) {
-                        if (part >= 0) atomicAdd((u64*)&tables[(L.table[t].first_part + part) * 256 + entry], (u64)(sum + __float2ll_rn(ldexpf(run, shift))));
-                        sum = 0, run = 0, part = column.w;
+                    const float4 info = columns[t * 4 * FLASHHEAD_BATCH_CHUNKS + 4 * c + i];  // {step, centre, part}
+                    const int own = __float_as_int(info.z);
+                    if (own < 0) continue;
+                    if (own != part) {
+                        if (part >= 0) atomicAdd((u64*)&tables[(table.first_part + part) * 256 + entry], (u64)(sum + __float2ll_rn(run * scale)));
+                        sum = 0, run = 0, part = own;
                     }
-                    const unsigned char* book = books + t * FLASHHEAD_BATCH_CHUNKS * 1024 + ((unsigned)column.x / 2 - from[t]);
-                    const unsigned field = column.x & 1 ? book[entry] : book[entry >> 1] >> (4 * (entry & 1)) & 15;
-                    run = fmaf(((float)field - __int_as_float(column.z)) * __int_as_float(column.y), z_own[4 * c + i], run);
+                    const unsigned field = wide ? book[256 * i + entry] : book[128 * i + (entry >> 1)] >> (4 * (entry & 1)) & 15;
+                    run = fmaf(((float)field - info.y) * info.x, z_own[4 * c + i], run);
                 }
-                sum += __float2ll_rn(ldexpf(run, shift));
+                sum += __float2ll_rn(run * scale);
             }
-            if (part >= 0) atomicAdd((u64*)&tables[(L.table[t].first_part + part) * 256 + entry], (u64)sum);
+            if (part >= 0) atomicAdd((u64*)&tables[(table.first_part + part) * 256 + entry], (u64)sum);
         }
         __syncthreads();
         begin += FLASHHEAD_BATCH_CHUNKS;
@@ -344,88 +391,199 @@ __device__ void load_state(const FlashHeadArguments& a, int row, unsigned char* 
     }
 }
 
-// The tables of the row codes for this state: of a product code the sums that `rotate` made, of a bits code the sums of
-// every four bits. A table of 16 floats has no bank conflicts, whatever entries a warp looks up.
-__device__ void make_tables(const FlashHeadArguments& a, const long long* sums, int shift, unsigned char* shared) {
+// Half of every bit's weight times its coordinate, for all bits codes: what their tables are sums of.
+__device__ void weigh_bits(const FlashHeadArguments& a, const float* z, float* weighed) {
     const FlashHeadLayout& L = a.layout;
-    const float* z = (const float*)(shared + L.shared_z);
     for (int s = 0; s < L.stages; s++) {
         const FlashHeadStage& stage = L.stage[s];
-        float* table = (float*)(shared + stage.shared_table);
-        if (stage.table >= 0) {
-            const FlashHeadTable& made = L.table[stage.table];
-            const unsigned char* bytes = a.image + made.bytes_at;
-            for (int i = threadIdx.x; i < made.parts * 256; i += FLASHHEAD_THREADS) {
-                const int part = i >> 8, byte = bytes[part];
-                if (part && bytes[part - 1] == byte) continue;  // summed with the first part of its byte
-                long long sum = 0;
-                for (int p = part; p < made.parts && bytes[p] == byte; p++) sum += sums[(made.first_part + p) * 256 + (i & 255)];
-                table[byte * 256 + (i & 255)] = ldexpf((float)sum, -shift);
-            }
-        } else {
-            const int4* weights = (const int4*)(a.image + stage.weights_at);  // two bits each: {half weight, coordinate} twice
-#pragma unroll 4
-            for (int i = threadIdx.x; i < stage.words * 128; i += FLASHHEAD_THREADS) {
-                const int4 lower = __ldg(&weights[i / 16 * 2]), upper = __ldg(&weights[i / 16 * 2 + 1]);
-                const float b0 = __int_as_float(lower.x) * z[lower.y], b1 = __int_as_float(lower.z) * z[lower.w];
-                const float b2 = __int_as_float(upper.x) * z[upper.y], b3 = __int_as_float(upper.z) * z[upper.w];
-                table[i] = ((i & 1 ? b0 : -b0) + (i & 2 ? b1 : -b1)) + ((i & 4 ? b2 : -b2) + (i & 8 ? b3 : -b3));
-            }
+        if (stage.table >= 0) continue;
+#pragma unroll 2
+        for (int i = threadIdx.x; i < stage.words * 32; i += FLASHHEAD_THREADS) {
+            const int2 weight = __ldg((const int2*)(a.image + stage.weights_at) + i);
+            weighed[i] = __int_as_float(weight.x) * z[weight.y];
         }
+        weighed += stage.words * 32;
     }
 }
 
-// Adds a code's score to items [0, n) and returns the thread's best key; item n, if `scout`, is scored for its key alone.
+// The tables of a row code for this state: of a product code the sums that `rotate` made, of a bits code the sums of
+// every four bits. A table of 16 floats has no bank conflicts, whatever entries a warp looks up. Returns what comes
+// after this code's weights.
+__device__ const float4* make_table(const FlashHeadArguments& a, const FlashHeadStage& stage, const long long* sums, int shift, const float4* weighed, unsigned char* shared) {
+    float* table = (float*)(shared + stage.shared_table);
+    if (stage.table >= 0) {
+        const FlashHeadTable& made = a.layout.table[stage.table];
+        const unsigned char* bytes = a.image + made.bytes_at;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < made.parts * 256; i += FLASHHEAD_THREADS) {
+            const int part = i >> 8, byte = __ldg(bytes + part);
+            if (part && __ldg(bytes + part - 1) == byte) continue;  // summed with the first part of its byte
+            long long sum = sums[made.first_part * 256 + i];
+            for (int p = part + 1; p < made.parts && __ldg(bytes + p) == byte; p++) sum += sums[(made.first_part + p) * 256 + (i & 255)];
+            table[byte * 256 + (i & 255)] = ldexpf((float)sum, -shift);
+        }
+        return weighed;
+    }
+#pragma unroll 4
+    for (int i = threadIdx.x; i < stage.words * 128; i += FLASHHEAD_THREADS) {
+        const float4 bits = weighed[i >> 4];
+        table[i] = ((i & 1 ? bits.x : -bits.x) + (i & 2 ? bits.y : -bits.y)) + ((i & 4 ? bits.z : -bits.z) + (i & 8 ? bits.w : -bits.w));
+    }
+    return weighed + stage.words * 8;
+}
+
+__device__ __forceinline__ u64 item_key(float score, unsigned number) { return (u64)ordered(score) << 32 | (0xffffffffu - number); }
+
+// Adds a code's score to items [0, n), with their own errors in the upper eight bits of the slot; returns the thread's best key.
+// Several rounds of loads are in flight before the first look-up.
 __device__ u64 score_items(const FlashHeadArguments& a, const FlashHeadStage& stage, uint2* items, int n, unsigned char* shared) {
     const float* table = (const float*)(shared + stage.shared_table);
-    const int lanes = stage.lanes, own = threadIdx.x & (lanes - 1);
+    const int lanes = stage.lanes, own = threadIdx.x & (lanes - 1), step = FLASHHEAD_THREADS / lanes;
+    constexpr int ROUNDS = 4;
     u64 best = 0;
-    for (int base = 0; base < n; base += FLASHHEAD_THREADS / lanes) {
-        const int i = base + threadIdx.x / lanes;
-        float sum = 0;
-        unsigned slot = 0, error = 0, scale = 0;
-        float score = 0;
-        if (i < n) {
-            slot = items[i].x & 0xffffff, score = __uint_as_float(items[i].y);
-            const unsigned char* record = a.image + stage.rows_at + (size_t)slot * stage.stride;
-            const unsigned* words = (const unsigned*)record;
-            error = __ldg(a.image + stage.error_at + (size_t)slot * stage.error_stride);
+    for (int base = 0; base < n; base += ROUNDS * step) {
+        unsigned word[ROUNDS], second[ROUNDS], slot[ROUNDS], error[ROUNDS];
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            const int i = base + r * step + threadIdx.x / lanes;
+            word[r] = second[r] = slot[r] = error[r] = 0;
+            if (i < n) {
+                slot[r] = items[i].x & 0xffffff;
+                const unsigned char* record = a.image + stage.rows_at + (size_t)slot[r] * stage.stride;
+                if (own < stage.words) word[r] = __ldg((const unsigned*)record + own);
+                error[r] = __ldg(a.image + stage.error_at + (size_t)slot[r] * stage.error_stride);
+                second[r] = stage.table >= 0 ? (stage.words > 1 ? __ldg((const unsigned*)record + 1) : 0) : __ldg((const unsigned short*)(record + stage.bytes));
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            const int i = base + r * step + threadIdx.x / lanes;
+            if (base + r * step >= n) break;
+            const unsigned* words = (const unsigned*)(a.image + stage.rows_at + (size_t)slot[r] * stage.stride);
+            float sum = 0;
             if (stage.table >= 0) {
                 for (int w = 0; w < stage.words; w++) {
-                    const unsigned word = __ldg(words + w);
+                    const unsigned at = w == 0 ? word[r] : w == 1 ? second[r] : __ldg(words + w);
 #pragma unroll
                     for (int b = 0; b < 4; b++)
-                        if (4 * w + b < stage.bytes) sum += table[(4 * w + b) * 256 + (word >> 8 * b & 255)];
+                        if (4 * w + b < stage.bytes) sum += table[(4 * w + b) * 256 + (at >> 8 * b & 255)];
                 }
             } else {
-                scale = __ldg((const unsigned short*)(record + stage.bytes));
                 for (int w = own; w < stage.words; w += lanes) {
-                    const unsigned word = __ldg(words + w);
-                    const unsigned turned = __funnelshift_r(word, word, 4 * (own & 7));  // lanes of a row start at different tables: fewer conflicts
+                    const unsigned at = w == own ? word[r] : __ldg(words + w);
+                    const unsigned turned = __funnelshift_r(at, at, 4 * (own & 7));  // lanes of a row start at different tables: fewer conflicts
 #pragma unroll
                     for (int b = 0; b < 8; b++) sum += table[(8 * w + ((b + own) & 7)) * 16 + (turned >> 4 * b & 15)];
                 }
             }
-        }
-        for (int step = lanes >> 1; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
-        if (i < n && own == 0) {
-            score += stage.table >= 0 ? sum : sum * from16(scale, false);
-            items[i] = make_uint2(slot | error << 24, __float_as_uint(score));
-            const u64 key = (u64)ordered(score) << 32 | (0xffffffffu - slot);
-            best = key > best ? key : best;
+            for (int way = lanes >> 1; way; way >>= 1) sum += __shfl_xor_sync(~0u, sum, way);
+            if (i < n && own == 0) {
+                const float score = __uint_as_float(items[i].y) + (stage.table >= 0 ? sum : sum * from16(second[r], false));
+                items[i] = make_uint2(slot[r] | error[r] << 24, __float_as_uint(score));
+                const u64 key = item_key(score, slot[r]);
+                best = key > best ? key : best;
+            }
         }
     }
     return best;
 }
 
+// The probe's gate seen as a whole, by every block alone: waits for all clusters' scores, leaves their gaps in `gaps` and
+// returns the smallest key that passes, under the cap. `opened` and `cut` say how many pass and whether the cap cut.
+__device__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, unsigned epoch, float inverse_unit, float* gaps, unsigned* bins, unsigned* numbers,
+                               u64* keys, unsigned& opened, bool& cut) {
+    const FlashHeadLayout& L = a.layout;
+    const float* inverse = (const float*)(a.image + L.cluster_inverse_at);
+    u64 best = 0;
+#pragma unroll 8
+    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS) {
+        u64 both;
+        do {
+            asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(both) : "l"(scores + k) : "memory");
+        } while ((unsigned)(both >> 32) != epoch);
+        const float score = __uint_as_float((unsigned)both);
+        gaps[k] = score;
+        const u64 key = item_key(score, k);
+        best = key > best ? key : best;
+    }
+    const float top = unordered((unsigned)(block_max(best, keys) >> 32));
+    float widest = 0;
+    unsigned own = 0;
+    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS) {
+        const float gap = (top - gaps[k]) * (__ldg(inverse + __ldg(a.image + L.cluster_error_at + k)) * inverse_unit);
+        gaps[k] = gap;
+        if (gap <= L.probe_margin) own++, widest = fmaxf(widest, gap);
+    }
+    own = __reduce_add_sync(~0u, own);
+    const unsigned wide = __reduce_max_sync(~0u, __float_as_uint(widest));
+    if ((threadIdx.x & 31) == 0) numbers[threadIdx.x >> 5] = own, numbers[16 + (threadIdx.x >> 5)] = wide;
+    __syncthreads();
+    opened = 0, widest = 0;
+    for (int w = 0; w < 16; w++) opened += numbers[w], widest = fmaxf(widest, __uint_as_float(numbers[16 + w]));
+    cut = opened > (unsigned)L.probe_cap;
+    if (!cut) return 1;
+    opened = L.probe_cap;
+    // bins of equal width in the gap, nearest first, then the few clusters of the bin in which the cap falls by rank
+    const float per_bin = FLASHHEAD_BINS / fmaxf(widest, 1e-30f) * 0.9999f;
+    for (int i = threadIdx.x; i <= FLASHHEAD_BINS; i += FLASHHEAD_THREADS) bins[i] = 0;
+    __syncthreads();
+    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS)
+        if (gaps[k] <= L.probe_margin) atomicAdd(&bins[min((int)(gaps[k] * per_bin), FLASHHEAD_BINS - 1)], 1u);
+    __syncthreads();
+    unsigned four = 0;
+    for (int i = 0; i < 4; i++) four += bins[4 * threadIdx.x + i];
+    unsigned before = four;
+    for (int step = 1; step < 32; step <<= 1) {
+        const unsigned other = __shfl_up_sync(~0u, before, step);
+        if ((threadIdx.x & 31) >= step) before += other;
+    }
+    if ((threadIdx.x & 31) == 31) numbers[threadIdx.x >> 5] = before;
+    __syncthreads();
+    before -= four;
+    for (int w = 0; w < (threadIdx.x >> 5); w++) before += numbers[w];
+    __syncthreads();
+    const unsigned cap = L.probe_cap;
+    if (before < cap && cap <= before + four) {
+        int bin = 4 * threadIdx.x;
+        while (before + bins[bin] < cap) before += bins[bin++];
+        numbers[0] = bin, numbers[1] = cap - before, numbers[2] = 0, numbers[3] = bins[bin];
+    }
+    __syncthreads();
+    const int bin = numbers[0];
+    const unsigned wanted = numbers[1], members = numbers[3];
+    u64* list = (u64*)bins;  // the bins are done with; 2,052 counters hold 1,026 keys
+    __syncthreads();
+    const auto cluster_key = [&](int k) { return gate_key(gaps[k], L.probe_margin, k); };
+    if (members > 1024) {  // many equal gaps
+        int passes;
+        unsigned unused = 0;
+        return threshold(cluster_key, L.clusters, cap, bins, numbers, nullptr, nullptr, unused, 0, passes);
+    }
+    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS)
+        if (gaps[k] <= L.probe_margin && min((int)(gaps[k] * per_bin), FLASHHEAD_BINS - 1) == bin) list[atomicAdd(&numbers[2], 1u)] = cluster_key(k);
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < members; i += FLASHHEAD_THREADS) {
+        unsigned rank = 0;
+        for (unsigned j = 0; j < members; j++) rank += list[j] > list[i];
+        if (rank + 1 == wanted) keys[0] = list[i];
+    }
+    __syncthreads();
+    const u64 least = keys[0];
+    __syncthreads();
+    return least;
+}
+
 extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_step(const __grid_constant__ FlashHeadArguments a) {
     extern __shared__ __align__(16) unsigned char shared[];
     __shared__ u64 keys[16];
+    __shared__ Collected collected[16];
     __shared__ unsigned numbers[32];
-    __shared__ unsigned count, within, last;
+    __shared__ float inverse[FLASHHEAD_MAX_STAGES + 1][256];  // 1 / own error in logits: of the clusters, then of each code
+    __shared__ unsigned count, within;
     const FlashHeadLayout& L = a.layout;
     const int blocks = L.blocks, block = blockIdx.x % blocks, groups = gridDim.x / blocks;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, octets = L.hidden_size / 8;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, octets = L.hidden_size / 8, size = L.cluster_size;
+    const int owned = (L.clusters - block + blocks - 1) / blocks;  // clusters block, block + blocks, ...
     const unsigned char* filled = a.image + L.filled_at;
     float* z = (float*)(shared + L.shared_z);
     float* gaps = (float*)(shared + L.shared_clusters);
@@ -438,114 +596,109 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
     for (int row = blockIdx.x / blocks; row < a.rows; row += groups) {
         unsigned char* work = a.workspace + (size_t)row * L.row_bytes;
         RowState* state = (RowState*)work;
+        Message* messages = (Message*)(work + L.row_messages);
         long long* sums = (long long*)(work + L.row_tables);
         float* z_all = (float*)(work + L.row_z);
-        float* scores = (float*)(work + L.row_scores);
+        u64* scores = (u64*)(work + L.row_scores);
         unsigned* histograms = (unsigned*)(work + L.row_histograms);
-        unsigned target = 0, passes_used = 0;
+        uint2* items = L.row_items ? (uint2*)(work + L.row_items) + (size_t)block * 2 * L.capacity : (uint2*)(shared + L.shared_items);
+        uint2* others = items + L.capacity;
+        const unsigned epoch = __ldcg(&state->epoch) + 1, tag = epoch & 0xffffff;
+        unsigned target = 0, passes_used = 0, opened = 0, scored_first = 0;
         int shift = 0;
         bool cut = false;
+        float inverse_unit = 1;
+        const float4* weighed = (const float4*)(shared + L.shared_weights);
 
-        // probe
-        const int first = (long long)L.clusters * block / blocks, end = (long long)L.clusters * (block + 1) / blocks;
+        // probe: {cluster | own error << 24, score} of the block's own clusters in `others`; every score is posted with the step's epoch
+        const auto post_score = [&](int i, int k, unsigned error, float score) {
+            others[i] = make_uint2(k | error << 24, __float_as_uint(score));
+            const u64 both = (u64)epoch << 32 | __float_as_uint(score);
+            asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(scores + k), "l"(both) : "memory");
+        };
         u64 best = 0;
         if (L.chunks) {
             shift = rotate(a, row, block, shared, sums, z_all);
             arrive(&state->counter);
-            wait(&state->counter, target += blocks);
             const FlashHeadTable& made = L.table[0];
             const unsigned char* bytes = a.image + made.bytes_at;
-            for (int base = first; base < end; base += FLASHHEAD_THREADS / 16) {
-                const int k = base + (threadIdx.x >> 4);
+            const int part = threadIdx.x & 15;
+            const int first = block + (threadIdx.x >> 4) * blocks;
+            unsigned code[3], error = 0;  // of the first round's cluster, before the sums are there
+            if ((threadIdx.x >> 4) < owned) error = __ldg(a.image + L.cluster_error_at + first);
+#pragma unroll
+            for (int j = 0; j < 3; j++)
+                if ((threadIdx.x >> 4) < owned && part + 16 * j < made.parts)
+                    code[j] = __ldg(a.image + L.centroids_at + (size_t)first * L.centroid_stride + __ldg(bytes + part + 16 * j));
+            for (int s = 0; s <= L.stages; s++)
+                if (threadIdx.x < 256) inverse[s][threadIdx.x] = __ldg((const float*)(a.image + (s ? L.stage[s - 1].inverse_at : L.cluster_inverse_at)) + threadIdx.x);
+            wait(&state->counter, target += blocks);
+            float coordinates[FLASHHEAD_MAX_COORDINATES / FLASHHEAD_THREADS];
+#pragma unroll
+            for (int j = 0; j < FLASHHEAD_MAX_COORDINATES / FLASHHEAD_THREADS; j++)
+                if (j * FLASHHEAD_THREADS + threadIdx.x < L.coordinates) coordinates[j] = z_all[j * FLASHHEAD_THREADS + threadIdx.x];
+            for (int base = 0; base < owned; base += FLASHHEAD_THREADS / 16) {
+                const int i = base + (threadIdx.x >> 4), k = block + i * blocks;
                 long long sum = 0;
-                if (k < end)
-                    for (int p = threadIdx.x & 15; p < made.parts; p += 16)
-                        sum += sums[p * 256 + __ldg(a.image + L.centroids_at + (size_t)k * L.centroid_stride + __ldg(bytes + p))];
+                if (base == 0 && made.parts <= 48) {
+#pragma unroll
+                    for (int j = 0; j < 3; j++)
+                        if (i < owned && part + 16 * j < made.parts) sum += sums[(part + 16 * j) * 256 + code[j]];
+                } else if (i < owned) {
+                    for (int p = part; p < made.parts; p += 16) sum += sums[p * 256 + __ldg(a.image + L.centroids_at + (size_t)k * L.centroid_stride + __ldg(bytes + p))];
+                }
                 for (int step = 8; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
-                if (k < end && (threadIdx.x & 15) == 0) {
+                if (i < owned && part == 0) {
                     const float score = ldexpf((float)sum, -shift);
-                    scores[k] = score;
-                    const u64 key = (u64)ordered(score) << 32 | (0xffffffffu - k);
+                    if (base) error = __ldg(a.image + L.cluster_error_at + k);
+                    post_score(i, k, error, score);
+                    const u64 key = item_key(score, k);
                     best = key > best ? key : best;
                 }
             }
-        } else {
-            load_state(a, row, shared);
-            __syncthreads();
-            for (int k = block * 16 + warp; k < L.clusters; k += blocks * 16) {
-                const float score = product((const uint4*)(a.image + L.centroids_at) + (size_t)k * octets, false, state_low, state_low + octets, octets);
-                if (lane == 0) {
-                    scores[k] = score;
-                    const u64 key = (u64)ordered(score) << 32 | (0xffffffffu - k);
-                    best = key > best ? key : best;
-                }
+            if (L.stages) {
+                best = block_max(best, keys);
+                if (threadIdx.x == 0) post(messages + block, best, 0, 0, tag);
             }
-        }
-        best = block_max(best, keys);
-        if (threadIdx.x == 0) atomicMax(&state->best[0], best);
-        arrive(&state->counter);
-
-        // while the others arrive: the state, its unit, the tables of the row codes, the clusters' errors
-        float inverse_unit = 1;
-        if (L.chunks) {
+            // while the others arrive: the state, its unit, the table of the first code
             float square = 0;
-            for (int i = threadIdx.x; i < L.coordinates; i += FLASHHEAD_THREADS) {
-                const float value = z_all[i];
-                z[i] = value;
-                if (i) square = fmaf(value, value, square);
+#pragma unroll
+            for (int j = 0; j < FLASHHEAD_MAX_COORDINATES / FLASHHEAD_THREADS; j++) {
+                const int i = j * FLASHHEAD_THREADS + threadIdx.x;
+                if (i < L.coordinates) {
+                    z[i] = coordinates[j];
+                    if (i) square = fmaf(coordinates[j], coordinates[j], square);
+                }
             }
             square = block_sum(square, (float*)numbers);
             if (L.state_power != 0) inverse_unit = 1 / powf(square / (L.coordinates - 1), 0.5f * L.state_power);
-            make_tables(a, sums, shift, shared);
+            weigh_bits(a, z, (float*)(shared + L.shared_weights));
             load_state(a, row, shared);
-        }
-        for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS) gaps[k] = __ldg((const float*)(a.image + L.cluster_inverse_at) + __ldg(a.image + L.cluster_error_at + k)) * inverse_unit;
-        if (threadIdx.x == 0) count = 0;
-        wait(&state->counter, target += blocks);
-
-        // the probe's gate: every block finds the same opened clusters, and takes every blocks-th of them
-        const float top = unordered((unsigned)(state->best[0] >> 32));
-        const int span = (L.clusters + FLASHHEAD_THREADS - 1) / FLASHHEAD_THREADS * 32;
-        const auto cluster_key = [&](int k) { return gate_key(gaps[k], L.probe_margin, k); };
-        u64 least = 1;
-        unsigned opened = 0, before = 0;
-        for (int round = 0; round < 2; round++) {
-            unsigned own = 0;
-            for (int j = lane; j < span; j += 32) {
-                const int k = warp * span + j;
-                bool passed = false;
-                if (k < L.clusters) {
-                    if (round == 0) gaps[k] = (top - scores[k]) * gaps[k];
-                    passed = round == 0 ? gaps[k] <= L.probe_margin : cluster_key(k) >= least;
-                }
-                own += __popc(__ballot_sync(~0u, passed));
-            }
-            if (lane == 0) numbers[warp] = own;
+            if (L.stages && L.stage[0].table < 0) __syncthreads();
+            for (int s = 0; s < L.stages; s++)  // a product code's sums are cleared once the first code is scored; tables of bits may wait
+                if (s == 0 || L.stage[s].table >= 0) weighed = make_table(a, L.stage[s], sums, shift, weighed, shared);
+        } else {
+            load_state(a, row, shared);
             __syncthreads();
-            opened = before = 0;
-            for (int w = 0; w < 16; w++) {
-                if (w < warp) before += numbers[w];
-                opened += numbers[w];
+            for (int i = warp; i < owned; i += 16) {
+                const int k = block + i * blocks;
+                const uint4* centroid = (const uint4*)(a.image + L.centroids_at) + (size_t)k * octets;
+                if (i + 16 < owned)
+                    for (int line = lane * 8; line < octets; line += 256) prefetch(centroid + (size_t)16 * blocks * octets + line);
+                const float score = product(centroid, false, state_low, state_low + octets, octets);
+                if (lane == 0) post_score(i, k, 0, score);
             }
-            __syncthreads();
-            if (round || opened <= (unsigned)L.probe_cap) break;
-            int passes;
-            unsigned unused = 0;
-            least = threshold(cluster_key, L.clusters, L.probe_cap, bins, numbers, nullptr, state, unused, 0, passes);
-            cut = true;
+            if (threadIdx.x < 256) inverse[0][threadIdx.x] = __ldg((const float*)(a.image + L.cluster_inverse_at) + threadIdx.x);
         }
-        uint2* items = L.row_items ? (uint2*)(work + L.row_items) + (size_t)block * 2 * L.capacity : (uint2*)(shared + L.shared_items);
-        uint2* others = items + L.capacity;
-        // the share of a block, as {cluster, score} in the other buffer
-        for (int j = lane; j < span; j += 32) {
-            const int k = warp * span + j;
-            const bool passed = k < L.clusters && cluster_key(k) >= least;
-            const unsigned ballot = __ballot_sync(~0u, passed), ordinal = before + __popc(ballot & ((1u << lane) - 1));
-            before += __popc(ballot);
-            if (passed && ordinal % blocks == block) others[ordinal / blocks] = make_uint2(k, __float_as_uint(scores[k]));
-        }
+        if (threadIdx.x == 0) count = within = 0;
         __syncthreads();
-        const unsigned mine = (opened + blocks - 1 - block) / blocks;
+
+        // the probe's gate: a block keeps the slots of its own clusters. Where codes follow, the cap is looked at after the first
+        // of them is scored: by then the number of opened clusters has come with the messages at no cost.
+        u64 least = 1;
+        float top = 0;
+        if (L.stages) top = unordered((unsigned)(collect(messages, blocks, tag, collected).best >> 32));
+        else least = select_clusters(a, scores, epoch, inverse_unit, gaps, bins, numbers, keys, opened, cut);
         const auto append = [&](uint2* list, bool wanted, uint2 item) {  // all lanes of a warp together
             const unsigned ballot = __ballot_sync(~0u, wanted);
             unsigned start = 0;
@@ -553,62 +706,110 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             start = __shfl_sync(~0u, start, 0);
             if (wanted) list[start + __popc(ballot & ((1u << lane) - 1))] = item;
         };
-        for (unsigned base = 0; base < mine * L.cluster_size; base += FLASHHEAD_THREADS) {
-            const unsigned i = base + threadIdx.x, place = i % L.cluster_size;
-            const uint2 cluster = i < mine * L.cluster_size ? others[i / L.cluster_size] : make_uint2(0, 0);
-            append(items, i < mine * L.cluster_size && place < __ldg(filled + cluster.x), make_uint2(cluster.x * L.cluster_size + place, cluster.y));
+        const auto is_open = [&](uint2 cluster) {
+            if (L.stages == 0) return gate_key(gaps[cluster.x & 0xffffff], L.probe_margin, cluster.x & 0xffffff) >= least;
+            return (top - __uint_as_float(cluster.y)) * (inverse[0][cluster.x >> 24] * inverse_unit) <= L.probe_margin;
+        };
+        for (int base = 0; base < owned * size; base += FLASHHEAD_THREADS) {
+            const int i = base + threadIdx.x, place = i % size;
+            bool wanted = false;
+            uint2 cluster = {0, 0};
+            if (i < owned * size) {
+                cluster = others[i / size];
+                const bool open = is_open(cluster);
+                cluster.x &= 0xffffff;
+                wanted = open && (place < L.least_filled || place < __ldg(filled + cluster.x));
+                if (open && place == 0) atomicAdd(&within, 1u);
+            }
+            append(items, wanted, make_uint2(cluster.x * size + place, cluster.y));
         }
-        for (int base = 0; base * blocks + block < L.always; base += FLASHHEAD_THREADS) {
-            const int i = (base + threadIdx.x) * blocks + block;
-            const unsigned slot = i < L.always ? __ldg((const unsigned*)(a.image + L.always_at) + i) : 0, k = slot / L.cluster_size;
-            append(items, i < L.always && cluster_key(k) < least, make_uint2(slot, __float_as_uint(scores[k])));
+        for (int base = 0; base < L.always; base += FLASHHEAD_THREADS) {
+            const int i = base + threadIdx.x;
+            const unsigned slot = i < L.always ? __ldg((const unsigned*)(a.image + L.always_at) + i) : 0, k = slot / size;
+            const bool mine = i < L.always && k % blocks == block;
+            const uint2 cluster = mine ? others[k / blocks] : make_uint2(0, 0);
+            append(items, mine && !is_open(cluster), make_uint2(slot, cluster.y));
         }
         __syncthreads();
         unsigned n = count;
+        const unsigned opened_here = within;
+        Collected all = {0, 0, 0};
 
         // the cascade: a block keeps its items to the end
         for (int s = 0; s < L.stages; s++) {
             const FlashHeadStage& stage = L.stage[s];
             const bool scout = s > 0;  // the best item so far, scored in every block: it makes the first count of who passes a sharp one
-            if (scout && threadIdx.x == 0) {
-                const u64 key = state->best[s];
-                items[n] = make_uint2(0xffffffffu - (unsigned)key, __float_as_uint(unordered((unsigned)(key >> 32))));
+            if (scout && threadIdx.x == 0) items[n] = make_uint2(0xffffffffu - (unsigned)all.best, __float_as_uint(unordered((unsigned)(all.best >> 32))));
+            __syncthreads();
+            best = score_items(a, stage, items, n + scout, shared);
+            const auto gap_of = [&](uint2 item, float limit) { return (limit - __uint_as_float(item.y)) * (inverse[s + 1][item.x >> 24] * inverse_unit); };
+            for (int again = 0;; again++) {
+                best = block_max(best, keys);
+                if (threadIdx.x == 0) within = count = 0;
+                __syncthreads();
+                const float nearly = unordered((unsigned)(best >> 32));
+                for (unsigned base = 0; base < n; base += FLASHHEAD_THREADS) {
+                    const unsigned i = base + threadIdx.x;
+                    const bool passes = i < n && gap_of(items[i], nearly) <= stage.margin;
+                    if (passes) {  // it will most likely be scored next: its row may come while the messages travel
+                        const unsigned slot = items[i].x & 0xffffff;
+                        if (s + 1 < L.stages) {
+                            const FlashHeadStage& next = L.stage[s + 1];
+                            const unsigned char* record = a.image + next.rows_at + (size_t)slot * next.stride;
+                            prefetch(record);
+                            if (next.stride > 32) prefetch(record + next.stride - 4);
+                            if (next.error_stride == 1) prefetch(a.image + next.error_at + slot);
+                        } else {
+                            prefetch(a.image + L.token_table_at + 4 * (size_t)slot);
+                        }
+                    }
+                    const unsigned ballot = __ballot_sync(~0u, passes);
+                    if (lane == 0 && ballot) atomicAdd(&within, (unsigned)__popc(ballot));
+                }
+                __syncthreads();
+                Message* phase = messages + (again ? L.stages + 1 : s + 1) * blocks;
+                if (threadIdx.x == 0) post(phase + block, best, within, s ? n : opened_here, tag);
+                if (!again && s + 1 < L.stages && L.stage[s + 1].table < 0) weighed = make_table(a, L.stage[s + 1], sums, shift, weighed, shared);
+                all = collect(phase, blocks, tag, collected);
+                if (s && threadIdx.x == 0 && block == 0) a.counts[(size_t)row * (2 + L.stages) + 1 + s] = all.second;
+                if (s || again) break;
+                opened = all.second;
+                if (opened <= (unsigned)L.probe_cap) break;
+                // the probe's cap cuts: items of the clusters beyond it go, and the first code's best is found again
+                least = select_clusters(a, scores, epoch, inverse_unit, gaps, bins, numbers, keys, opened, cut);
+                best = 0;
+                for (unsigned base = 0; base < n; base += FLASHHEAD_THREADS) {
+                    const unsigned i = base + threadIdx.x;
+                    const uint2 item = i < n ? items[i] : make_uint2(0, 0);
+                    const unsigned slot = item.x & 0xffffff, k = slot / size;
+                    bool stays = i < n && gate_key(gaps[k], L.probe_margin, k) >= least;
+                    for (int j = 0; i < n && !stays && j < L.always; j++) stays = __ldg((const unsigned*)(a.image + L.always_at) + j) == slot;
+                    append(others, stays, item);
+                    if (stays) {
+                        const u64 key = item_key(__uint_as_float(item.y), slot);
+                        best = key > best ? key : best;
+                    }
+                }
+                __syncthreads();
+                n = count;
+                uint2* swap = items;
+                items = others, others = swap;
             }
-            __syncthreads();
-            best = block_max(score_items(a, stage, items, n + scout, shared), keys);
-            if (threadIdx.x == 0) within = count = 0;
-            __syncthreads();
-            const float* inverse = (const float*)(a.image + stage.inverse_at);
-            float limit = unordered((unsigned)(best >> 32));
-            unsigned near = 0;
-            for (unsigned i = threadIdx.x; i < n; i += FLASHHEAD_THREADS)
-                near += (limit - __uint_as_float(items[i].y)) * (__ldg(inverse + (items[i].x >> 24)) * inverse_unit) <= stage.margin;
-            near = __reduce_add_sync(~0u, near);
-            if (lane == 0 && near) atomicAdd(&within, near);
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                atomicMax(&state->best[s + 1], best);
-                if (within) atomicAdd(&state->within[s], within);
-                if (n) atomicAdd(&state->counts[s], n);
-            }
-            arrive(&state->counter);
-            wait(&state->counter, target += blocks);
+            if (s == 0) scored_first = n;
             if (s == 0)  // all blocks have made their tables of these
                 for (int i = block * FLASHHEAD_THREADS + threadIdx.x; i < L.parts * 256; i += blocks * FLASHHEAD_THREADS) sums[i] = 0;
-            limit = unordered((unsigned)(state->best[s + 1] >> 32));
-            const auto key_of = [&](int i) {
-                const uint2 item = items[i];
-                const float gap = (limit - __uint_as_float(item.y)) * (__ldg(inverse + (item.x >> 24)) * inverse_unit);
-                return gate_key(gap, stage.margin, item.x & 0xffffff);
-            };
+            const float limit = unordered((unsigned)(all.best >> 32));
+            const auto key_of = [&](int i) { return gate_key(gap_of(items[i], limit), stage.margin, items[i].x & 0xffffff); };
+            if (threadIdx.x == 0) count = 0;
             least = 1;
-            if (state->within[s] > (unsigned)stage.cap) {
+            if (all.first > (unsigned)stage.cap) {
                 int passes;
                 least = threshold(key_of, n, stage.cap, bins, numbers, histograms + s * FLASHHEAD_PASSES * FLASHHEAD_HISTOGRAM, state, target, blocks, passes);
                 passes_used |= (unsigned)passes << 4 * s;
                 if (least) cut = true;
                 else least = 1;
             }
+            __syncthreads();
             for (unsigned base = 0; base < n; base += FLASHHEAD_THREADS) {
                 const unsigned i = base + threadIdx.x;
                 const uint2 item = i < n ? items[i] : make_uint2(0, 0);
@@ -623,41 +824,47 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             for (int i = block * FLASHHEAD_THREADS + threadIdx.x; i < L.parts * 256; i += blocks * FLASHHEAD_THREADS) sums[i] = 0;
 
         // exact rows, a warp each
-        if (threadIdx.x == 0 && n) numbers[0] = atomicAdd(&state->candidates, n);
+        unsigned start = 0;
+        if (threadIdx.x == 0 && n) start = atomicAdd(&state->candidates, n);
         best = 0;
-        __syncthreads();
         for (unsigned i = warp; i < n; i += 16) {
-            const unsigned token = __ldg((const unsigned*)(a.image + L.token_table_at) + items[i].x);
+            const unsigned* tokens = (const unsigned*)(a.image + L.token_table_at);
+            const unsigned token = __ldg(tokens + items[i].x);
+            if (i + 16 < n) {
+                const uint4* next = (const uint4*)a.weight + (size_t)__ldg(tokens + items[i + 16].x) * octets;
+                for (int line = lane * 8; line < octets; line += 256) prefetch(next + line);
+            }
             float logit = product((const uint4*)a.weight + (size_t)token * octets, a.weight_bf16, state_low, state_low + octets, octets);
             if (a.bias) logit += from16(((const unsigned short*)a.bias)[token], a.weight_bf16);
-            if (lane == 0) {
-                const size_t place = (size_t)row * L.candidates + numbers[0] + i;
-                a.ids[place] = token, a.logits[place] = logit;
-                if (logit == 0) logit = 0;  // -0 is 0
-            }
-            const u64 key = (u64)ordered(logit) << 32 | (0xffffffffu - token);
+            logit += 0.f;  // -0 becomes 0
+            if (lane == 0) others[i] = make_uint2(token, __float_as_uint(logit));
+            const u64 key = item_key(logit, token);
             best = key > best ? key : best;
         }
         best = block_max(best, keys);
+        Message* phase = messages + (L.stages + 2) * blocks;
         if (threadIdx.x == 0) {
-            atomicMax(&state->best[L.stages + 1], best);
-            if (n) atomicAdd(&state->counts[L.stages], n);
-            __threadfence();
-            last = atomicAdd(&state->arrived, 1u) == (unsigned)blocks - 1;
-            __threadfence();
+            post(phase + block, best, scored_first, n, tag);
+            numbers[0] = start;
         }
         __syncthreads();
-        if (!last) continue;
-        // the last block of the row writes the result and clears what the next step must find zero
+        for (unsigned i = threadIdx.x; i < n; i += FLASHHEAD_THREADS) {
+            const size_t place = (size_t)row * L.candidates + numbers[0] + i;
+            a.ids[place] = others[i].x, a.logits[place] = __uint_as_float(others[i].y);
+        }
+        if (block) continue;
+        // the row's first block writes the result, and leaves the workspace ready for the next step
+        all = collect(phase, blocks, tag, collected);
         if (threadIdx.x == 0) {
-            a.token[row] = 0xffffffffu - (unsigned)__ldcg(&state->best[L.stages + 1]);
-            a.counts[(size_t)row * (2 + L.stages)] = opened;
-            for (int s = 0; s <= L.stages; s++) a.counts[(size_t)row * (2 + L.stages) + 1 + s] = __ldcg(&state->counts[s]);
+            long long* counts = a.counts + (size_t)row * (2 + L.stages);
+            a.token[row] = 0xffffffffu - (unsigned)all.best;
+            counts[0] = opened, counts[1 + L.stages] = all.second;
+            if (L.stages) counts[1] = all.first;
             a.capped[row] = cut;
+            state->counter = state->candidates = 0;
+            state->epoch = epoch;
         }
-        __syncthreads();
         for (int s = 0; s < L.stages; s++)
             for (int i = threadIdx.x; i < (int)(passes_used >> 4 * s & 15) * FLASHHEAD_HISTOGRAM; i += FLASHHEAD_THREADS) histograms[s * FLASHHEAD_PASSES * FLASHHEAD_HISTOGRAM + i] = 0;
-        for (unsigned i = threadIdx.x; i < sizeof(RowState) / 4; i += FLASHHEAD_THREADS) ((unsigned*)state)[i] = 0;
     }
 }

@@ -15,12 +15,14 @@
 #define FLASHHEAD_PASSES 7          // of the threshold search, at most
 #define FLASHHEAD_HISTOGRAM 2052    // counters of a pass: the bins, and one for keys above the first interval
 #define FLASHHEAD_MAX_NUMBER 20     // bits of a slot number: 1,048,576 slots
+#define FLASHHEAD_MAX_COORDINATES (12 * FLASHHEAD_THREADS)
 
 // A product code's tables: the sums <codebook entry, z> of 256 entries for each part of a group of columns.
 struct FlashHeadTable {
-    unsigned columns_at;    // [chunks * 4] of {int book offset within its chunk, float step, float centre, int part}; part -1: no column
-    unsigned chunks_at;     // [chunks + 1] unsigned: byte offset of each chunk's codebook columns, 16-byte multiples
-    unsigned bytes_at;      // [parts] unsigned char: which byte of a code names the part's entry
+    unsigned columns_at;    // [chunks * 4] of {float step, float centre, int part, 0}; part -1: no column
+    unsigned book_at;       // a chunk's four columns of 256 fields: bytes in the first wide_chunks chunks, then half bytes
+    unsigned bytes_at;      // [parts] unsigned char: which byte of a code names the part's entry, ascending
+    int chunks, wide_chunks;
     int first_part;         // of this table among the parts of all tables
     int parts;              // groups, those of many columns cut into several parts
 };
@@ -33,7 +35,7 @@ struct FlashHeadStage {
     int bytes;              // of a code
     unsigned error_at;      // own error of slot s is the byte at error_at + s * error_stride
     int error_stride;
-    unsigned weights_at;    // bits: [nibbles * 4] of {float half the bit's weight, int coordinate}
+    unsigned weights_at;    // bits: [32 * words] of {float half the bit's weight, int coordinate}
     int words;              // 32-bit words of a record that hold code
     int lanes;              // threads that share a row: a power of two up to 32; fixes the order of summation
     int shared_table;       // [256 * bytes] or [16 * 8 * words] float
@@ -46,6 +48,7 @@ struct FlashHeadLayout {
     int vocab_size, hidden_size, clusters, cluster_size, coordinates, stages, tables, always;
     unsigned token_table_at;    // [clusters * cluster_size] int
     unsigned filled_at;         // [clusters] unsigned char: slots that hold a token, always the first ones
+    int least_filled;           // the smallest of them
     unsigned always_at;         // [always] int slots
     // rotation; chunks = 0: z is the hidden state itself and centroids are float16
     int chunks;                 // of four virtual columns of four bits; a wider column takes two of them
@@ -67,8 +70,8 @@ struct FlashHeadLayout {
     unsigned prefetch_at, prefetch_bytes;  // small arrays that every step reads
     // launch plan
     int blocks;                 // blocks that share one row
-    int shared_z, shared_x, shared_work, shared_items, shared_clusters;
-    unsigned row_bytes, row_tables, row_z, row_scores, row_histograms;
+    int shared_z, shared_x, shared_work, shared_items, shared_clusters, shared_weights;
+    unsigned row_bytes, row_messages, row_tables, row_z, row_scores, row_histograms;
     unsigned row_items;         // 0: items lie in shared memory
     struct FlashHeadTable table[FLASHHEAD_MAX_TABLES];
     struct FlashHeadStage stage[FLASHHEAD_MAX_STAGES];
@@ -79,7 +82,7 @@ struct FlashHeadArguments {
     const void* weight;          // [V or more, hidden_size] fp16 or bf16, 16-byte aligned, rows hidden_size apart
     const void* bias;            // [V or more] of the weight's type, or null
     const unsigned char* image;
-    unsigned char* workspace;    // rows * row_bytes, zero before the first step; every step leaves it zero where it must be
+    unsigned char* workspace;    // rows * row_bytes, zero before the first step; a step leaves it ready for the next
     long long* token;            // out [rows]
     long long* counts;           // out [rows, 2 + stages]
     unsigned char* capped;       // out [rows] 0 or 1
