@@ -175,7 +175,7 @@ def measure_shape(name: str, batches: Sequence[int], bandwidth: float, seed: int
     made, shares = made_index(case, seed), list(case.shares)
     mean = with_shares(made, weight, states[:16], shares)
     caps = [mean.probe.cap, *(s.gate.cap for s in mean.stages)]
-    full = with_gates(mean, [math.inf] * len(caps), caps)
+    full = with_shares(made, weight, states[:16], [min(1.2 * s, 0.99) for s in CAP_SHARES], caps)
     published = made_index(Case(name, v, d, PUBLISHED_CLUSTER_SIZE, (), "float16", (math.inf,), (1.0,), always=0, state_power=0.0), seed)
     published = with_gates(published, [math.inf], [PUBLISHED_PROBES])
     for label, index in (("published", published), ("fitted", mean), ("fitted, at the cap", full)):

@@ -24,7 +24,6 @@ HISTOGRAM = 2052
 PASSES = 7
 MAX_SLOTS = 1 << 20
 PART_COLUMNS = 256  # columns of a codebook group that share a part: their sums meet at one address
-MAX_COORDINATES = 12 * THREADS
 PHASES = MAX_STAGES + 3  # that have a message: the probe, each code, the first once more after a cap, the exact rows
 STATE_BYTES = 256  # of RowState, rounded up
 
@@ -41,7 +40,7 @@ class Stage(ctypes.Structure):
     """`FlashHeadStage` of head_step.h."""
 
     _fields_ = [
-        *[("table", I), ("rows_at", U), ("stride", I), ("bytes", I), ("error_at", U), ("error_stride", I), ("weights_at", U)],
+        *[("table", I), ("rows_at", U), ("stride", I), ("bytes", I), ("error_at", U), ("error_stride", I)],
         *[("words", I), ("lanes", I), ("shared_table", I), ("inverse_at", U), ("margin", F), ("cap", I)],
     ]
 
@@ -56,8 +55,8 @@ class Layout(ctypes.Structure):
         *[("bound_slope", F), ("bound_base", F), ("state_power", F)],
         *[("centroids_at", U), ("centroid_stride", I), ("cluster_error_at", U), ("cluster_inverse_at", U)],
         *[("probe_margin", F), ("probe_cap", I), ("candidates", I), ("parts", I), ("capacity", I)],
-        *[("prefetch_at", U), ("prefetch_bytes", U)],
-        *[("blocks", I), ("shared_z", I), ("shared_x", I), ("shared_work", I), ("shared_items", I), ("shared_clusters", I), ("shared_weights", I)],
+        *[("bits", I), ("weights_at", U), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
+        *[("blocks", I), ("shared_z", I), ("shared_x", I), ("shared_state", I), ("shared_work", I), ("shared_items", I), ("shared_clusters", I), ("shared_weights", I)],
         *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_histograms", "row_items")],
         ("table", Table * MAX_TABLES),
         ("stage", Stage * MAX_STAGES),
@@ -164,9 +163,10 @@ def pack(index: HeadIndex) -> Packed:
         books.append((t, book))
         t.columns_at = image.add(where)
     for stage, s in zip(index.stages, layout.stage):
-        if stage.rows.kind == "bits":
-            s.weights_at = image.add(bit_weights(stage.rows))
         s.inverse_at = image.add(inverse_errors(stage.gate))
+    weights = [bit_weights(stage.rows) for stage in index.stages if stage.rows.kind == "bits"]
+    layout.bits = sum(map(len, weights))
+    layout.weights_at = image.add(np.concatenate(weights) if weights else np.zeros((0, 2), np.uint32))
     if index.rotation is not None:  # centroids are read whole and at once, as small arrays are; float16 ones are streamed
         layout.centroids_at = image.add(index.centroids.data)
     layout.prefetch_bytes = image.size - layout.prefetch_at
@@ -193,9 +193,10 @@ def pack(index: HeadIndex) -> Packed:
         if rows.kind == "product":
             s.table, s.lanes, table = table, 1, table + 1
         else:
-            s.table, s.lanes = -1, 1 << max(0, min(s.words, 32) - 1).bit_length()
+            s.table, s.lanes = -1, 2 if s.words <= 8 else 1 << (min(s.words, 32) - 1).bit_length()
     if image.size >= 1 << 31:
         raise DeviceError(f"head index: {image.size} bytes for the kernel, expected less than 2 GiB; use the torch backend")
+    layout.image_bytes = image.size
     return Packed(np.concatenate(image.parts), layout)
 
 
@@ -210,7 +211,6 @@ def check_codes(index: HeadIndex) -> None:
     want(index.slots < MAX_SLOTS, "number of slots", index.slots, f"fewer than {MAX_SLOTS}")
     want(len(index.stages) <= MAX_STAGES, "number of row codes", len(index.stages), f"at most {MAX_STAGES}")
     want(index.cluster_size <= 255, "cluster size", index.cluster_size, "at most 255")
-    want(index.hidden_size < MAX_COORDINATES, "hidden size", index.hidden_size, f"less than {MAX_COORDINATES}")
     if index.rotation is None:
         want(index.centroids.kind == "float16" and index.centroids.columns == index.hidden_size, "centroid code", index.centroids.kind, "float16 of all columns")
         want(not index.stages, "number of row codes without a rotation", len(index.stages), "none")
@@ -360,10 +360,11 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
         return start
 
     layout.shared_z, layout.shared_x = shared(4 * layout.coordinates), shared(4 * layout.hidden_size)
+    layout.shared_state = shared(4 * layout.hidden_size)
     layout.shared_work, layout.shared_clusters = shared(max(work, 4 * HISTOGRAM)), shared(4 * layout.clusters)
     for s in layout.stage[: layout.stages]:
         s.shared_table = shared(1024 * s.bytes if s.table >= 0 else 512 * s.words)
-    layout.shared_weights = shared(sum(128 * s.words for s in layout.stage[: layout.stages] if s.table < 0))
+    layout.shared_weights = shared(4 * layout.bits)
     items = 16 * layout.capacity
     in_shared = size + items <= shared_bytes
     if in_shared:

@@ -46,6 +46,17 @@ __device__ __forceinline__ float unordered(unsigned key) {
 
 __device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
+__device__ __forceinline__ u64 load_relaxed(const u64* address) {
+    u64 value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+// 16 bytes from global to shared memory, past the L1 cache, without waiting.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
 // One row's barrier among its blocks: a counter that only grows until the last block of the step clears it.
 __device__ __forceinline__ void arrive(unsigned* counter) {
     __syncthreads();
@@ -244,6 +255,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
     const uint4* rotation = (const uint4*)(a.image + L.rotation_at);
     float4* x_low = (float4*)(shared + L.shared_x);
     float4* x_high = x_low + octets;
+    float4* state = (float4*)(shared + L.shared_state);
     float4* partial = (float4*)(shared + L.shared_work);                                   // [batch chunks][segments]
     float* z_own = (float*)(partial + FLASHHEAD_BATCH_CHUNKS * segments);                   // [batch chunks * 4]
     float4* columns = (float4*)(z_own + 4 * FLASHHEAD_BATCH_CHUNKS);                         // [tables][batch chunks * 4]
@@ -282,11 +294,11 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             for (int i = threadIdx.x; i < octets * 2; i += FLASHHEAD_THREADS) {
                 const uint2 h = __ldg((const uint2*)hidden + i), s = __ldg((const uint2*)row_scale + i);
                 const float4 m = __ldg((const float4*)mean + i);
+                const float4 raw = {from16(h.x & 0xffff, a.hidden_bf16), from16(h.x >> 16, a.hidden_bf16), from16(h.y & 0xffff, a.hidden_bf16), from16(h.y >> 16, a.hidden_bf16)};
+                state[(i & 1) * octets + (i >> 1)] = raw;
                 float4 x;
-                x.x = from16(s.x & 0xffff, false) * (from16(h.x & 0xffff, a.hidden_bf16) - m.x);
-                x.y = from16(s.x >> 16, false) * (from16(h.x >> 16, a.hidden_bf16) - m.y);
-                x.z = from16(s.y & 0xffff, false) * (from16(h.y & 0xffff, a.hidden_bf16) - m.z);
-                x.w = from16(s.y >> 16, false) * (from16(h.y >> 16, a.hidden_bf16) - m.w);
+                x.x = from16(s.x & 0xffff, false) * (raw.x - m.x), x.y = from16(s.x >> 16, false) * (raw.y - m.y);
+                x.z = from16(s.y & 0xffff, false) * (raw.z - m.z), x.w = from16(s.y >> 16, false) * (raw.w - m.w);
                 size += fabsf(x.x) + fabsf(x.y) + fabsf(x.z) + fabsf(x.w);
                 // the places of eight_fields: 1 1 2 3 and 4 1 2 3 fields of four bits
                 const bool upper = i & 1;
@@ -299,6 +311,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             scale = ldexpf(1.f, shift);
         }
         __syncthreads();
+#pragma unroll 2
         for (int task = warp, i = 0; task < tasks; task += 16, i++) {
             const int octet = task % segments * 32 + lane;
             float4 sum = {0, 0, 0, 0};
@@ -308,11 +321,13 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
                 sum.x = eight_fields(w.x, low, high, sum.x), sum.y = eight_fields(w.y, low, high, sum.y);
                 sum.z = eight_fields(w.z, low, high, sum.z), sum.w = eight_fields(w.w, low, high, sum.w);
             }
-            for (int step = 16; step; step >>= 1) {
-                sum.x += __shfl_xor_sync(~0u, sum.x, step), sum.y += __shfl_xor_sync(~0u, sum.y, step);
-                sum.z += __shfl_xor_sync(~0u, sum.z, step), sum.w += __shfl_xor_sync(~0u, sum.w, step);
-            }
-            if (lane == 0) partial[task] = sum;
+            // four sums over the warp in six exchanges: every lane keeps the half that its number names, then the rest is summed
+            const bool second = lane & 16, odd = lane & 8;
+            const float keep_a = (second ? sum.z : sum.x) + __shfl_xor_sync(~0u, second ? sum.x : sum.z, 16);
+            const float keep_b = (second ? sum.w : sum.y) + __shfl_xor_sync(~0u, second ? sum.y : sum.w, 16);
+            float kept = (odd ? keep_b : keep_a) + __shfl_xor_sync(~0u, odd ? keep_a : keep_b, 8);
+            for (int step = 4; step; step >>= 1) kept += __shfl_xor_sync(~0u, kept, step);
+            if ((lane & 7) == 0) ((float*)&partial[task])[(second ? 2 : 0) + odd] = kept;
         }
         __syncthreads();
         if (threadIdx.x < 4 * FLASHHEAD_BATCH_CHUNKS) {
@@ -381,28 +396,13 @@ __device__ __forceinline__ float product(const uint4* row, bool bf16, const floa
 // The state itself, as float, where `product` reads it.
 __device__ void load_state(const FlashHeadArguments& a, int row, unsigned char* shared) {
     const int octets = a.layout.hidden_size / 8;
-    float4* low = (float4*)(shared + a.layout.shared_x);
+    float4* low = (float4*)(shared + a.layout.shared_state);
     const uint4* hidden = (const uint4*)((const unsigned short*)a.hidden + (size_t)row * a.layout.hidden_size);
     for (int i = threadIdx.x; i < octets; i += FLASHHEAD_THREADS) {
         const uint4 h = hidden[i];
         const bool bf16 = a.hidden_bf16;
         low[i] = {from16(h.x & 0xffff, bf16), from16(h.x >> 16, bf16), from16(h.y & 0xffff, bf16), from16(h.y >> 16, bf16)};
         low[octets + i] = {from16(h.z & 0xffff, bf16), from16(h.z >> 16, bf16), from16(h.w & 0xffff, bf16), from16(h.w >> 16, bf16)};
-    }
-}
-
-// Half of every bit's weight times its coordinate, for all bits codes: what their tables are sums of.
-__device__ void weigh_bits(const FlashHeadArguments& a, const float* z, float* weighed) {
-    const FlashHeadLayout& L = a.layout;
-    for (int s = 0; s < L.stages; s++) {
-        const FlashHeadStage& stage = L.stage[s];
-        if (stage.table >= 0) continue;
-#pragma unroll 2
-        for (int i = threadIdx.x; i < stage.words * 32; i += FLASHHEAD_THREADS) {
-            const int2 weight = __ldg((const int2*)(a.image + stage.weights_at) + i);
-            weighed[i] = __int_as_float(weight.x) * z[weight.y];
-        }
-        weighed += stage.words * 32;
     }
 }
 
@@ -414,7 +414,11 @@ __device__ const float4* make_table(const FlashHeadArguments& a, const FlashHead
     if (stage.table >= 0) {
         const FlashHeadTable& made = a.layout.table[stage.table];
         const unsigned char* bytes = a.image + made.bytes_at;
+        if (made.parts == stage.bytes) {
 #pragma unroll 4
+            for (int i = threadIdx.x; i < made.parts * 256; i += FLASHHEAD_THREADS) table[i] = ldexpf((float)sums[made.first_part * 256 + i], -shift);
+            return weighed;
+        }
         for (int i = threadIdx.x; i < made.parts * 256; i += FLASHHEAD_THREADS) {
             const int part = i >> 8, byte = __ldg(bytes + part);
             if (part && __ldg(bytes + part - 1) == byte) continue;  // summed with the first part of its byte
@@ -439,46 +443,48 @@ __device__ __forceinline__ u64 item_key(float score, unsigned number) { return (
 __device__ u64 score_items(const FlashHeadArguments& a, const FlashHeadStage& stage, uint2* items, int n, unsigned char* shared) {
     const float* table = (const float*)(shared + stage.shared_table);
     const int lanes = stage.lanes, own = threadIdx.x & (lanes - 1), step = FLASHHEAD_THREADS / lanes;
-    constexpr int ROUNDS = 4;
+    constexpr int ROUNDS = 2, WORDS = 4;
     u64 best = 0;
     for (int base = 0; base < n; base += ROUNDS * step) {
-        unsigned word[ROUNDS], second[ROUNDS], slot[ROUNDS], error[ROUNDS];
+        unsigned word[ROUNDS][WORDS], scale[ROUNDS], slot[ROUNDS], error[ROUNDS];
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) {
             const int i = base + r * step + threadIdx.x / lanes;
-            word[r] = second[r] = slot[r] = error[r] = 0;
+            slot[r] = scale[r] = error[r] = 0;
             if (i < n) {
                 slot[r] = items[i].x & 0xffffff;
                 const unsigned char* record = a.image + stage.rows_at + (size_t)slot[r] * stage.stride;
-                if (own < stage.words) word[r] = __ldg((const unsigned*)record + own);
+#pragma unroll
+                for (int w = 0; w < WORDS; w++)
+                    if (own + w * lanes < stage.words) word[r][w] = __ldg((const unsigned*)record + own + w * lanes);
                 error[r] = __ldg(a.image + stage.error_at + (size_t)slot[r] * stage.error_stride);
-                second[r] = stage.table >= 0 ? (stage.words > 1 ? __ldg((const unsigned*)record + 1) : 0) : __ldg((const unsigned short*)(record + stage.bytes));
+                if (stage.table < 0) scale[r] = __ldg((const unsigned short*)(record + stage.bytes));
             }
         }
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) {
             const int i = base + r * step + threadIdx.x / lanes;
-            if (base + r * step >= n) break;
-            const unsigned* words = (const unsigned*)(a.image + stage.rows_at + (size_t)slot[r] * stage.stride);
+            if (base + r * step >= n) continue;
             float sum = 0;
-            if (stage.table >= 0) {
-                for (int w = 0; w < stage.words; w++) {
-                    const unsigned at = w == 0 ? word[r] : w == 1 ? second[r] : __ldg(words + w);
+            const auto look_up = [&](int w, unsigned at) {
+                if (stage.table >= 0) {
 #pragma unroll
                     for (int b = 0; b < 4; b++)
                         if (4 * w + b < stage.bytes) sum += table[(4 * w + b) * 256 + (at >> 8 * b & 255)];
-                }
-            } else {
-                for (int w = own; w < stage.words; w += lanes) {
-                    const unsigned at = w == own ? word[r] : __ldg(words + w);
+                } else {
                     const unsigned turned = __funnelshift_r(at, at, 4 * (own & 7));  // lanes of a row start at different tables: fewer conflicts
 #pragma unroll
                     for (int b = 0; b < 8; b++) sum += table[(8 * w + ((b + own) & 7)) * 16 + (turned >> 4 * b & 15)];
                 }
-            }
+            };
+#pragma unroll
+            for (int w = 0; w < WORDS; w++)
+                if (own + w * lanes < stage.words && i < n) look_up(own + w * lanes, word[r][w]);
+            for (int w = own + WORDS * lanes; w < stage.words && i < n; w += lanes)
+                look_up(w, __ldg((const unsigned*)(a.image + stage.rows_at + (size_t)slot[r] * stage.stride) + w));
             for (int way = lanes >> 1; way; way >>= 1) sum += __shfl_xor_sync(~0u, sum, way);
             if (i < n && own == 0) {
-                const float score = __uint_as_float(items[i].y) + (stage.table >= 0 ? sum : sum * from16(second[r], false));
+                const float score = __uint_as_float(items[i].y) + (stage.table >= 0 ? sum : sum * from16(scale[r], false));
                 items[i] = make_uint2(slot[r] | error[r] << 24, __float_as_uint(score));
                 const u64 key = item_key(score, slot[r]);
                 best = key > best ? key : best;
@@ -495,20 +501,26 @@ __device__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, u
     const FlashHeadLayout& L = a.layout;
     const float* inverse = (const float*)(a.image + L.cluster_inverse_at);
     u64 best = 0;
-#pragma unroll 8
-    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS) {
-        u64 both;
-        do {
-            asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(both) : "l"(scores + k) : "memory");
-        } while ((unsigned)(both >> 32) != epoch);
-        const float score = __uint_as_float((unsigned)both);
-        gaps[k] = score;
-        const u64 key = item_key(score, k);
-        best = key > best ? key : best;
+    for (int base = threadIdx.x; base < L.clusters; base += 8 * FLASHHEAD_THREADS) {
+        u64 both[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            if (base + j * FLASHHEAD_THREADS < L.clusters) both[j] = load_relaxed(scores + base + j * FLASHHEAD_THREADS);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const int k = base + j * FLASHHEAD_THREADS;
+            if (k >= L.clusters) continue;
+            while ((unsigned)(both[j] >> 32) != epoch) both[j] = load_relaxed(scores + k);
+            const float score = __uint_as_float((unsigned)both[j]);
+            gaps[k] = score;
+            const u64 key = item_key(score, k);
+            best = key > best ? key : best;
+        }
     }
     const float top = unordered((unsigned)(block_max(best, keys) >> 32));
     float widest = 0;
     unsigned own = 0;
+#pragma unroll 8
     for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS) {
         const float gap = (top - gaps[k]) * (__ldg(inverse + __ldg(a.image + L.cluster_error_at + k)) * inverse_unit);
         gaps[k] = gap;
@@ -588,10 +600,12 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
     float* z = (float*)(shared + L.shared_z);
     float* gaps = (float*)(shared + L.shared_clusters);
     unsigned* bins = (unsigned*)(shared + L.shared_work);
-    const float4* state_low = (const float4*)(shared + L.shared_x);
+    const float4* state_low = (const float4*)(shared + L.shared_state);
 
     // what every step reads, small and scattered, is asked for at once
     for (unsigned i = (block * FLASHHEAD_THREADS + threadIdx.x) * 128; i < L.prefetch_bytes; i += blocks * FLASHHEAD_THREADS * 128) prefetch(a.image + L.prefetch_at + i);
+
+    for (u64 i = threadIdx.x * (2ull << 20); i < L.image_bytes; i += FLASHHEAD_THREADS * (2ull << 20)) prefetch(a.image + i);  // a page's address is looked up before it is needed
 
     for (int row = blockIdx.x / blocks; row < a.rows; row += groups) {
         unsigned char* work = a.workspace + (size_t)row * L.row_bytes;
@@ -630,13 +644,14 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             for (int j = 0; j < 3; j++)
                 if ((threadIdx.x >> 4) < owned && part + 16 * j < made.parts)
                     code[j] = __ldg(a.image + L.centroids_at + (size_t)first * L.centroid_stride + __ldg(bytes + part + 16 * j));
+            int2 weights[4];  // half a bit's weight and its coordinate: what the tables of bits codes are sums of
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (j * FLASHHEAD_THREADS + threadIdx.x < L.bits) weights[j] = __ldg((const int2*)(a.image + L.weights_at) + j * FLASHHEAD_THREADS + threadIdx.x);
             for (int s = 0; s <= L.stages; s++)
                 if (threadIdx.x < 256) inverse[s][threadIdx.x] = __ldg((const float*)(a.image + (s ? L.stage[s - 1].inverse_at : L.cluster_inverse_at)) + threadIdx.x);
             wait(&state->counter, target += blocks);
-            float coordinates[FLASHHEAD_MAX_COORDINATES / FLASHHEAD_THREADS];
-#pragma unroll
-            for (int j = 0; j < FLASHHEAD_MAX_COORDINATES / FLASHHEAD_THREADS; j++)
-                if (j * FLASHHEAD_THREADS + threadIdx.x < L.coordinates) coordinates[j] = z_all[j * FLASHHEAD_THREADS + threadIdx.x];
+            for (int i = threadIdx.x; 4 * i < L.coordinates; i += FLASHHEAD_THREADS) copy_async(z + 4 * i, z_all + 4 * i);
             for (int base = 0; base < owned; base += FLASHHEAD_THREADS / 16) {
                 const int i = base + (threadIdx.x >> 4), k = block + i * blocks;
                 long long sum = 0;
@@ -662,18 +677,20 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             }
             // while the others arrive: the state, its unit, the table of the first code
             float square = 0;
-#pragma unroll
-            for (int j = 0; j < FLASHHEAD_MAX_COORDINATES / FLASHHEAD_THREADS; j++) {
-                const int i = j * FLASHHEAD_THREADS + threadIdx.x;
-                if (i < L.coordinates) {
-                    z[i] = coordinates[j];
-                    if (i) square = fmaf(coordinates[j], coordinates[j], square);
-                }
-            }
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            __syncthreads();
+            for (int i = threadIdx.x; i < L.coordinates; i += FLASHHEAD_THREADS)
+                if (i) square = fmaf(z[i], z[i], square);
             square = block_sum(square, (float*)numbers);
             if (L.state_power != 0) inverse_unit = 1 / powf(square / (L.coordinates - 1), 0.5f * L.state_power);
-            weigh_bits(a, z, (float*)(shared + L.shared_weights));
-            load_state(a, row, shared);
+            float* products = (float*)(shared + L.shared_weights);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (j * FLASHHEAD_THREADS + threadIdx.x < L.bits) products[j * FLASHHEAD_THREADS + threadIdx.x] = __int_as_float(weights[j].x) * z[weights[j].y];
+            for (int i = 4 * FLASHHEAD_THREADS + threadIdx.x; i < L.bits; i += FLASHHEAD_THREADS) {
+                const int2 weight = __ldg((const int2*)(a.image + L.weights_at) + i);
+                products[i] = __int_as_float(weight.x) * z[weight.y];
+            }
             if (L.stages && L.stage[0].table < 0) __syncthreads();
             for (int s = 0; s < L.stages; s++)  // a product code's sums are cleared once the first code is scored; tables of bits may wait
                 if (s == 0 || L.stage[s].table >= 0) weighed = make_table(a, L.stage[s], sums, shift, weighed, shared);
@@ -695,6 +712,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
 
         // the probe's gate: a block keeps the slots of its own clusters. Where codes follow, the cap is looked at after the first
         // of them is scored: by then the number of opened clusters has come with the messages at no cost.
+        const unsigned first_always = threadIdx.x < L.always ? __ldg((const unsigned*)(a.image + L.always_at) + threadIdx.x) : 0;
         u64 least = 1;
         float top = 0;
         if (L.stages) top = unordered((unsigned)(collect(messages, blocks, tag, collected).best >> 32));
@@ -710,11 +728,28 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             if (L.stages == 0) return gate_key(gaps[cluster.x & 0xffffff], L.probe_margin, cluster.x & 0xffffff) >= least;
             return (top - __uint_as_float(cluster.y)) * (inverse[0][cluster.x >> 24] * inverse_unit) <= L.probe_margin;
         };
-        for (int base = 0; base < owned * size; base += FLASHHEAD_THREADS) {
+        int listed = owned;
+        if (L.stages == 0) {  // every block knows all opened clusters: each takes every blocks-th of them
+            const int span = (L.clusters + FLASHHEAD_THREADS - 1) / FLASHHEAD_THREADS * 32;
+            const auto passed = [&](int j) { return warp * span + j < L.clusters && gate_key(gaps[warp * span + j], L.probe_margin, warp * span + j) >= least; };
+            unsigned own = 0, before = 0;
+            for (int j = lane; j < span; j += 32) own += __popc(__ballot_sync(~0u, passed(j)));
+            if (lane == 0) numbers[warp] = own;
+            __syncthreads();
+            for (int w = 0; w < warp; w++) before += numbers[w];
+            for (int j = lane; j < span; j += 32) {
+                const unsigned ballot = __ballot_sync(~0u, passed(j)), ordinal = before + __popc(ballot & ((1u << lane) - 1));
+                before += __popc(ballot);
+                if ((ballot >> lane & 1) && ordinal % blocks == block) others[ordinal / blocks] = make_uint2(warp * span + j, 0);
+            }
+            listed = (opened + blocks - 1 - block) / blocks;
+            __syncthreads();
+        }
+        for (int base = 0; base < listed * size; base += FLASHHEAD_THREADS) {
             const int i = base + threadIdx.x, place = i % size;
             bool wanted = false;
             uint2 cluster = {0, 0};
-            if (i < owned * size) {
+            if (i < listed * size) {
                 cluster = others[i / size];
                 const bool open = is_open(cluster);
                 cluster.x &= 0xffffff;
@@ -725,9 +760,9 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         }
         for (int base = 0; base < L.always; base += FLASHHEAD_THREADS) {
             const int i = base + threadIdx.x;
-            const unsigned slot = i < L.always ? __ldg((const unsigned*)(a.image + L.always_at) + i) : 0, k = slot / size;
+            const unsigned slot = base == 0 ? first_always : i < L.always ? __ldg((const unsigned*)(a.image + L.always_at) + i) : 0, k = slot / size;
             const bool mine = i < L.always && k % blocks == block;
-            const uint2 cluster = mine ? others[k / blocks] : make_uint2(0, 0);
+            const uint2 cluster = mine ? (L.stages ? others[k / blocks] : make_uint2(k, 0)) : make_uint2(0, 0);
             append(items, mine && !is_open(cluster), make_uint2(slot, cluster.y));
         }
         __syncthreads();

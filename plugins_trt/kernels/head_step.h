@@ -15,7 +15,6 @@
 #define FLASHHEAD_PASSES 7          // of the threshold search, at most
 #define FLASHHEAD_HISTOGRAM 2052    // counters of a pass: the bins, and one for keys above the first interval
 #define FLASHHEAD_MAX_NUMBER 20     // bits of a slot number: 1,048,576 slots
-#define FLASHHEAD_MAX_COORDINATES (12 * FLASHHEAD_THREADS)
 
 // A product code's tables: the sums <codebook entry, z> of 256 entries for each part of a group of columns.
 struct FlashHeadTable {
@@ -35,7 +34,6 @@ struct FlashHeadStage {
     int bytes;              // of a code
     unsigned error_at;      // own error of slot s is the byte at error_at + s * error_stride
     int error_stride;
-    unsigned weights_at;    // bits: [32 * words] of {float half the bit's weight, int coordinate}
     int words;              // 32-bit words of a record that hold code
     int lanes;              // threads that share a row: a power of two up to 32; fixes the order of summation
     int shared_table;       // [256 * bytes] or [16 * 8 * words] float
@@ -67,10 +65,13 @@ struct FlashHeadLayout {
     int candidates;             // most rows scored exactly
     int parts;                  // of all tables
     int capacity;               // items that a block can hold
+    int bits;                   // of all bits codes' words
+    unsigned weights_at;        // [bits] of {float half the bit's weight, int coordinate}
+    unsigned image_bytes;
     unsigned prefetch_at, prefetch_bytes;  // small arrays that every step reads
     // launch plan
     int blocks;                 // blocks that share one row
-    int shared_z, shared_x, shared_work, shared_items, shared_clusters, shared_weights;
+    int shared_z, shared_x, shared_state, shared_work, shared_items, shared_clusters, shared_weights;
     unsigned row_bytes, row_messages, row_tables, row_z, row_scores, row_histograms;
     unsigned row_items;         // 0: items lie in shared memory
     struct FlashHeadTable table[FLASHHEAD_MAX_TABLES];
