@@ -25,6 +25,8 @@
 // end. A message also says how many items at most will pass, so a cap costs nothing until it may cut.
 #include "head_step.h"
 
+// Loops are unrolled only where it pays: a step runs most instructions once, and what they cost is to be fetched.
+
 typedef unsigned long long u64;
 
 __device__ __forceinline__ float from16(unsigned bits, bool bf16) {
@@ -80,6 +82,7 @@ __device__ float block_sum(float value, float* scratch) {
     if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = value;
     __syncthreads();
     float total = 0;
+#pragma unroll 1
     for (int i = 0; i < FLASHHEAD_THREADS / 32; i++) total += scratch[i];
     return total;
 }
@@ -91,7 +94,7 @@ __device__ __forceinline__ u64 warp_max(u64 key) {
     return (u64)high << 32 | low;
 }
 
-__device__ u64 block_max(u64 key, u64* scratch) {
+__device__ __noinline__ u64 block_max(u64 key, u64* scratch) {
     key = warp_max(key);
     __syncthreads();
     if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = key;
@@ -122,9 +125,10 @@ struct Collected {
 };
 
 // Waits for a phase's message of every block: the largest key and the sums of both counts, in every thread.
-__device__ Collected collect(const Message* places, int blocks, unsigned tag, Collected* scratch) {
+__device__ __noinline__ Collected collect(const Message* places, int blocks, unsigned tag, Collected* scratch) {
     Collected mine = {0, 0, 0};
     const int warps = (min(blocks, FLASHHEAD_THREADS) + 31) / 32;
+#pragma unroll 1
     for (int i = threadIdx.x; i < blocks; i += FLASHHEAD_THREADS) {
         u64 best, items;
         do {
@@ -140,6 +144,7 @@ __device__ Collected collect(const Message* places, int blocks, unsigned tag, Co
     }
     __syncthreads();
     Collected all = {0, 0, 0};
+#pragma unroll 1
     for (int w = 0; w < warps; w++) {
         all.best = scratch[w].best > all.best ? scratch[w].best : all.best;
         all.first += scratch[w].first, all.second += scratch[w].second;
@@ -164,10 +169,13 @@ __device__ u64 threshold(Keys key_of, int n, unsigned cap, unsigned* bins, unsig
     u64 low = 1;
     int width = 24 + FLASHHEAD_MAX_NUMBER;
     unsigned remaining = cap;
+#pragma unroll 1
     for (passes = 0; passes < FLASHHEAD_PASSES;) {
         const int shift = width > 11 ? width - 11 : 0;
+#pragma unroll 1
         for (int i = threadIdx.x; i <= FLASHHEAD_BINS; i += FLASHHEAD_THREADS) bins[i] = 0;
         __syncthreads();
+#pragma unroll 1
         for (int i = threadIdx.x; i < n; i += FLASHHEAD_THREADS) {
             const u64 key = key_of(i);
             if (key < low) continue;
@@ -178,10 +186,12 @@ __device__ u64 threshold(Keys key_of, int n, unsigned cap, unsigned* bins, unsig
         __syncthreads();
         if (histograms) {
             unsigned* shared_bins = histograms + passes * FLASHHEAD_HISTOGRAM;
+#pragma unroll 1
             for (int i = threadIdx.x; i <= FLASHHEAD_BINS; i += FLASHHEAD_THREADS)
                 if (bins[i]) atomicAdd(&shared_bins[i], bins[i]);
             arrive(&state->counter);
             wait(&state->counter, target += blocks);
+#pragma unroll 1
             for (int i = threadIdx.x; i <= FLASHHEAD_BINS; i += FLASHHEAD_THREADS) bins[i] = __ldcg(&shared_bins[i]);
             __syncthreads();
         }
@@ -198,6 +208,7 @@ __device__ u64 threshold(Keys key_of, int n, unsigned cap, unsigned* bins, unsig
         __syncthreads();
         before -= own;
         unsigned total = 0;
+#pragma unroll 1
         for (int i = 0; i < FLASHHEAD_THREADS / 32; i++) {
             if (i < (threadIdx.x >> 5)) before += scratch[i];
             total += scratch[i];
@@ -251,7 +262,7 @@ __device__ __forceinline__ float eight_fields(unsigned word, const float4& low, 
 __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned char* shared, long long* tables, float* z_out) {
     const FlashHeadLayout& L = a.layout;
     const int octets = L.hidden_size / 8, segments = (octets + 31) / 32, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int first = (long long)L.chunks * block / L.blocks, end = (long long)L.chunks * (block + 1) / L.blocks;
+    const int first = L.chunks * block / L.blocks, end = L.chunks * (block + 1) / L.blocks;
     const uint4* rotation = (const uint4*)(a.image + L.rotation_at);
     float4* x_low = (float4*)(shared + L.shared_x);
     float4* x_high = x_low + octets;
@@ -275,6 +286,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
         }
         int2 column = {-1, 0};
         if (threadIdx.x < 4 * chunks) column = __ldg((const int2*)(a.image + L.virtual_at) + 4 * begin + threadIdx.x);
+#pragma unroll 1
         for (int t = 0; t < L.tables; t++) {
             const FlashHeadTable& table = L.table[t];
             const int c = begin + (threadIdx.x >> 6), i = threadIdx.x & 63;  // 64 threads a chunk: 16 bytes each, in wide chunks
@@ -290,7 +302,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             const unsigned short* row_scale = (const unsigned short*)(a.image + L.row_scale_at);
             const float* mean = (const float*)(a.image + L.mean_at);
             float size = 0;
-#pragma unroll 2
+#pragma unroll 1
             for (int i = threadIdx.x; i < octets * 2; i += FLASHHEAD_THREADS) {
                 const uint2 h = __ldg((const uint2*)hidden + i), s = __ldg((const uint2*)row_scale + i);
                 const float4 m = __ldg((const float4*)mean + i);
@@ -311,7 +323,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             scale = ldexpf(1.f, shift);
         }
         __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
         for (int task = warp, i = 0; task < tasks; task += 16, i++) {
             const int octet = task % segments * 32 + lane;
             float4 sum = {0, 0, 0, 0};
@@ -334,6 +346,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             const int v = threadIdx.x;
             float value = 0;
             if (v < 4 * chunks)
+#pragma unroll 1
                 for (int s = 0; s < segments; s++) value += ((const float*)&partial[v / 4 * segments + s])[v & 3];
             value *= __int_as_float(column.y);
             // a column of more than four bits is two virtual ones, side by side in one chunk
@@ -346,11 +359,13 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
         }
         __syncthreads();
         const int entry = threadIdx.x & 255, half = threadIdx.x >> 8, middle = (chunks + 1) / 2;
+#pragma unroll 1
         for (int t = 0; t < L.tables; t++) {
             const FlashHeadTable& table = L.table[t];
             const int stop = min(half ? chunks : middle, table.chunks - begin);
             long long sum = 0;
             int part = -1;
+#pragma unroll 1
             for (int c = half ? middle : 0; c < stop; c++) {
                 const unsigned char* book = (const unsigned char*)&books[(t * FLASHHEAD_BATCH_CHUNKS + c) * 64];
                 const bool wide = begin + c < table.wide_chunks;
@@ -378,7 +393,8 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
 }
 
 // A row of 16-bit numbers times the state in shared memory (two planes of float4), summed by a warp in a tree fixed by d.
-__device__ __forceinline__ float product(const uint4* row, bool bf16, const float4* low, const float4* high, int octets) {
+template <bool bf16>
+__device__ __forceinline__ float product(const uint4* row, const float4* low, const float4* high, int octets) {
     float sum = 0;
 #pragma unroll 8
     for (int i = threadIdx.x & 31; i < octets; i += 32) {
@@ -398,6 +414,7 @@ __device__ void load_state(const FlashHeadArguments& a, int row, unsigned char* 
     const int octets = a.layout.hidden_size / 8;
     float4* low = (float4*)(shared + a.layout.shared_state);
     const uint4* hidden = (const uint4*)((const unsigned short*)a.hidden + (size_t)row * a.layout.hidden_size);
+#pragma unroll 1
     for (int i = threadIdx.x; i < octets; i += FLASHHEAD_THREADS) {
         const uint4 h = hidden[i];
         const bool bf16 = a.hidden_bf16;
@@ -406,89 +423,85 @@ __device__ void load_state(const FlashHeadArguments& a, int row, unsigned char* 
     }
 }
 
-// The tables of a row code for this state: of a product code the sums that `rotate` made, of a bits code the sums of
-// every four bits. A table of 16 floats has no bank conflicts, whatever entries a warp looks up. Returns what comes
-// after this code's weights.
-__device__ const float4* make_table(const FlashHeadArguments& a, const FlashHeadStage& stage, const long long* sums, int shift, const float4* weighed, unsigned char* shared) {
-    float* table = (float*)(shared + stage.shared_table);
-    if (stage.table >= 0) {
+// The tables of the row codes for this state: of a product code the sums that `rotate` made, of a bits code the sums of
+// every four of the weighed bits. A table of 16 floats has no bank conflicts, whatever entries a warp looks up.
+__device__ void make_tables(const FlashHeadArguments& a, const long long* sums, float unscale, const float4* weighed, unsigned char* shared) {
+#pragma unroll 1
+    for (int s = 0; s < a.layout.stages; s++) {
+        const FlashHeadStage& stage = a.layout.stage[s];
+        float* table = (float*)(shared + stage.shared_table);
+        if (stage.table < 0) {
+#pragma unroll 2
+            for (int i = threadIdx.x; i < stage.words * 128; i += FLASHHEAD_THREADS) {
+                const float4 bits = weighed[i >> 4];
+                table[i] = ((i & 1 ? bits.x : -bits.x) + (i & 2 ? bits.y : -bits.y)) + ((i & 4 ? bits.z : -bits.z) + (i & 8 ? bits.w : -bits.w));
+            }
+            weighed += stage.words * 8;
+            continue;
+        }
         const FlashHeadTable& made = a.layout.table[stage.table];
         const unsigned char* bytes = a.image + made.bytes_at;
-        if (made.parts == stage.bytes) {
+        const bool whole = made.parts == stage.bytes;  // no group is in several parts
 #pragma unroll 4
-            for (int i = threadIdx.x; i < made.parts * 256; i += FLASHHEAD_THREADS) table[i] = ldexpf((float)sums[made.first_part * 256 + i], -shift);
-            return weighed;
-        }
         for (int i = threadIdx.x; i < made.parts * 256; i += FLASHHEAD_THREADS) {
-            const int part = i >> 8, byte = __ldg(bytes + part);
-            if (part && __ldg(bytes + part - 1) == byte) continue;  // summed with the first part of its byte
+            const int part = i >> 8, byte = whole ? part : __ldg(bytes + part);
+            if (!whole && part && __ldg(bytes + part - 1) == byte) continue;  // summed with the first part of its byte
             long long sum = sums[made.first_part * 256 + i];
-            for (int p = part + 1; p < made.parts && __ldg(bytes + p) == byte; p++) sum += sums[(made.first_part + p) * 256 + (i & 255)];
-            table[byte * 256 + (i & 255)] = ldexpf((float)sum, -shift);
+#pragma unroll 1
+            for (int p = part + 1; !whole && p < made.parts && __ldg(bytes + p) == byte; p++) sum += sums[(made.first_part + p) * 256 + (i & 255)];
+            table[byte * 256 + (i & 255)] = (float)sum * unscale;
         }
-        return weighed;
     }
-#pragma unroll 4
-    for (int i = threadIdx.x; i < stage.words * 128; i += FLASHHEAD_THREADS) {
-        const float4 bits = weighed[i >> 4];
-        table[i] = ((i & 1 ? bits.x : -bits.x) + (i & 2 ? bits.y : -bits.y)) + ((i & 4 ? bits.z : -bits.z) + (i & 8 ? bits.w : -bits.w));
-    }
-    return weighed + stage.words * 8;
 }
 
 __device__ __forceinline__ u64 item_key(float score, unsigned number) { return (u64)ordered(score) << 32 | (0xffffffffu - number); }
 
 // Adds a code's score to items [0, n), with their own errors in the upper eight bits of the slot; returns the thread's best key.
-// Several rounds of loads are in flight before the first look-up.
 __device__ u64 score_items(const FlashHeadArguments& a, const FlashHeadStage& stage, uint2* items, int n, unsigned char* shared) {
     const float* table = (const float*)(shared + stage.shared_table);
     const int lanes = stage.lanes, own = threadIdx.x & (lanes - 1), step = FLASHHEAD_THREADS / lanes;
-    constexpr int ROUNDS = 2, WORDS = 4;
+    constexpr int WORDS = 4;  // loads of a row in flight before the first look-up
     u64 best = 0;
-    for (int base = 0; base < n; base += ROUNDS * step) {
-        unsigned word[ROUNDS][WORDS], scale[ROUNDS], slot[ROUNDS], error[ROUNDS];
+#pragma unroll 1
+    for (int base = 0; base < n; base += step) {
+        const int i = base + threadIdx.x / lanes;
+        unsigned word[WORDS], scale = 0, slot = 0, error = 0;
+        const unsigned* record = nullptr;
+        if (i < n) {
+            slot = items[i].x & 0xffffff;
+            record = (const unsigned*)(a.image + stage.rows_at + (size_t)slot * stage.stride);
 #pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            const int i = base + r * step + threadIdx.x / lanes;
-            slot[r] = scale[r] = error[r] = 0;
-            if (i < n) {
-                slot[r] = items[i].x & 0xffffff;
-                const unsigned char* record = a.image + stage.rows_at + (size_t)slot[r] * stage.stride;
-#pragma unroll
-                for (int w = 0; w < WORDS; w++)
-                    if (own + w * lanes < stage.words) word[r][w] = __ldg((const unsigned*)record + own + w * lanes);
-                error[r] = __ldg(a.image + stage.error_at + (size_t)slot[r] * stage.error_stride);
-                if (stage.table < 0) scale[r] = __ldg((const unsigned short*)(record + stage.bytes));
-            }
+            for (int w = 0; w < WORDS; w++)
+                if (own + w * lanes < stage.words) word[w] = __ldg(record + own + w * lanes);
+            error = __ldg(a.image + stage.error_at + (size_t)slot * stage.error_stride);
+            if (stage.table < 0) scale = __ldg((const unsigned short*)record + stage.bytes / 2);
         }
+        float sum = 0;
+        if (i < n && stage.table >= 0) {
 #pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            const int i = base + r * step + threadIdx.x / lanes;
-            if (base + r * step >= n) continue;
-            float sum = 0;
+            for (int b = 0; b < 4 * WORDS; b++)
+                if (b < stage.bytes) sum += table[b * 256 + (word[b / 4] >> 8 * (b & 3) & 255)];
+#pragma unroll 1
+            for (int b = 4 * WORDS; b < stage.bytes; b++) sum += table[b * 256 + __ldg((const unsigned char*)record + b)];
+        } else if (i < n) {
             const auto look_up = [&](int w, unsigned at) {
-                if (stage.table >= 0) {
+                const unsigned turned = __funnelshift_r(at, at, 4 * (own & 7));  // lanes of a row start at different tables: fewer conflicts
 #pragma unroll
-                    for (int b = 0; b < 4; b++)
-                        if (4 * w + b < stage.bytes) sum += table[(4 * w + b) * 256 + (at >> 8 * b & 255)];
-                } else {
-                    const unsigned turned = __funnelshift_r(at, at, 4 * (own & 7));  // lanes of a row start at different tables: fewer conflicts
-#pragma unroll
-                    for (int b = 0; b < 8; b++) sum += table[(8 * w + ((b + own) & 7)) * 16 + (turned >> 4 * b & 15)];
-                }
+                for (int b = 0; b < 8; b++) sum += table[(8 * w + ((b + own) & 7)) * 16 + (turned >> 4 * b & 15)];
             };
 #pragma unroll
             for (int w = 0; w < WORDS; w++)
-                if (own + w * lanes < stage.words && i < n) look_up(own + w * lanes, word[r][w]);
-            for (int w = own + WORDS * lanes; w < stage.words && i < n; w += lanes)
-                look_up(w, __ldg((const unsigned*)(a.image + stage.rows_at + (size_t)slot[r] * stage.stride) + w));
-            for (int way = lanes >> 1; way; way >>= 1) sum += __shfl_xor_sync(~0u, sum, way);
-            if (i < n && own == 0) {
-                const float score = __uint_as_float(items[i].y) + (stage.table >= 0 ? sum : sum * from16(scale[r], false));
-                items[i] = make_uint2(slot[r] | error[r] << 24, __float_as_uint(score));
-                const u64 key = item_key(score, slot[r]);
-                best = key > best ? key : best;
-            }
+                if (own + w * lanes < stage.words) look_up(own + w * lanes, word[w]);
+#pragma unroll 1
+            for (int w = own + WORDS * lanes; w < stage.words; w += lanes) look_up(w, __ldg(record + w));
+        }
+#pragma unroll 1
+        for (int way = lanes >> 1; way; way >>= 1) sum += __shfl_xor_sync(~0u, sum, way);
+        if (i < n && own == 0) {
+            const float score = __uint_as_float(items[i].y) + (stage.table >= 0 ? sum : sum * from16(scale, false));
+            items[i] = make_uint2(slot | error << 24, __float_as_uint(score));
+            const u64 key = item_key(score, slot);
+            best = key > best ? key : best;
         }
     }
     return best;
@@ -496,11 +509,12 @@ __device__ u64 score_items(const FlashHeadArguments& a, const FlashHeadStage& st
 
 // The probe's gate seen as a whole, by every block alone: waits for all clusters' scores, leaves their gaps in `gaps` and
 // returns the smallest key that passes, under the cap. `opened` and `cut` say how many pass and whether the cap cut.
-__device__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, unsigned epoch, float inverse_unit, float* gaps, unsigned* bins, unsigned* numbers,
+__device__ __noinline__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, unsigned epoch, float inverse_unit, float* gaps, unsigned* bins, unsigned* numbers,
                                u64* keys, unsigned& opened, bool& cut) {
     const FlashHeadLayout& L = a.layout;
     const float* inverse = (const float*)(a.image + L.cluster_inverse_at);
     u64 best = 0;
+#pragma unroll 1
     for (int base = threadIdx.x; base < L.clusters; base += 8 * FLASHHEAD_THREADS) {
         u64 both[8];
 #pragma unroll
@@ -537,8 +551,10 @@ __device__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, u
     opened = L.probe_cap;
     // bins of equal width in the gap, nearest first, then the few clusters of the bin in which the cap falls by rank
     const float per_bin = FLASHHEAD_BINS / fmaxf(widest, 1e-30f) * 0.9999f;
+#pragma unroll 1
     for (int i = threadIdx.x; i <= FLASHHEAD_BINS; i += FLASHHEAD_THREADS) bins[i] = 0;
     __syncthreads();
+#pragma unroll 1
     for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS)
         if (gaps[k] <= L.probe_margin) atomicAdd(&bins[min((int)(gaps[k] * per_bin), FLASHHEAD_BINS - 1)], 1u);
     __syncthreads();
@@ -552,6 +568,7 @@ __device__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, u
     if ((threadIdx.x & 31) == 31) numbers[threadIdx.x >> 5] = before;
     __syncthreads();
     before -= four;
+#pragma unroll 1
     for (int w = 0; w < (threadIdx.x >> 5); w++) before += numbers[w];
     __syncthreads();
     const unsigned cap = L.probe_cap;
@@ -571,11 +588,14 @@ __device__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, u
         unsigned unused = 0;
         return threshold(cluster_key, L.clusters, cap, bins, numbers, nullptr, nullptr, unused, 0, passes);
     }
+#pragma unroll 1
     for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS)
         if (gaps[k] <= L.probe_margin && min((int)(gaps[k] * per_bin), FLASHHEAD_BINS - 1) == bin) list[atomicAdd(&numbers[2], 1u)] = cluster_key(k);
     __syncthreads();
+#pragma unroll 1
     for (unsigned i = threadIdx.x; i < members; i += FLASHHEAD_THREADS) {
         unsigned rank = 0;
+#pragma unroll 1
         for (unsigned j = 0; j < members; j++) rank += list[j] > list[i];
         if (rank + 1 == wanted) keys[0] = list[i];
     }
@@ -602,9 +622,14 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
     unsigned* bins = (unsigned*)(shared + L.shared_work);
     const float4* state_low = (const float4*)(shared + L.shared_state);
 
-    // what every step reads, small and scattered, is asked for at once
+    // the parameters lie in memory that no cache holds yet: ask for all of their lines at once, not one by one as they are met
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(a) / 4; i += 16) asm volatile("" ::"r"(((const unsigned*)&a)[i]));
+    // what every step reads, small and scattered, likewise
+#pragma unroll 1
     for (unsigned i = (block * FLASHHEAD_THREADS + threadIdx.x) * 128; i < L.prefetch_bytes; i += blocks * FLASHHEAD_THREADS * 128) prefetch(a.image + L.prefetch_at + i);
 
+#pragma unroll 1
     for (u64 i = threadIdx.x * (2ull << 20); i < L.image_bytes; i += FLASHHEAD_THREADS * (2ull << 20)) prefetch(a.image + i);  // a page's address is looked up before it is needed
 
     for (int row = blockIdx.x / blocks; row < a.rows; row += groups) {
@@ -619,10 +644,8 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         uint2* others = items + L.capacity;
         const unsigned epoch = __ldcg(&state->epoch) + 1, tag = epoch & 0xffffff;
         unsigned target = 0, passes_used = 0, opened = 0, scored_first = 0;
-        int shift = 0;
         bool cut = false;
         float inverse_unit = 1;
-        const float4* weighed = (const float4*)(shared + L.shared_weights);
 
         // probe: {cluster | own error << 24, score} of the block's own clusters in `others`; every score is posted with the step's epoch
         const auto post_score = [&](int i, int k, unsigned error, float score) {
@@ -632,7 +655,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         };
         u64 best = 0;
         if (L.chunks) {
-            shift = rotate(a, row, block, shared, sums, z_all);
+            const float unscale = ldexpf(1.f, -rotate(a, row, block, shared, sums, z_all));
             arrive(&state->counter);
             const FlashHeadTable& made = L.table[0];
             const unsigned char* bytes = a.image + made.bytes_at;
@@ -648,10 +671,13 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 if (j * FLASHHEAD_THREADS + threadIdx.x < L.bits) weights[j] = __ldg((const int2*)(a.image + L.weights_at) + j * FLASHHEAD_THREADS + threadIdx.x);
+#pragma unroll 1
             for (int s = 0; s <= L.stages; s++)
                 if (threadIdx.x < 256) inverse[s][threadIdx.x] = __ldg((const float*)(a.image + (s ? L.stage[s - 1].inverse_at : L.cluster_inverse_at)) + threadIdx.x);
             wait(&state->counter, target += blocks);
+#pragma unroll 1
             for (int i = threadIdx.x; 4 * i < L.coordinates; i += FLASHHEAD_THREADS) copy_async(z + 4 * i, z_all + 4 * i);
+#pragma unroll 1
             for (int base = 0; base < owned; base += FLASHHEAD_THREADS / 16) {
                 const int i = base + (threadIdx.x >> 4), k = block + i * blocks;
                 long long sum = 0;
@@ -660,11 +686,12 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                     for (int j = 0; j < 3; j++)
                         if (i < owned && part + 16 * j < made.parts) sum += sums[(part + 16 * j) * 256 + code[j]];
                 } else if (i < owned) {
+#pragma unroll 1
                     for (int p = part; p < made.parts; p += 16) sum += sums[p * 256 + __ldg(a.image + L.centroids_at + (size_t)k * L.centroid_stride + __ldg(bytes + p))];
                 }
                 for (int step = 8; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
                 if (i < owned && part == 0) {
-                    const float score = ldexpf((float)sum, -shift);
+                    const float score = (float)sum * unscale;
                     if (base) error = __ldg(a.image + L.cluster_error_at + k);
                     post_score(i, k, error, score);
                     const u64 key = item_key(score, k);
@@ -679,30 +706,33 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             float square = 0;
             asm volatile("cp.async.wait_all;" ::: "memory");
             __syncthreads();
+#pragma unroll 1
             for (int i = threadIdx.x; i < L.coordinates; i += FLASHHEAD_THREADS)
                 if (i) square = fmaf(z[i], z[i], square);
             square = block_sum(square, (float*)numbers);
-            if (L.state_power != 0) inverse_unit = 1 / powf(square / (L.coordinates - 1), 0.5f * L.state_power);
+            if (L.state_power != 0) inverse_unit = exp2f(-0.5f * L.state_power * log2f(square / (L.coordinates - 1)));
             float* products = (float*)(shared + L.shared_weights);
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 if (j * FLASHHEAD_THREADS + threadIdx.x < L.bits) products[j * FLASHHEAD_THREADS + threadIdx.x] = __int_as_float(weights[j].x) * z[weights[j].y];
+#pragma unroll 1
             for (int i = 4 * FLASHHEAD_THREADS + threadIdx.x; i < L.bits; i += FLASHHEAD_THREADS) {
                 const int2 weight = __ldg((const int2*)(a.image + L.weights_at) + i);
                 products[i] = __int_as_float(weight.x) * z[weight.y];
             }
-            if (L.stages && L.stage[0].table < 0) __syncthreads();
-            for (int s = 0; s < L.stages; s++)  // a product code's sums are cleared once the first code is scored; tables of bits may wait
-                if (s == 0 || L.stage[s].table >= 0) weighed = make_table(a, L.stage[s], sums, shift, weighed, shared);
+            __syncthreads();
+            make_tables(a, sums, unscale, (const float4*)products, shared);
         } else {
             load_state(a, row, shared);
             __syncthreads();
+#pragma unroll 1
             for (int i = warp; i < owned; i += 16) {
                 const int k = block + i * blocks;
                 const uint4* centroid = (const uint4*)(a.image + L.centroids_at) + (size_t)k * octets;
                 if (i + 16 < owned)
+#pragma unroll 1
                     for (int line = lane * 8; line < octets; line += 256) prefetch(centroid + (size_t)16 * blocks * octets + line);
-                const float score = product(centroid, false, state_low, state_low + octets, octets);
+                const float score = product<false>(centroid, state_low, state_low + octets, octets);
                 if (lane == 0) post_score(i, k, 0, score);
             }
             if (threadIdx.x < 256) inverse[0][threadIdx.x] = __ldg((const float*)(a.image + L.cluster_inverse_at) + threadIdx.x);
@@ -733,10 +763,13 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             const int span = (L.clusters + FLASHHEAD_THREADS - 1) / FLASHHEAD_THREADS * 32;
             const auto passed = [&](int j) { return warp * span + j < L.clusters && gate_key(gaps[warp * span + j], L.probe_margin, warp * span + j) >= least; };
             unsigned own = 0, before = 0;
+#pragma unroll 1
             for (int j = lane; j < span; j += 32) own += __popc(__ballot_sync(~0u, passed(j)));
             if (lane == 0) numbers[warp] = own;
             __syncthreads();
+#pragma unroll 1
             for (int w = 0; w < warp; w++) before += numbers[w];
+#pragma unroll 1
             for (int j = lane; j < span; j += 32) {
                 const unsigned ballot = __ballot_sync(~0u, passed(j)), ordinal = before + __popc(ballot & ((1u << lane) - 1));
                 before += __popc(ballot);
@@ -745,6 +778,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             listed = (opened + blocks - 1 - block) / blocks;
             __syncthreads();
         }
+#pragma unroll 1
         for (int base = 0; base < listed * size; base += FLASHHEAD_THREADS) {
             const int i = base + threadIdx.x, place = i % size;
             bool wanted = false;
@@ -758,6 +792,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             }
             append(items, wanted, make_uint2(cluster.x * size + place, cluster.y));
         }
+#pragma unroll 1
         for (int base = 0; base < L.always; base += FLASHHEAD_THREADS) {
             const int i = base + threadIdx.x;
             const unsigned slot = base == 0 ? first_always : i < L.always ? __ldg((const unsigned*)(a.image + L.always_at) + i) : 0, k = slot / size;
@@ -771,6 +806,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         Collected all = {0, 0, 0};
 
         // the cascade: a block keeps its items to the end
+#pragma unroll 1
         for (int s = 0; s < L.stages; s++) {
             const FlashHeadStage& stage = L.stage[s];
             const bool scout = s > 0;  // the best item so far, scored in every block: it makes the first count of who passes a sharp one
@@ -778,11 +814,13 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             __syncthreads();
             best = score_items(a, stage, items, n + scout, shared);
             const auto gap_of = [&](uint2 item, float limit) { return (limit - __uint_as_float(item.y)) * (inverse[s + 1][item.x >> 24] * inverse_unit); };
+#pragma unroll 1
             for (int again = 0;; again++) {
                 best = block_max(best, keys);
                 if (threadIdx.x == 0) within = count = 0;
                 __syncthreads();
                 const float nearly = unordered((unsigned)(best >> 32));
+#pragma unroll 1
                 for (unsigned base = 0; base < n; base += FLASHHEAD_THREADS) {
                     const unsigned i = base + threadIdx.x;
                     const bool passes = i < n && gap_of(items[i], nearly) <= stage.margin;
@@ -804,7 +842,6 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                 __syncthreads();
                 Message* phase = messages + (again ? L.stages + 1 : s + 1) * blocks;
                 if (threadIdx.x == 0) post(phase + block, best, within, s ? n : opened_here, tag);
-                if (!again && s + 1 < L.stages && L.stage[s + 1].table < 0) weighed = make_table(a, L.stage[s + 1], sums, shift, weighed, shared);
                 all = collect(phase, blocks, tag, collected);
                 if (s && threadIdx.x == 0 && block == 0) a.counts[(size_t)row * (2 + L.stages) + 1 + s] = all.second;
                 if (s || again) break;
@@ -813,11 +850,13 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                 // the probe's cap cuts: items of the clusters beyond it go, and the first code's best is found again
                 least = select_clusters(a, scores, epoch, inverse_unit, gaps, bins, numbers, keys, opened, cut);
                 best = 0;
+#pragma unroll 1
                 for (unsigned base = 0; base < n; base += FLASHHEAD_THREADS) {
                     const unsigned i = base + threadIdx.x;
                     const uint2 item = i < n ? items[i] : make_uint2(0, 0);
                     const unsigned slot = item.x & 0xffffff, k = slot / size;
                     bool stays = i < n && gate_key(gaps[k], L.probe_margin, k) >= least;
+#pragma unroll 1
                     for (int j = 0; i < n && !stays && j < L.always; j++) stays = __ldg((const unsigned*)(a.image + L.always_at) + j) == slot;
                     append(others, stays, item);
                     if (stays) {
@@ -832,6 +871,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             }
             if (s == 0) scored_first = n;
             if (s == 0)  // all blocks have made their tables of these
+#pragma unroll 1
                 for (int i = block * FLASHHEAD_THREADS + threadIdx.x; i < L.parts * 256; i += blocks * FLASHHEAD_THREADS) sums[i] = 0;
             const float limit = unordered((unsigned)(all.best >> 32));
             const auto key_of = [&](int i) { return gate_key(gap_of(items[i], limit), stage.margin, items[i].x & 0xffffff); };
@@ -845,6 +885,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                 else least = 1;
             }
             __syncthreads();
+#pragma unroll 1
             for (unsigned base = 0; base < n; base += FLASHHEAD_THREADS) {
                 const unsigned i = base + threadIdx.x;
                 const uint2 item = i < n ? items[i] : make_uint2(0, 0);
@@ -856,20 +897,24 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             items = others, others = swap;
         }
         if (L.stages == 0)
+#pragma unroll 1
             for (int i = block * FLASHHEAD_THREADS + threadIdx.x; i < L.parts * 256; i += blocks * FLASHHEAD_THREADS) sums[i] = 0;
 
         // exact rows, a warp each
         unsigned start = 0;
         if (threadIdx.x == 0 && n) start = atomicAdd(&state->candidates, n);
         best = 0;
+#pragma unroll 1
         for (unsigned i = warp; i < n; i += 16) {
             const unsigned* tokens = (const unsigned*)(a.image + L.token_table_at);
             const unsigned token = __ldg(tokens + items[i].x);
             if (i + 16 < n) {
                 const uint4* next = (const uint4*)a.weight + (size_t)__ldg(tokens + items[i + 16].x) * octets;
+#pragma unroll 1
                 for (int line = lane * 8; line < octets; line += 256) prefetch(next + line);
             }
-            float logit = product((const uint4*)a.weight + (size_t)token * octets, a.weight_bf16, state_low, state_low + octets, octets);
+            const uint4* weight = (const uint4*)a.weight + (size_t)token * octets;
+            float logit = a.weight_bf16 ? product<true>(weight, state_low, state_low + octets, octets) : product<false>(weight, state_low, state_low + octets, octets);
             if (a.bias) logit += from16(((const unsigned short*)a.bias)[token], a.weight_bf16);
             logit += 0.f;  // -0 becomes 0
             if (lane == 0) others[i] = make_uint2(token, __float_as_uint(logit));
@@ -883,6 +928,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             numbers[0] = start;
         }
         __syncthreads();
+#pragma unroll 1
         for (unsigned i = threadIdx.x; i < n; i += FLASHHEAD_THREADS) {
             const size_t place = (size_t)row * L.candidates + numbers[0] + i;
             a.ids[place] = others[i].x, a.logits[place] = __uint_as_float(others[i].y);
@@ -899,7 +945,9 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             state->counter = state->candidates = 0;
             state->epoch = epoch;
         }
+#pragma unroll 1
         for (int s = 0; s < L.stages; s++)
+#pragma unroll 1
             for (int i = threadIdx.x; i < (int)(passes_used >> 4 * s & 15) * FLASHHEAD_HISTOGRAM; i += FLASHHEAD_THREADS) histograms[s * FLASHHEAD_PASSES * FLASHHEAD_HISTOGRAM + i] = 0;
     }
 }
