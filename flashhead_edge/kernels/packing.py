@@ -41,7 +41,7 @@ class Stage(ctypes.Structure):
 
     _fields_ = [
         *[("table", I), ("rows_at", U), ("stride", I), ("bytes", I), ("error_at", U), ("error_stride", I)],
-        *[("words", I), ("lanes", I), ("shared_table", I), ("inverse_at", U), ("margin", F), ("cap", I)],
+        *[("words", I), ("lanes", I), ("shared_table", I), ("margin", F), ("cap", I)],
     ]
 
 
@@ -53,10 +53,10 @@ class Layout(ctypes.Structure):
         *[("token_table_at", U), ("filled_at", U), ("least_filled", I), ("always_at", U), ("chunks", I)],
         *[(n, U) for n in ("rotation_at", "virtual_at", "mean_at", "row_scale_at")],
         *[("bound_slope", F), ("bound_base", F), ("state_power", F)],
-        *[("centroids_at", U), ("centroid_stride", I), ("cluster_error_at", U), ("cluster_inverse_at", U)],
+        *[("centroids_at", U), ("centroid_stride", I), ("cluster_error_at", U)],
         *[("probe_margin", F), ("probe_cap", I), ("candidates", I), ("parts", I), ("capacity", I)],
-        *[("bits", I), ("weights_at", U), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
-        *[("blocks", I), ("shared_z", I), ("shared_x", I), ("shared_state", I), ("shared_work", I), ("shared_items", I), ("shared_clusters", I), ("shared_weights", I)],
+        *[("bits", I), ("small_at", U), ("small_bytes", I), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
+        *[("blocks", I), ("shared_z", I), ("shared_x", I), ("shared_state", I), ("shared_work", I), ("shared_items", I), ("shared_clusters", I), ("shared_small", I), ("shared_products", I)],
         *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_histograms", "row_items")],
         ("table", Table * MAX_TABLES),
         ("stage", Stage * MAX_STAGES),
@@ -142,7 +142,7 @@ def pack(index: HeadIndex) -> Packed:
     filled = (index.token_table >= 0).sum(1)
     layout.filled_at, layout.least_filled = image.add(filled.astype(np.uint8)), int(filled.min())
     layout.always_at = image.add(slot_of_token(index)[index.always_scored].astype(np.int32))
-    layout.cluster_error_at, layout.cluster_inverse_at = image.add(index.probe.error), image.add(inverse_errors(index.probe))
+    layout.cluster_error_at = image.add(index.probe.error)
     columns = np.zeros((0, 4), np.int64)
     if index.rotation is not None:
         assert index.mean is not None and index.rotation.scale is not None
@@ -162,11 +162,11 @@ def pack(index: HeadIndex) -> Packed:
         part += len(names)
         books.append((t, book))
         t.columns_at = image.add(where)
-    for stage, s in zip(index.stages, layout.stage):
-        s.inverse_at = image.add(inverse_errors(stage.gate))
     weights = [bit_weights(stage.rows) for stage in index.stages if stage.rows.kind == "bits"]
     layout.bits = sum(map(len, weights))
-    layout.weights_at = image.add(np.concatenate(weights) if weights else np.zeros((0, 2), np.uint32))
+    small = [inverse_errors(g).view(np.uint32) for g in (index.probe, *(stage.gate for stage in index.stages))]
+    small += [w.reshape(-1) for w in weights]
+    layout.small_at, layout.small_bytes = image.add(np.concatenate(small)), 4 * sum(map(len, small))
     if index.rotation is not None:  # centroids are read whole and at once, as small arrays are; float16 ones are streamed
         layout.centroids_at = image.add(index.centroids.data)
     layout.prefetch_bytes = image.size - layout.prefetch_at
@@ -364,7 +364,7 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
     layout.shared_work, layout.shared_clusters = shared(max(work, 4 * HISTOGRAM)), shared(4 * layout.clusters)
     for s in layout.stage[: layout.stages]:
         s.shared_table = shared(1024 * s.bytes if s.table >= 0 else 512 * s.words)
-    layout.shared_weights = shared(4 * layout.bits)
+    layout.shared_small, layout.shared_products = shared(layout.small_bytes), shared(4 * layout.bits)
     items = 16 * layout.capacity
     in_shared = size + items <= shared_bytes
     if in_shared:

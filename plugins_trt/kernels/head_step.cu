@@ -59,6 +59,9 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
 
+// Waits for the thread's own copies; a block's barrier must follow before others read them.
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // One row's barrier among its blocks: a counter that only grows until the last block of the step clears it.
 __device__ __forceinline__ void arrive(unsigned* counter) {
     __syncthreads();
@@ -292,10 +295,9 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             const int c = begin + (threadIdx.x >> 6), i = threadIdx.x & 63;  // 64 threads a chunk: 16 bytes each, in wide chunks
             const bool wide = c < table.wide_chunks;
             if (c < min(begin + chunks, table.chunks) && i < (wide ? 64 : 32))
-                books[t * FLASHHEAD_BATCH_CHUNKS * 64 + (threadIdx.x >> 6) * 64 + i] =
-                    __ldcs((const uint4*)(a.image + table.book_at) + (size_t)c * 32 + min(c, table.wide_chunks) * 32 + i);
+                copy_async(books + (t * FLASHHEAD_BATCH_CHUNKS + (threadIdx.x >> 6)) * 64 + i, (const uint4*)(a.image + table.book_at) + (c + min(c, table.wide_chunks)) * 32 + i);
             if (threadIdx.x >= 480 && threadIdx.x - 480 < 4 * chunks)
-                columns[t * 4 * FLASHHEAD_BATCH_CHUNKS + threadIdx.x - 480] = __ldg((const float4*)(a.image + table.columns_at) + 4 * begin + threadIdx.x - 480);
+                copy_async(columns + t * 4 * FLASHHEAD_BATCH_CHUNKS + threadIdx.x - 480, (const float4*)(a.image + table.columns_at) + 4 * begin + threadIdx.x - 480);
         }
         if (begin == first) {
             const unsigned short* hidden = (const unsigned short*)a.hidden + (size_t)row * L.hidden_size;
@@ -322,6 +324,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             shift = min(120, 60 - ilogbf(fmaxf(size * L.bound_slope + L.bound_base, 1e-30f)));
             scale = ldexpf(1.f, shift);
         }
+        wait_copies();
         __syncthreads();
 #pragma unroll 1
         for (int task = warp, i = 0; task < tasks; task += 16, i++) {
@@ -396,7 +399,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
 template <bool bf16>
 __device__ __forceinline__ float product(const uint4* row, const float4* low, const float4* high, int octets) {
     float sum = 0;
-#pragma unroll 8
+#pragma unroll 4
     for (int i = threadIdx.x & 31; i < octets; i += 32) {
         const uint4 w = __ldcs(row + i);
         const float4 x = low[i], y = high[i];
@@ -512,7 +515,7 @@ __device__ u64 score_items(const FlashHeadArguments& a, const FlashHeadStage& st
 __device__ __noinline__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, unsigned epoch, float inverse_unit, float* gaps, unsigned* bins, unsigned* numbers,
                                u64* keys, unsigned& opened, bool& cut) {
     const FlashHeadLayout& L = a.layout;
-    const float* inverse = (const float*)(a.image + L.cluster_inverse_at);
+    const float* inverse = (const float*)(a.image + L.small_at);
     u64 best = 0;
 #pragma unroll 1
     for (int base = threadIdx.x; base < L.clusters; base += 8 * FLASHHEAD_THREADS) {
@@ -610,7 +613,6 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
     __shared__ u64 keys[16];
     __shared__ Collected collected[16];
     __shared__ unsigned numbers[32];
-    __shared__ float inverse[FLASHHEAD_MAX_STAGES + 1][256];  // 1 / own error in logits: of the clusters, then of each code
     __shared__ unsigned count, within;
     const FlashHeadLayout& L = a.layout;
     const int blocks = L.blocks, block = blockIdx.x % blocks, groups = gridDim.x / blocks;
@@ -621,6 +623,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
     float* gaps = (float*)(shared + L.shared_clusters);
     unsigned* bins = (unsigned*)(shared + L.shared_work);
     const float4* state_low = (const float4*)(shared + L.shared_state);
+    const float* inverse = (const float*)(shared + L.shared_small);  // [1 + stages][256] 1 / own error in logits: of the clusters, then of each code
 
     // the parameters lie in memory that no cache holds yet: ask for all of their lines at once, not one by one as they are met
 #pragma unroll
@@ -667,13 +670,9 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             for (int j = 0; j < 3; j++)
                 if ((threadIdx.x >> 4) < owned && part + 16 * j < made.parts)
                     code[j] = __ldg(a.image + L.centroids_at + (size_t)first * L.centroid_stride + __ldg(bytes + part + 16 * j));
-            int2 weights[4];  // half a bit's weight and its coordinate: what the tables of bits codes are sums of
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                if (j * FLASHHEAD_THREADS + threadIdx.x < L.bits) weights[j] = __ldg((const int2*)(a.image + L.weights_at) + j * FLASHHEAD_THREADS + threadIdx.x);
+            // half of each bit's weight and its coordinate, and the errors
 #pragma unroll 1
-            for (int s = 0; s <= L.stages; s++)
-                if (threadIdx.x < 256) inverse[s][threadIdx.x] = __ldg((const float*)(a.image + (s ? L.stage[s - 1].inverse_at : L.cluster_inverse_at)) + threadIdx.x);
+            for (int i = threadIdx.x; i < L.small_bytes / 16; i += FLASHHEAD_THREADS) copy_async(shared + L.shared_small + 16 * i, a.image + L.small_at + 16 * i);
             wait(&state->counter, target += blocks);
 #pragma unroll 1
             for (int i = threadIdx.x; 4 * i < L.coordinates; i += FLASHHEAD_THREADS) copy_async(z + 4 * i, z_all + 4 * i);
@@ -702,24 +701,19 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                 best = block_max(best, keys);
                 if (threadIdx.x == 0) post(messages + block, best, 0, 0, tag);
             }
-            // while the others arrive: the state, its unit, the table of the first code
+            // while the others arrive: the state's unit, the tables of the row codes
             float square = 0;
-            asm volatile("cp.async.wait_all;" ::: "memory");
+            wait_copies();
             __syncthreads();
 #pragma unroll 1
             for (int i = threadIdx.x; i < L.coordinates; i += FLASHHEAD_THREADS)
                 if (i) square = fmaf(z[i], z[i], square);
             square = block_sum(square, (float*)numbers);
             if (L.state_power != 0) inverse_unit = exp2f(-0.5f * L.state_power * log2f(square / (L.coordinates - 1)));
-            float* products = (float*)(shared + L.shared_weights);
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                if (j * FLASHHEAD_THREADS + threadIdx.x < L.bits) products[j * FLASHHEAD_THREADS + threadIdx.x] = __int_as_float(weights[j].x) * z[weights[j].y];
+            float* products = (float*)(shared + L.shared_products);
+            const int2* weights = (const int2*)(inverse + 256 * (1 + L.stages));
 #pragma unroll 1
-            for (int i = 4 * FLASHHEAD_THREADS + threadIdx.x; i < L.bits; i += FLASHHEAD_THREADS) {
-                const int2 weight = __ldg((const int2*)(a.image + L.weights_at) + i);
-                products[i] = __int_as_float(weight.x) * z[weight.y];
-            }
+            for (int i = threadIdx.x; i < L.bits; i += FLASHHEAD_THREADS) products[i] = __int_as_float(weights[i].x) * z[weights[i].y];
             __syncthreads();
             make_tables(a, sums, unscale, (const float4*)products, shared);
         } else {
@@ -735,7 +729,6 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                 const float score = product<false>(centroid, state_low, state_low + octets, octets);
                 if (lane == 0) post_score(i, k, 0, score);
             }
-            if (threadIdx.x < 256) inverse[0][threadIdx.x] = __ldg((const float*)(a.image + L.cluster_inverse_at) + threadIdx.x);
         }
         if (threadIdx.x == 0) count = within = 0;
         __syncthreads();
@@ -756,7 +749,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         };
         const auto is_open = [&](uint2 cluster) {
             if (L.stages == 0) return gate_key(gaps[cluster.x & 0xffffff], L.probe_margin, cluster.x & 0xffffff) >= least;
-            return (top - __uint_as_float(cluster.y)) * (inverse[0][cluster.x >> 24] * inverse_unit) <= L.probe_margin;
+            return (top - __uint_as_float(cluster.y)) * (inverse[cluster.x >> 24] * inverse_unit) <= L.probe_margin;
         };
         int listed = owned;
         if (L.stages == 0) {  // every block knows all opened clusters: each takes every blocks-th of them
@@ -779,18 +772,15 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             __syncthreads();
         }
 #pragma unroll 1
-        for (int base = 0; base < listed * size; base += FLASHHEAD_THREADS) {
-            const int i = base + threadIdx.x, place = i % size;
-            bool wanted = false;
-            uint2 cluster = {0, 0};
-            if (i < listed * size) {
-                cluster = others[i / size];
-                const bool open = is_open(cluster);
-                cluster.x &= 0xffffff;
-                wanted = open && (place < L.least_filled || place < __ldg(filled + cluster.x));
-                if (open && place == 0) atomicAdd(&within, 1u);
-            }
-            append(items, wanted, make_uint2(cluster.x * size + place, cluster.y));
+        for (int i = warp; i < listed; i += 16) {
+            const uint2 cluster = others[i];
+            if (!is_open(cluster)) continue;
+            const unsigned k = cluster.x & 0xffffff, tokens = L.least_filled == size ? size : __ldg(filled + k);
+            unsigned start = 0;
+            if (lane == 0) start = atomicAdd(&count, tokens), atomicAdd(&within, 1u);
+            start = __shfl_sync(~0u, start, 0);
+#pragma unroll 1
+            for (unsigned place = lane; place < tokens; place += 32) items[start + place] = make_uint2(k * size + place, cluster.y);
         }
 #pragma unroll 1
         for (int base = 0; base < L.always; base += FLASHHEAD_THREADS) {
@@ -813,7 +803,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             if (scout && threadIdx.x == 0) items[n] = make_uint2(0xffffffffu - (unsigned)all.best, __float_as_uint(unordered((unsigned)(all.best >> 32))));
             __syncthreads();
             best = score_items(a, stage, items, n + scout, shared);
-            const auto gap_of = [&](uint2 item, float limit) { return (limit - __uint_as_float(item.y)) * (inverse[s + 1][item.x >> 24] * inverse_unit); };
+            const auto gap_of = [&](uint2 item, float limit) { return (limit - __uint_as_float(item.y)) * (inverse[256 * (s + 1) + (item.x >> 24)] * inverse_unit); };
 #pragma unroll 1
             for (int again = 0;; again++) {
                 best = block_max(best, keys);

@@ -37,7 +37,6 @@ struct FlashHeadStage {
     int words;              // 32-bit words of a record that hold code
     int lanes;              // threads that share a row: a power of two up to 32; fixes the order of summation
     int shared_table;       // [256 * bytes] or [16 * 8 * words] float
-    unsigned inverse_at;    // [256] float: 1 / own error in logits, by coded error
     float margin;
     int cap;
 };
@@ -59,19 +58,20 @@ struct FlashHeadLayout {
     unsigned centroids_at;      // product: [clusters, centroid_stride] bytes; float16: [clusters, hidden_size]
     int centroid_stride;
     unsigned cluster_error_at;  // [clusters] unsigned char
-    unsigned cluster_inverse_at;// [256] float
     float probe_margin;
     int probe_cap;
     int candidates;             // most rows scored exactly
     int parts;                  // of all tables
     int capacity;               // items that a block can hold
     int bits;                   // of all bits codes' words
-    unsigned weights_at;        // [bits] of {float half the bit's weight, int coordinate}
+    unsigned small_at;          // [1 + stages][256] float: 1 / own error in logits, by coded error, of the clusters and of each code's slots;
+                                // then [bits] of {float half the bit's weight, int coordinate}
+    int small_bytes;            // of these, a multiple of 16
     unsigned image_bytes;
     unsigned prefetch_at, prefetch_bytes;  // small arrays that every step reads
     // launch plan
     int blocks;                 // blocks that share one row
-    int shared_z, shared_x, shared_state, shared_work, shared_items, shared_clusters, shared_weights;
+    int shared_z, shared_x, shared_state, shared_work, shared_items, shared_clusters, shared_small, shared_products;
     unsigned row_bytes, row_messages, row_tables, row_z, row_scores, row_histograms;
     unsigned row_items;         // 0: items lie in shared memory
     struct FlashHeadTable table[FLASHHEAD_MAX_TABLES];
