@@ -137,7 +137,8 @@ def made_bits(random: np.random.Generator, n: int, size: int, coordinates: int, 
     widths[-few:] -= 1
     scale = random.uniform(0.5, 1.5, (n, 1)).astype(np.float16)
     steps = (spread * 2.0 ** (1.0 - widths.astype(float)) * (1 + np.arange(columns) / 32) ** -0.5).astype(np.float32)
-    return Coded("bits", columns, random.integers(0, 256, (n, packed_bytes(widths)), dtype=np.uint8), scale, widths, np.where(widths > 0, steps, 0).astype(np.float32))
+    data = random.integers(0, 256, (n, packed_bytes(widths)), dtype=np.uint8)
+    return Coded("bits", columns, data, scale, widths, np.where(widths > 0, steps, 0).astype(np.float32))
 
 
 def made_product(random: np.random.Generator, n: int, groups: int, columns: int, coordinates: int, spread: float) -> Coded:

@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 from flashhead_edge.cases import CASES, made_bits, made_index, made_product
 from flashhead_edge.coding import decode, to_torch
 from flashhead_edge.errors import DeviceError
-from flashhead_edge.kernels.packing import bit_weights, fields, pack, pack_book, pack_rotation, plan, row_records, table_bound
-from flashhead_edge.kernels.packing import _factors as factors
+from flashhead_edge.kernels.packing import bit_weights, factors, fields, pack, pack_book, pack_rotation, plan, row_records, table_bound
 
 
 def decoded(coded):
@@ -77,7 +75,7 @@ def test_bits_of_a_record_add_up_to_the_row(size):
 def test_fields_read_what_was_packed():
     coded = made_bits(np.random.default_rng(3), 5, 20, 40, 1.0)
     whole = fields(coded, coded.data)
-    assert (whole < 2.0 ** coded.widths).all()
+    assert (whole < 2.0**coded.widths).all()
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.vocab_size < 10_000], ids=str)
@@ -97,8 +95,3 @@ def test_a_code_without_a_kernel_is_refused():
     other = dataclasses.replace(index, rotation=dataclasses.replace(index.rotation, kind="int", scale=index.rotation.scale))
     with pytest.raises(DeviceError, match="rotation code is int"):
         pack(other)
-
-
-def test_torch_is_not_needed_to_pack():
-    assert isinstance(pack(made_index(CASES[0])).image, np.ndarray)
-    assert torch.from_numpy(pack(made_index(CASES[0])).image).dtype == torch.uint8

@@ -32,7 +32,7 @@ from flashhead_edge.costs import bytes_per_step, dense_bytes
 from flashhead_edge.errors import DeviceError, FlashHeadError
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.kernels.head import CudaHead, cuda_head
-from flashhead_edge.reference import coordinates, dense_tokens, probe, run_stages, state_unit, torch_head
+from flashhead_edge.reference import coordinates, probe, run_stages, state_unit, torch_head
 
 REPLAYS = 200
 CHECKED = 8  # states of each head that are compared with the reference before it is timed
@@ -193,9 +193,10 @@ def measure_shape(name: str, batches: Sequence[int], bandwidth: float, seed: int
 
 def row_text(r: dict[str, Any]) -> str:
     counts = "" if r["counts"] is None else "  " + " ".join(f"{c:g}" for c in r["counts"])
+    us, floor = r["microseconds"], r["floor_microseconds"]
     return (
-        f"{r['model']:13} {r['head']:19} N {r['batch']:>2} {r['bytes_per_step'] / 1e6:8.2f} MB {r['floor_microseconds']:7.2f} floor {r['microseconds']:7.2f} us "
-        f"(p99 {r['microseconds_p99']:.2f}) {r['microseconds'] / r['floor_microseconds']:6.2f}x floor {1 / r['ratio_to_dense']:6.2f}x dense{counts}"
+        f"{r['model']:13} {r['head']:19} N {r['batch']:>2} {r['bytes_per_step'] / 1e6:8.2f} MB {floor:7.2f} floor {us:7.2f} us "
+        f"(p99 {r['microseconds_p99']:.2f}) {us / floor:6.2f}x floor {1 / r['ratio_to_dense']:6.2f}x dense{counts}"
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from flashhead_edge.errors import DeviceError
 
 
-
 def cache_folder() -> Path:
     """Where compiled kernels are kept: the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashhead-edge" / "kernels"
@@ -51,7 +50,7 @@ def compiled(source: str, architecture: str) -> bytes:
         options = ProgramOptions(name=source, arch=architecture, std="c++17", include_path=[str(folder)])
         try:
             code = Program((folder / source).read_text(encoding="utf-8"), "c++", options).compile("ptx" if architecture.startswith("compute") else "cubin").code
-        except Exception as error:  # noqa: BLE001 - cuda-core raises several kinds, all of them mean the same to a caller
+        except Exception as error:
             raise DeviceError(f"CUDA kernels: {source} does not compile for {architecture} ({error}); use the torch backend, and report this") from error
         partial = target.with_suffix(f".{os.getpid()}")
         partial.write_bytes(code)

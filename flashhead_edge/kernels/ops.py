@@ -90,14 +90,18 @@ def check_step(hidden: Tensor, weight: Tensor, bias: Tensor | None, image: Tenso
         if not ok:
             raise SettingsError(f"head_step: {what} is {found}, expected {expected}; see flashhead_edge.kernels.ops.head_step")
 
-    d = plan.hidden_size
-    want(hidden.ndim == 2 and hidden.shape[1] == d and hidden.dtype in HALVES, "hidden", f"{hidden.dtype} {list(hidden.shape)}", f"float16 or bfloat16 [N, {d}]")
-    rows = weight.shape[0] if weight.ndim == 2 else 0
-    want(weight.ndim == 2 and weight.shape[1] == d and rows >= plan.vocab_size and weight.dtype in HALVES,
-         "weight", f"{weight.dtype} {list(weight.shape)}", f"float16 or bfloat16 [{plan.vocab_size} or more, {d}]")  # fmt: skip
-    want(bias is None or (bias.dtype == weight.dtype and bias.ndim == 1 and len(bias) >= plan.vocab_size), "bias", bias, "of the weight's dtype, [V or more]")
+    def kind(tensor: Tensor) -> str:
+        return f"{tensor.dtype} {list(tensor.shape)}"
+
+    d, v, rows = plan.hidden_size, plan.vocab_size, hidden.shape[0]
+    want(hidden.ndim == 2 and hidden.shape[1] == d and hidden.dtype in HALVES, "hidden", kind(hidden), f"float16 or bfloat16 [N, {d}]")
+    fits = weight.ndim == 2 and weight.shape[1] == d and weight.shape[0] >= v
+    want(fits and weight.dtype in HALVES, "weight", kind(weight), f"float16 or bfloat16 [{v} or more, {d}]")
+    if bias is not None:
+        want(bias.dtype == weight.dtype and bias.ndim == 1 and len(bias) >= v, "bias", kind(bias), f"{weight.dtype} [{v} or more]")
     for name, tensor in (("hidden", hidden), ("weight", weight), ("image", image), ("workspace", workspace)):
-        want(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0, name, f"strides {tensor.stride()} at {tensor.data_ptr():#x}", "contiguous and 16-byte aligned")
+        aligned = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+        want(aligned, name, f"strides {tensor.stride()} at {tensor.data_ptr():#x}", "contiguous and 16-byte aligned")
         if tensor.device != hidden.device:
             raise DeviceError(f"head_step: {name} is on {tensor.device}, expected {hidden.device}; move it there")
-    want(workspace.numel() >= len(hidden) * plan.row_bytes, "workspace", f"{workspace.numel()} bytes", f"{len(hidden) * plan.row_bytes} bytes for {len(hidden)} rows")
+    want(workspace.numel() >= rows * plan.row_bytes, "workspace", f"{workspace.numel()} bytes", f"{rows * plan.row_bytes} bytes for {rows} rows")

@@ -56,7 +56,8 @@ class Layout(ctypes.Structure):
         *[("centroids_at", U), ("centroid_stride", I), ("cluster_error_at", U)],
         *[("probe_margin", F), ("probe_cap", I), ("candidates", I), ("parts", I), ("capacity", I)],
         *[("bits", I), ("small_at", U), ("small_bytes", I), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
-        *[("blocks", I), ("shared_z", I), ("shared_x", I), ("shared_state", I), ("shared_work", I), ("shared_items", I), ("shared_clusters", I), ("shared_small", I), ("shared_products", I)],
+        *[(n, I) for n in ("blocks", "shared_z", "shared_x", "shared_state", "shared_work")],
+        *[(n, I) for n in ("shared_items", "shared_clusters", "shared_small", "shared_products")],
         *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_histograms", "row_items")],
         ("table", Table * MAX_TABLES),
         ("stage", Stage * MAX_STAGES),
@@ -149,7 +150,7 @@ def pack(index: HeadIndex) -> Packed:
         rotation, columns, reach = pack_rotation(index.rotation)
         layout.chunks = len(columns)
         layout.mean_at, layout.row_scale_at = image.add(index.mean), image.add(index.rotation.scale)
-        layout.virtual_at = image.add(_pairs(columns.reshape(-1), _factors(index.rotation, columns)))
+        layout.virtual_at = image.add(_pairs(columns.reshape(-1), factors(index.rotation, columns)))
     products = [index.centroids, *(s.rows for s in index.stages)]
     products = [c for c in products if c.kind == "product"]
     layout.tables = len(products)
@@ -212,7 +213,8 @@ def check_codes(index: HeadIndex) -> None:
     want(len(index.stages) <= MAX_STAGES, "number of row codes", len(index.stages), f"at most {MAX_STAGES}")
     want(index.cluster_size <= 255, "cluster size", index.cluster_size, "at most 255")
     if index.rotation is None:
-        want(index.centroids.kind == "float16" and index.centroids.columns == index.hidden_size, "centroid code", index.centroids.kind, "float16 of all columns")
+        whole = index.centroids.kind == "float16" and index.centroids.columns == index.hidden_size
+        want(whole, "centroid code", index.centroids.kind, "float16 of all columns")
         want(not index.stages, "number of row codes without a rotation", len(index.stages), "none")
     else:
         want(index.rotation.kind == "bits", "rotation code", index.rotation.kind, "bits")
@@ -260,7 +262,7 @@ def pack_rotation(coded: Coded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return words.reshape(coded.n // 8, -1, 4).transpose(1, 0, 2), np.array(columns).reshape(-1, 4), reach
 
 
-def _factors(coded: Coded, columns: np.ndarray) -> np.ndarray:
+def factors(coded: Coded, columns: np.ndarray) -> np.ndarray:
     """What the centred sum of each virtual column is multiplied by, [virtual columns] float32."""
     assert coded.steps is not None
     flat = columns.reshape(-1)

@@ -97,7 +97,7 @@ __device__ __forceinline__ u64 warp_max(u64 key) {
     return (u64)high << 32 | low;
 }
 
-__device__ __noinline__ u64 block_max(u64 key, u64* scratch) {
+__device__ __forceinline__ u64 block_max(u64 key, u64* scratch) {
     key = warp_max(key);
     __syncthreads();
     if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = key;
@@ -128,7 +128,7 @@ struct Collected {
 };
 
 // Waits for a phase's message of every block: the largest key and the sums of both counts, in every thread.
-__device__ __noinline__ Collected collect(const Message* places, int blocks, unsigned tag, Collected* scratch) {
+__device__ __forceinline__ Collected collect(const Message* places, int blocks, unsigned tag, Collected* scratch) {
     Collected mine = {0, 0, 0};
     const int warps = (min(blocks, FLASHHEAD_THREADS) + 31) / 32;
 #pragma unroll 1
