@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class CudaHead:
         """The step of the kernel, and the full-width logits of the reference on the same device."""
         return self.step(hidden), self.wide.logits(hidden)
 
-    @property
+    @cached_property
     def wide(self) -> TorchHead:
         """The reference on this device: full-width logits have no kernel."""
         return torch_head(self.index, self.weight, self.bias)

@@ -23,9 +23,12 @@
 // data but the best score so far and a few counts: they travel in one message of 16 bytes a block and phase, tagged with
 // the step, without fences or atomics (`post`, `collect`). A block owns every blocks-th cluster and keeps its items to the
 // end. A message also says how many items at most will pass, so a cap costs nothing until it may cut.
+// Floor: 4.39 MB at V 128,256, d 2,048, clusters of 32: 1.8 us at 2.43 TB/s (H100). Aimed at 12 us, measured 37.6 (batch 1):
+// an exchange between all blocks takes 1.7 us where 0.7 was predicted, and there are seven. Verdict: 5.9x the dense head, not
+// the 13x that was wanted; docs/kernels.md says where the time goes. Without codes (the published head) 2.0x the floor.
 #include "head_step.h"
 
-// Loops are unrolled only where it pays: a step runs most instructions once, and what they cost is to be fetched.
+// Loops are unrolled only where it pays: a step runs most instructions once.
 
 typedef unsigned long long u64;
 
@@ -115,6 +118,7 @@ struct RowState {
 struct Message {
     u64 best;   // ordered score << 32 | ~number
     u64 items;  // tag << 40 (the low 24 bits of the step's epoch) | count of 20 bits | count of 20 bits
+                // only the message after a cap is not written at every step; it would be taken for a new one 2^24 steps later
 };
 
 __device__ __forceinline__ void post(Message* place, u64 best, unsigned first, unsigned second, unsigned tag) {
@@ -135,7 +139,10 @@ __device__ __forceinline__ Collected collect(const Message* places, int blocks, 
     for (int i = threadIdx.x; i < blocks; i += FLASHHEAD_THREADS) {
         u64 best, items;
         do {
-            asm volatile("{ .reg .b128 both; ld.relaxed.gpu.global.b128 both, [%2]; mov.b128 {%0, %1}, both; }" : "=l"(best), "=l"(items) : "l"(places + i) : "memory");
+            asm volatile("{ .reg .b128 both; ld.relaxed.gpu.global.b128 both, [%2]; mov.b128 {%0, %1}, both; }"
+                         : "=l"(best), "=l"(items)
+                         : "l"(places + i)
+                         : "memory");
         } while ((unsigned)(items >> 40) != tag);
         mine.best = best > mine.best ? best : mine.best;
         mine.first += (unsigned)(items >> 20) & 0xfffff, mine.second += (unsigned)items & 0xfffff;
@@ -167,8 +174,8 @@ __device__ __forceinline__ u64 gate_key(float gap, float margin, unsigned number
 // The first interval covers gaps down to a quarter of the margin, where a cap's threshold nearly always lies.
 // With `histograms`, all blocks of the row search their items together, one barrier a pass; without, the block is alone.
 template <class Keys>
-__device__ u64 threshold(Keys key_of, int n, unsigned cap, unsigned* bins, unsigned* scratch, unsigned* histograms, RowState* state, unsigned& target, unsigned blocks,
-                         int& passes) {
+__device__ u64 threshold(Keys key_of, int n, unsigned cap, unsigned* bins, unsigned* scratch, unsigned* histograms, RowState* state, unsigned& target,
+                         unsigned blocks, int& passes) {
     u64 low = 1;
     int width = 24 + FLASHHEAD_MAX_NUMBER;
     unsigned remaining = cap;
@@ -295,9 +302,11 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             const int c = begin + (threadIdx.x >> 6), i = threadIdx.x & 63;  // 64 threads a chunk: 16 bytes each, in wide chunks
             const bool wide = c < table.wide_chunks;
             if (c < min(begin + chunks, table.chunks) && i < (wide ? 64 : 32))
-                copy_async(books + (t * FLASHHEAD_BATCH_CHUNKS + (threadIdx.x >> 6)) * 64 + i, (const uint4*)(a.image + table.book_at) + (c + min(c, table.wide_chunks)) * 32 + i);
+                copy_async(books + (t * FLASHHEAD_BATCH_CHUNKS + (threadIdx.x >> 6)) * 64 + i,
+                           (const uint4*)(a.image + table.book_at) + (c + min(c, table.wide_chunks)) * 32 + i);
             if (threadIdx.x >= 480 && threadIdx.x - 480 < 4 * chunks)
-                copy_async(columns + t * 4 * FLASHHEAD_BATCH_CHUNKS + threadIdx.x - 480, (const float4*)(a.image + table.columns_at) + 4 * begin + threadIdx.x - 480);
+                copy_async(columns + t * 4 * FLASHHEAD_BATCH_CHUNKS + threadIdx.x - 480,
+                           (const float4*)(a.image + table.columns_at) + 4 * begin + threadIdx.x - 480);
         }
         if (begin == first) {
             const unsigned short* hidden = (const unsigned short*)a.hidden + (size_t)row * L.hidden_size;
@@ -308,7 +317,8 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             for (int i = threadIdx.x; i < octets * 2; i += FLASHHEAD_THREADS) {
                 const uint2 h = __ldg((const uint2*)hidden + i), s = __ldg((const uint2*)row_scale + i);
                 const float4 m = __ldg((const float4*)mean + i);
-                const float4 raw = {from16(h.x & 0xffff, a.hidden_bf16), from16(h.x >> 16, a.hidden_bf16), from16(h.y & 0xffff, a.hidden_bf16), from16(h.y >> 16, a.hidden_bf16)};
+                const float4 raw = {from16(h.x & 0xffff, a.hidden_bf16), from16(h.x >> 16, a.hidden_bf16), from16(h.y & 0xffff, a.hidden_bf16),
+                                    from16(h.y >> 16, a.hidden_bf16)};
                 state[(i & 1) * octets + (i >> 1)] = raw;
                 float4 x;
                 x.x = from16(s.x & 0xffff, false) * (raw.x - m.x), x.y = from16(s.x >> 16, false) * (raw.y - m.y);
@@ -512,8 +522,8 @@ __device__ u64 score_items(const FlashHeadArguments& a, const FlashHeadStage& st
 
 // The probe's gate seen as a whole, by every block alone: waits for all clusters' scores, leaves their gaps in `gaps` and
 // returns the smallest key that passes, under the cap. `opened` and `cut` say how many pass and whether the cap cut.
-__device__ __noinline__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, unsigned epoch, float inverse_unit, float* gaps, unsigned* bins, unsigned* numbers,
-                               u64* keys, unsigned& opened, bool& cut) {
+__device__ __noinline__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, unsigned epoch, float inverse_unit, float* gaps, unsigned* bins,
+                                            unsigned* numbers, u64* keys, unsigned& opened, bool& cut) {
     const FlashHeadLayout& L = a.layout;
     const float* inverse = (const float*)(a.image + L.small_at);
     u64 best = 0;
@@ -630,10 +640,12 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
     for (unsigned i = 0; i < sizeof(a) / 4; i += 16) asm volatile("" ::"r"(((const unsigned*)&a)[i]));
     // what every step reads, small and scattered, likewise
 #pragma unroll 1
-    for (unsigned i = (block * FLASHHEAD_THREADS + threadIdx.x) * 128; i < L.prefetch_bytes; i += blocks * FLASHHEAD_THREADS * 128) prefetch(a.image + L.prefetch_at + i);
+    for (unsigned i = (block * FLASHHEAD_THREADS + threadIdx.x) * 128; i < L.prefetch_bytes; i += blocks * FLASHHEAD_THREADS * 128)
+        prefetch(a.image + L.prefetch_at + i);
 
 #pragma unroll 1
-    for (u64 i = threadIdx.x * (2ull << 20); i < L.image_bytes; i += FLASHHEAD_THREADS * (2ull << 20)) prefetch(a.image + i);  // a page's address is looked up before it is needed
+    // and a line of every page of the image, so that a page's address is looked up before it is needed
+    for (u64 i = threadIdx.x * (2ull << 20); i < L.image_bytes; i += FLASHHEAD_THREADS * (2ull << 20)) prefetch(a.image + i);
 
     for (int row = blockIdx.x / blocks; row < a.rows; row += groups) {
         unsigned char* work = a.workspace + (size_t)row * L.row_bytes;
@@ -672,7 +684,8 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                     code[j] = __ldg(a.image + L.centroids_at + (size_t)first * L.centroid_stride + __ldg(bytes + part + 16 * j));
             // half of each bit's weight and its coordinate, and the errors
 #pragma unroll 1
-            for (int i = threadIdx.x; i < L.small_bytes / 16; i += FLASHHEAD_THREADS) copy_async(shared + L.shared_small + 16 * i, a.image + L.small_at + 16 * i);
+            for (int i = threadIdx.x; i < L.small_bytes / 16; i += FLASHHEAD_THREADS)
+                copy_async(shared + L.shared_small + 16 * i, a.image + L.small_at + 16 * i);
             wait(&state->counter, target += blocks);
 #pragma unroll 1
             for (int i = threadIdx.x; 4 * i < L.coordinates; i += FLASHHEAD_THREADS) copy_async(z + 4 * i, z_all + 4 * i);
@@ -686,7 +699,8 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                         if (i < owned && part + 16 * j < made.parts) sum += sums[(part + 16 * j) * 256 + code[j]];
                 } else if (i < owned) {
 #pragma unroll 1
-                    for (int p = part; p < made.parts; p += 16) sum += sums[p * 256 + __ldg(a.image + L.centroids_at + (size_t)k * L.centroid_stride + __ldg(bytes + p))];
+                    for (int p = part; p < made.parts; p += 16)
+                        sum += sums[p * 256 + __ldg(a.image + L.centroids_at + (size_t)k * L.centroid_stride + __ldg(bytes + p))];
                 }
                 for (int step = 8; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
                 if (i < owned && part == 0) {
@@ -754,7 +768,9 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         int listed = owned;
         if (L.stages == 0) {  // every block knows all opened clusters: each takes every blocks-th of them
             const int span = (L.clusters + FLASHHEAD_THREADS - 1) / FLASHHEAD_THREADS * 32;
-            const auto passed = [&](int j) { return warp * span + j < L.clusters && gate_key(gaps[warp * span + j], L.probe_margin, warp * span + j) >= least; };
+            const auto passed = [&](int j) {
+                return warp * span + j < L.clusters && gate_key(gaps[warp * span + j], L.probe_margin, warp * span + j) >= least;
+            };
             unsigned own = 0, before = 0;
 #pragma unroll 1
             for (int j = lane; j < span; j += 32) own += __popc(__ballot_sync(~0u, passed(j)));
@@ -803,7 +819,9 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             if (scout && threadIdx.x == 0) items[n] = make_uint2(0xffffffffu - (unsigned)all.best, __float_as_uint(unordered((unsigned)(all.best >> 32))));
             __syncthreads();
             best = score_items(a, stage, items, n + scout, shared);
-            const auto gap_of = [&](uint2 item, float limit) { return (limit - __uint_as_float(item.y)) * (inverse[256 * (s + 1) + (item.x >> 24)] * inverse_unit); };
+            const auto gap_of = [&](uint2 item, float limit) {
+                return (limit - __uint_as_float(item.y)) * (inverse[256 * (s + 1) + (item.x >> 24)] * inverse_unit);
+            };
 #pragma unroll 1
             for (int again = 0;; again++) {
                 best = block_max(best, keys);
@@ -904,7 +922,8 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                 for (int line = lane * 8; line < octets; line += 256) prefetch(next + line);
             }
             const uint4* weight = (const uint4*)a.weight + (size_t)token * octets;
-            float logit = a.weight_bf16 ? product<true>(weight, state_low, state_low + octets, octets) : product<false>(weight, state_low, state_low + octets, octets);
+            float logit = a.weight_bf16 ? product<true>(weight, state_low, state_low + octets, octets)
+                                        : product<false>(weight, state_low, state_low + octets, octets);
             if (a.bias) logit += from16(((const unsigned short*)a.bias)[token], a.weight_bf16);
             logit += 0.f;  // -0 becomes 0
             if (lane == 0) others[i] = make_uint2(token, __float_as_uint(logit));
@@ -938,6 +957,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
 #pragma unroll 1
         for (int s = 0; s < L.stages; s++)
 #pragma unroll 1
-            for (int i = threadIdx.x; i < (int)(passes_used >> 4 * s & 15) * FLASHHEAD_HISTOGRAM; i += FLASHHEAD_THREADS) histograms[s * FLASHHEAD_PASSES * FLASHHEAD_HISTOGRAM + i] = 0;
+            for (int i = threadIdx.x; i < (int)(passes_used >> 4 * s & 15) * FLASHHEAD_HISTOGRAM; i += FLASHHEAD_THREADS)
+                histograms[s * FLASHHEAD_PASSES * FLASHHEAD_HISTOGRAM + i] = 0;
     }
 }
