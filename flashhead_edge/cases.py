@@ -1,0 +1,183 @@
+"""Made heads of any shape, and the list of cases that tests check and benches time. numpy only.
+
+A made head has random codes of a fitted plan's shape; its margins let nothing through until a caller sets them
+(`bench.head.with_shares`), since which items pass depends on the states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashhead_edge.codes import Coded, packed_bytes
+from flashhead_edge.index import Gate, HeadIndex, Stage
+
+SHAPES = {
+    "Llama-3.2-1B": (128_256, 2_048),
+    "Llama-3.2-3B": (128_256, 3_072),
+    "Qwen3-0.6B": (151_936, 1_024),
+    "Qwen3-1.7B": (151_936, 2_048),
+    "Gemma-3-270M": (262_144, 640),
+    "Gemma-3-1B": (262_144, 1_152),
+}
+# SmolLM2-135M's 99.5 % head, 40,000 positions of five texts: opened, scored by each code, exact, as shares of the vocabulary
+SHARES = (492.217675 * 32 / 49_152, 9_272.4862 / 49_152, 2_063.589775 / 49_152, 194.84445 / 49_152, 25.142975 / 49_152)
+CAP_SHARES = (832 * 32 / 49_152, 21_577 / 49_152, 9_888 / 49_152, 1_278 / 49_152, 167 / 49_152)
+PLAN = ("product8", "bits30", "bits64", "bits128")
+PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES = 16, 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """One head and the states that it is asked about."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    cluster_size: int = 32
+    rows: tuple[str, ...] = PLAN
+    centroids: str = "product24"  # or float16: the published head
+    shares: tuple[float, ...] = SHARES  # opened, then what each code's gate keeps, as shares of the vocabulary
+    caps: tuple[float, ...] = CAP_SHARES
+    states: str = "normal"  # normal, negative (all logits), huge (one row), tied (rows come in equal pairs)
+    always: int = 18
+    state_power: float = 0.5
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _small(name: str, **changes: object) -> Case:
+    return Case(name, 5_003, 256, **changes)  # type: ignore[arg-type]
+
+
+# the published head's probe keeps the best 20 clusters by a cap alone
+CASES = (
+    _small("fitted"),
+    _small("clusters of 16", cluster_size=16),
+    _small("two codes", rows=("product12", "bits24"), shares=(0.3, 0.1, 0.02), caps=(1.0, 1.0, 1.0)),
+    _small("one code of bits", rows=("bits16",), shares=(0.3, 0.02), caps=(1.0, 1.0)),
+    _small("no codes", rows=(), shares=(0.05,), caps=(1.0,)),
+    _small("every cap hit", caps=tuple(s / 2 for s in SHARES)),
+    _small("caps of one", caps=(0.0,) * 5),
+    _small("everything open", shares=(math.inf,) * 5, caps=(1.0,) * 5),
+    _small("empty margins", shares=(0.0,) * 5),
+    _small("nothing always", always=0, state_power=0.0),
+    _small("all negative", states="negative"),
+    _small("one huge row", states="huge"),
+    _small("tied rows", states="tied", shares=(0.5, 0.4, 0.3, 0.2, 0.1), caps=(1.0,) * 5),
+    _small("tied rows, caps hit", states="tied", shares=(math.inf,) * 5, caps=(0.5, 0.2, 0.1, 0.05, 0.02)),
+    _small("published", centroids="float16", rows=(), cluster_size=16, shares=(math.inf,), caps=(20 / 313,), always=4, state_power=0.0),
+    _small("published, tied", centroids="float16", rows=(), cluster_size=16, shares=(math.inf,), caps=(20 / 313,), always=4, states="tied", state_power=0.0),
+    Case("SmolLM2-135M", 49_152, 576),
+    *(Case(name, *shape) for name, shape in SHAPES.items()),
+)
+
+
+def made_index(case: Case, seed: int = 0) -> HeadIndex:
+    """A head of random codes for a case, its margins 0: `with_shares` sets them."""
+    random = np.random.default_rng(seed)
+    v, d, size = case.vocab_size, case.hidden_size, case.cluster_size
+    k = -(-v // size)
+    table = np.full(k * size, -1, np.int32)
+    short = k * size - v  # the last clusters go one token short each, until all empty slots are placed
+    filled = np.full(k, size) - np.bincount(np.arange(k - short, k) if short < k else np.zeros(0, np.int64), minlength=k)
+    table[(np.arange(size) < filled[:, None]).reshape(-1)] = random.permutation(v)
+    always = np.sort(random.choice(v, case.always, replace=False)).astype(np.int32)
+
+    def gate(n: int, share: float, of: int) -> Gate:
+        return Gate(random.integers(0, 21, n, dtype=np.uint8), 0.5, 0.0, max(1, min(n, round(share * of))))
+
+    published = case.centroids == "float16"
+    coordinates = d if published else d + 1
+    rotation = None if published else made_bits(random, d, 4 * d // 8, d, 1 / math.sqrt(d))
+    if published:
+        centroids = Coded("float16", d, random.standard_normal((k, d)).astype(np.float16).view(np.uint8))
+    else:
+        centroids = made_product(random, k, int(case.centroids.removeprefix("product")), coordinates, coordinates, 1.0)
+    stages = []
+    for code, cap, spread in zip(case.rows, case.caps[1:], (1.0, 0.5, 0.3, 0.15)):
+        if code.startswith("product"):
+            rows = made_product(random, k * size, int(code.removeprefix("product")), min(114, coordinates), coordinates, spread)
+        else:
+            rows = made_bits(random, k * size, int(code.removeprefix("bits")), coordinates, spread)
+        if case.states == "tied":  # neighbours in a cluster have the same codes
+            for array in (rows.data, rows.scale):
+                if array is not None:
+                    array[1::2] = array[0 : len(array) // 2 * 2 : 2]
+        stages.append(Stage(rows, gate(k * size, cap, v)))
+    return HeadIndex(
+        vocab_size=v,
+        hidden_size=d,
+        token_table=table.reshape(k, size),
+        centroids=centroids,
+        probe=gate(k, case.caps[0], k),
+        stages=tuple(stages),
+        always_scored=always,
+        mean=None if published else (0.1 * random.standard_normal(d)).astype(np.float32),
+        rotation=rotation,
+        tail_scale=1.0,
+        tail_offset=-1.0,
+        fingerprint="made",
+        state_power=case.state_power,
+    )
+
+
+def made_bits(random: np.random.Generator, n: int, size: int, coordinates: int, spread: float) -> Coded:
+    """A random `bits` code of `size` bytes a row whose values are about `spread` large, in wide and narrow columns."""
+    bits = 8 * size
+    columns = min(coordinates, bits)
+    widths = np.full(columns, bits // columns, np.uint8)
+    widths[: bits - int(widths.sum())] += 1
+    few = min(columns // 4, 8)  # some columns are wider, others narrower or empty
+    widths[:few] += 1
+    widths[-few:] -= 1
+    scale = random.uniform(0.5, 1.5, (n, 1)).astype(np.float16)
+    steps = (spread * 2.0 ** (1.0 - widths.astype(float)) * (1 + np.arange(columns) / 32) ** -0.5).astype(np.float32)
+    data = random.integers(0, 256, (n, packed_bytes(widths)), dtype=np.uint8)
+    return Coded("bits", columns, data, scale, widths, np.where(widths > 0, steps, 0).astype(np.float32))
+
+
+def made_product(random: np.random.Generator, n: int, groups: int, columns: int, coordinates: int, spread: float) -> Coded:
+    """A random product code: groups that grow, the last one to `columns`."""
+    ends = np.unique(np.minimum(np.cumsum(2 + np.arange(groups) ** 2 // 24), columns - groups) + np.arange(groups))
+    ends[-1] = columns
+    widths = np.clip(8 - np.arange(columns) // 12, 2 if columns < coordinates else 4, 8).astype(np.uint8)
+    steps = (spread * 2.0 ** (1.0 - widths.astype(float)) * (1 + np.arange(columns) / 32) ** -0.5).astype(np.float32)
+    return Coded(
+        "product",
+        columns,
+        random.integers(0, 256, (n, len(ends)), dtype=np.uint8),
+        widths=widths,
+        steps=steps,
+        group_ends=ends.astype(np.int32),
+        codebook=random.integers(0, 256, (256, packed_bytes(widths)), dtype=np.uint8),
+    )
+
+
+def made_rows(case: Case, seed: int = 1) -> np.ndarray:
+    """The head's own rows for a case, [V, d] float32."""
+    random = np.random.default_rng(seed)
+    rows = 0.05 * random.standard_normal((case.vocab_size, case.hidden_size), dtype=np.float32)
+    if case.states == "negative":
+        rows = -np.abs(rows)
+    elif case.states == "huge":
+        rows[case.vocab_size // 3] *= 1_000
+    elif case.states == "tied":
+        rows[1::2] = rows[0 : len(rows) // 2 * 2 : 2]
+    return rows
+
+
+def made_states(case: Case, n: int, seed: int = 2) -> np.ndarray:
+    """Hidden states for a case, [n, d] float32."""
+    states = np.random.default_rng(seed).standard_normal((n, case.hidden_size), dtype=np.float32)
+    return np.abs(states) if case.states == "negative" else states
+
+
+def mean_counts(case: Case, shares: Sequence[float]) -> np.ndarray:
+    """Counts of a step at these shares: clusters opened, slots scored by each code, rows scored exactly, [2 + stages] float64."""
+    opened = shares[0] * case.vocab_size
+    return np.array([opened / case.cluster_size, opened + case.always, *(s * case.vocab_size for s in shares[1:])])

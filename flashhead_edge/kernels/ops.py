@@ -1,0 +1,107 @@
+"""Torch custom operators over the kernels: checked in one place, with fakes for tracing, capturable in CUDA graphs."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from flashhead_edge.errors import DeviceError, SettingsError
+from flashhead_edge.kernels.build import check, function
+from flashhead_edge.kernels.packing import THREADS, Arguments, Layout
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def head_step_out(hidden: Tensor, stages: int, candidates: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty outputs of a step: token, counts, capped, ids, logits."""
+    n = hidden.shape[0]
+    return (
+        hidden.new_empty(n, dtype=torch.int64),
+        hidden.new_empty(n, 2 + stages, dtype=torch.int64),
+        hidden.new_empty(n, dtype=torch.bool),
+        hidden.new_empty(n, candidates, dtype=torch.int64),
+        hidden.new_empty(n, candidates, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("flashhead::head_step", mutates_args={"workspace"}, device_types="cuda")
+def head_step(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, image: Tensor, workspace: Tensor, layout: list[int], shared_bytes: int, architecture: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step of a packed head.
+
+    Args:
+        hidden: [N, d] float16 or bfloat16, after the final norm.
+        weight: [V or more, d] float16 or bfloat16, the model's own rows; bias [V or more] of the same type, or None.
+        image: [bytes] uint8 from `packing.pack`.
+        workspace: [N or more, row_bytes] uint8 from `packing.plan`, zero before the first step; one stream at a time.
+        layout: `packing.Plan.words()`; shared_bytes: of the same plan.
+        architecture: the kernel is compiled for, such as ``sm_90``.
+    Returns:
+        token [N] int64; counts [N, 2 + stages] int64; capped [N] bool; ids [N, C] int64 and logits [N, C] float32, of
+        which the first counts[:, -1] are written, in no order.
+    """
+    plan = layout_of(layout)
+    check_step(hidden, weight, bias, image, workspace, plan)
+    out = head_step_out(hidden, plan.stages, plan.candidates)
+    if not len(hidden):
+        return out
+    from cuda.bindings import driver
+
+    token, counts, capped, ids, logits = out
+    arguments = Arguments(
+        *(t.data_ptr() if t is not None else None for t in (hidden, weight, bias, image, workspace, token, counts, capped, ids, logits)),
+        len(hidden), hidden.dtype == torch.bfloat16, weight.dtype == torch.bfloat16, plan,
+    )  # fmt: skip
+    device = hidden.device.index
+    with torch.cuda.device(device):
+        handle = function("head_step.cu", "flashhead_step", device, architecture)
+        groups = max(1, min(len(hidden), torch.cuda.get_device_properties(device).multi_processor_count // plan.blocks))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = groups * plan.blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
+        config.sharedMemBytes, config.hStream = shared_bytes, torch.cuda.current_stream(device).cuda_stream
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE  # all blocks resident, or an error instead of a hang
+        attribute.value.cooperative = 1
+        config.attrs, config.numAttrs = [attribute], 1
+        check(driver.cuLaunchKernelEx(config, handle, ctypes.addressof(pointers), 0))
+    return out
+
+
+@head_step.register_fake
+def _(hidden, weight, bias, image, workspace, layout, shared_bytes, architecture):  # type: ignore[no-untyped-def]
+    plan = layout_of(layout)
+    return head_step_out(hidden, plan.stages, plan.candidates)
+
+
+def layout_of(words: list[int]) -> Layout:
+    """The layout that `packing.Plan.words` wrote."""
+    return Layout.from_buffer_copy((ctypes.c_int32 * len(words))(*words))
+
+
+def check_step(hidden: Tensor, weight: Tensor, bias: Tensor | None, image: Tensor, workspace: Tensor, plan: Layout) -> None:
+    """Raise SettingsError or DeviceError on the first argument that the kernel cannot read."""
+
+    def want(ok: bool, what: str, found: object, expected: str) -> None:
+        if not ok:
+            raise SettingsError(f"head_step: {what} is {found}, expected {expected}; see flashhead_edge.kernels.ops.head_step")
+
+    def kind(tensor: Tensor) -> str:
+        return f"{tensor.dtype} {list(tensor.shape)}"
+
+    d, v, rows = plan.hidden_size, plan.vocab_size, hidden.shape[0]
+    want(hidden.ndim == 2 and hidden.shape[1] == d and hidden.dtype in HALVES, "hidden", kind(hidden), f"float16 or bfloat16 [N, {d}]")
+    fits = weight.ndim == 2 and weight.shape[1] == d and weight.shape[0] >= v
+    want(fits and weight.dtype in HALVES, "weight", kind(weight), f"float16 or bfloat16 [{v} or more, {d}]")
+    if bias is not None:
+        want(bias.dtype == weight.dtype and bias.ndim == 1 and len(bias) >= v, "bias", kind(bias), f"{weight.dtype} [{v} or more]")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("image", image), ("workspace", workspace)):
+        aligned = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+        want(aligned, name, f"strides {tensor.stride()} at {tensor.data_ptr():#x}", "contiguous and 16-byte aligned")
+        if tensor.device != hidden.device:
+            raise DeviceError(f"head_step: {name} is on {tensor.device}, expected {hidden.device}; move it there")
+    want(workspace.numel() >= rows * plan.row_bytes, "workspace", f"{workspace.numel()} bytes", f"{rows * plan.row_bytes} bytes for {rows} rows")

@@ -1,0 +1,390 @@
+"""A head index as the head-step kernel reads it: one image of bytes, and the layout that finds the arrays in it.
+
+The image holds what the index holds, at nearly the same size, in the order in which the kernel reads it; see
+plugins_trt/kernels/head_step.h for every field. Made once a head, in numpy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashhead_edge.codes import Coded
+from flashhead_edge.errors import DeviceError
+from flashhead_edge.index import Gate, HeadIndex, own_error, slot_of_token
+
+MAX_STAGES = 4
+MAX_TABLES = MAX_STAGES + 1
+THREADS = 512
+BATCH_CHUNKS = 4
+HISTOGRAM = 2052
+PASSES = 7
+MAX_SLOTS = 1 << 20
+PART_COLUMNS = 256  # columns of a codebook group that share a part: their sums meet at one address
+PHASES = MAX_STAGES + 3  # that have a message: the probe, each code, the first once more after a cap, the exact rows
+STATE_BYTES = 256  # of RowState, rounded up
+
+I, U, F = ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
+
+
+class Table(ctypes.Structure):
+    """`FlashHeadTable` of head_step.h."""
+
+    _fields_ = [("columns_at", U), ("book_at", U), ("bytes_at", U), *[(n, I) for n in ("chunks", "wide_chunks", "first_part", "parts")]]
+
+
+class Stage(ctypes.Structure):
+    """`FlashHeadStage` of head_step.h."""
+
+    _fields_ = [
+        *[("table", I), ("rows_at", U), ("stride", I), ("bytes", I), ("error_at", U), ("error_stride", I)],
+        *[("words", I), ("lanes", I), ("shared_table", I), ("margin", F), ("cap", I)],
+    ]
+
+
+class Layout(ctypes.Structure):
+    """`FlashHeadLayout` of head_step.h."""
+
+    _fields_ = [
+        *[(n, I) for n in ("vocab_size", "hidden_size", "clusters", "cluster_size", "coordinates", "stages", "tables", "always")],
+        *[("token_table_at", U), ("filled_at", U), ("least_filled", I), ("always_at", U), ("chunks", I)],
+        *[(n, U) for n in ("rotation_at", "virtual_at", "mean_at", "row_scale_at")],
+        *[("bound_slope", F), ("bound_base", F), ("state_power", F)],
+        *[("centroids_at", U), ("centroid_stride", I), ("cluster_error_at", U)],
+        *[("probe_margin", F), ("probe_cap", I), ("candidates", I), ("parts", I), ("capacity", I)],
+        *[("bits", I), ("small_at", U), ("small_bytes", I), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
+        *[(n, I) for n in ("blocks", "shared_z", "shared_x", "shared_state", "shared_work")],
+        *[(n, I) for n in ("shared_items", "shared_clusters", "shared_small", "shared_products")],
+        *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_histograms", "row_items")],
+        ("table", Table * MAX_TABLES),
+        ("stage", Stage * MAX_STAGES),
+    ]
+
+
+class Arguments(ctypes.Structure):
+    """`FlashHeadArguments` of head_step.h."""
+
+    _fields_ = [
+        *[(n, ctypes.c_void_p) for n in ("hidden", "weight", "bias", "image", "workspace", "token", "counts", "capped", "ids", "logits")],
+        *[("rows", I), ("hidden_bf16", I), ("weight_bf16", I)],
+        ("layout", Layout),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """An index for the kernel, before a launch plan."""
+
+    image: np.ndarray  # [bytes] uint8
+    layout: Layout  # without its launch plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one step is launched on a device."""
+
+    layout: Layout
+    blocks: int  # that share one row
+    shared_bytes: int  # dynamic shared memory of a block
+    row_bytes: int  # workspace of a row
+
+    def words(self) -> list[int]:
+        """The layout as whole numbers, as the custom operator carries it."""
+        return np.frombuffer(bytes(self.layout), np.int32).tolist()
+
+
+class _Image:
+    """Arrays one after the other, each aligned to 256 bytes."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+        self.size = 0
+
+    def add(self, array: np.ndarray) -> int:
+        start = self.size
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.parts += [data, np.zeros(-data.size % 256, np.uint8)]
+        self.size += data.size + (-data.size % 256)
+        return start
+
+
+def fields(coded: Coded, data: np.ndarray) -> np.ndarray:
+    """Packed fields of rows [n, bytes] as whole numbers, [n, columns] uint8; columns without bits are 0."""
+    assert coded.widths is not None
+    bits = np.unpackbits(data, axis=1, bitorder="little")
+    out, first = np.zeros((len(data), coded.columns), np.uint8), 0
+    for j, width in enumerate(coded.widths.tolist()):
+        if width:
+            out[:, j] = np.packbits(bits[:, first : first + width], axis=1, bitorder="little")[:, 0]
+        first += width
+    return out
+
+
+def pack(index: HeadIndex) -> Packed:
+    """Lay an index out for the kernel.
+
+    Raises:
+        DeviceError: the index holds a code that the kernel does not read.
+    """
+    check_codes(index)
+    image, layout = _Image(), Layout()
+    layout.vocab_size, layout.hidden_size = index.vocab_size, index.hidden_size
+    layout.clusters, layout.cluster_size, layout.stages = index.n_clusters, index.cluster_size, len(index.stages)
+    layout.coordinates = index.hidden_size if index.rotation is None else index.rotation.columns + 1
+    layout.always, layout.state_power = index.always_scored.size, index.state_power
+    layout.probe_margin, layout.probe_cap = index.probe.margin, index.probe.cap
+    most = index.probe.cap * index.cluster_size + index.always_scored.size
+    layout.candidates = min(index.slots, index.stages[-1].gate.cap if index.stages else most)
+
+    layout.prefetch_at = image.size
+    filled = (index.token_table >= 0).sum(1)
+    layout.filled_at, layout.least_filled = image.add(filled.astype(np.uint8)), int(filled.min())
+    layout.always_at = image.add(slot_of_token(index)[index.always_scored].astype(np.int32))
+    layout.cluster_error_at = image.add(index.probe.error)
+    columns = np.zeros((0, 4), np.int64)
+    if index.rotation is not None:
+        assert index.mean is not None and index.rotation.scale is not None
+        rotation, columns, reach = pack_rotation(index.rotation)
+        layout.chunks = len(columns)
+        layout.mean_at, layout.row_scale_at = image.add(index.mean), image.add(index.rotation.scale)
+        layout.virtual_at = image.add(_pairs(columns.reshape(-1), factors(index.rotation, columns)))
+    products = [index.centroids, *(s.rows for s in index.stages)]
+    products = [c for c in products if c.kind == "product"]
+    layout.tables = len(products)
+    part = 0
+    books = []
+    for i, coded in enumerate(products):
+        t = layout.table[i]
+        book, where, t.wide_chunks, t.chunks, names = pack_book(coded, columns)
+        t.bytes_at, t.first_part, t.parts = image.add(names), part, len(names)
+        part += len(names)
+        books.append((t, book))
+        t.columns_at = image.add(where)
+    weights = [bit_weights(stage.rows) for stage in index.stages if stage.rows.kind == "bits"]
+    layout.bits = sum(map(len, weights))
+    small = [inverse_errors(g).view(np.uint32) for g in (index.probe, *(stage.gate for stage in index.stages))]
+    small += [w.reshape(-1) for w in weights]
+    layout.small_at, layout.small_bytes = image.add(np.concatenate(small)), 4 * sum(map(len, small))
+    if index.rotation is not None:  # centroids are read whole and at once, as small arrays are; float16 ones are streamed
+        layout.centroids_at = image.add(index.centroids.data)
+    layout.prefetch_bytes = image.size - layout.prefetch_at
+    layout.parts, layout.centroid_stride = part, index.centroids.data.shape[1]
+
+    if index.rotation is None:
+        layout.centroids_at = image.add(index.centroids.data)
+    else:
+        layout.rotation_at = image.add(rotation)
+        layout.bound_slope, layout.bound_base = 0.0, 1e-6
+        for coded in products:
+            slope, base = table_bound(coded, reach)
+            layout.bound_slope, layout.bound_base = max(layout.bound_slope, slope), max(layout.bound_base, base)
+    for t, book in books:
+        t.book_at = image.add(book)
+    layout.token_table_at = image.add(index.token_table)
+    table = 1
+    for stage, s in zip(index.stages, layout.stage):
+        rows, s.margin, s.cap = stage.rows, stage.gate.margin, stage.gate.cap
+        records, s.bytes, inside = row_records(rows, stage.gate.error)
+        s.stride, s.words = records.shape[1], -(-s.bytes // 4)
+        s.rows_at = image.add(records)
+        s.error_at, s.error_stride = (s.rows_at + inside, s.stride) if inside else (image.add(stage.gate.error), 1)
+        if rows.kind == "product":
+            s.table, s.lanes, table = table, 1, table + 1
+        else:
+            s.table, s.lanes = -1, 2 if s.words <= 8 else 1 << (min(s.words, 32) - 1).bit_length()
+    if image.size >= 1 << 31:
+        raise DeviceError(f"head index: {image.size} bytes for the kernel, expected less than 2 GiB; use the torch backend")
+    layout.image_bytes = image.size
+    return Packed(np.concatenate(image.parts), layout)
+
+
+def check_codes(index: HeadIndex) -> None:
+    """Raise DeviceError where the kernel lacks a code of the index."""
+
+    def want(ok: bool, what: str, found: object, expected: object) -> None:
+        if not ok:
+            raise DeviceError(f"head index: {what} is {found}, the CUDA kernel reads {expected}; use the torch backend")
+
+    want(index.hidden_size % 8 == 0, "hidden size", index.hidden_size, "multiples of 8")
+    want(index.slots < MAX_SLOTS, "number of slots", index.slots, f"fewer than {MAX_SLOTS}")
+    want(len(index.stages) <= MAX_STAGES, "number of row codes", len(index.stages), f"at most {MAX_STAGES}")
+    want(index.cluster_size <= 255, "cluster size", index.cluster_size, "at most 255")
+    if index.rotation is None:
+        whole = index.centroids.kind == "float16" and index.centroids.columns == index.hidden_size
+        want(whole, "centroid code", index.centroids.kind, "float16 of all columns")
+        want(not index.stages, "number of row codes without a rotation", len(index.stages), "none")
+    else:
+        want(index.rotation.kind == "bits", "rotation code", index.rotation.kind, "bits")
+        want(index.centroids.kind == "product", "centroid code", index.centroids.kind, "product")
+    for stage in index.stages:
+        want(stage.rows.kind in ("product", "bits"), "row code", stage.rows.kind, "product and bits")
+
+
+def inverse_errors(gate: Gate) -> np.ndarray:
+    """1 / own error of every coded error, [256] float32."""
+    codes = dataclasses.replace(gate, error=np.arange(256).astype(np.uint8))
+    return (1 / own_error(codes)).astype(np.float32)
+
+
+def pack_rotation(coded: Coded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rotation in chunks of four virtual columns of four bits.
+
+    Returns:
+        [chunks, d / 8, 4] uint32: eight rows' fields of a virtual column; [chunks, 4] int64: its coordinate (-1: none,
+        0: the constant 1), ascending, one of more than four bits twice (low bits first); [coordinates] float64: the
+        largest |coordinate| for sum|x| = 1.
+    """
+    assert coded.widths is not None and coded.steps is not None
+    values, widths = fields(coded, coded.data), coded.widths.astype(int)
+    columns: list[int] = [0]
+    planes = [np.full(coded.n, 8, np.uint8)]
+    for j, width in enumerate(widths.tolist()):
+        if width == 0:
+            continue
+        if width > 4 and len(columns) % 4 == 3:  # the two halves of a column share a chunk
+            columns.append(-1)
+            planes.append(planes[0])
+        if width <= 4:
+            planes.append(values[:, j] + 8 - (1 << width >> 1))
+            columns.append(j + 1)
+        else:
+            planes += [values[:, j] & 15, (values[:, j] >> 4) + 8 - (1 << (width - 5))]
+            columns += [j + 1, j + 1]
+    while len(columns) % 4:
+        columns.append(-1)
+        planes.append(planes[0])
+    octets = np.stack(planes, 1).astype(np.uint32).reshape(coded.n // 8, 8, -1)  # [d / 8, 8, virtual columns]
+    words = (octets << (4 * np.arange(8, dtype=np.uint32))[None, :, None]).sum(1, dtype=np.uint32)
+    reach = np.concatenate([[0.0], coded.steps.astype(np.float64) * (2.0 ** np.maximum(widths - 1, 0) - 0.5)])
+    return words.reshape(coded.n // 8, -1, 4).transpose(1, 0, 2), np.array(columns).reshape(-1, 4), reach
+
+
+def factors(coded: Coded, columns: np.ndarray) -> np.ndarray:
+    """What the centred sum of each virtual column is multiplied by, [virtual columns] float32."""
+    assert coded.steps is not None
+    flat = columns.reshape(-1)
+    step = np.where(flat > 0, coded.steps[np.maximum(flat, 1) - 1], 0)
+    upper = np.concatenate([[False], flat[1:] == flat[:-1]]) & (flat > 0)
+    return (step * np.where(upper, 16, 1)).astype(np.float32)
+
+
+def _pairs(numbers: np.ndarray, floats: np.ndarray) -> np.ndarray:
+    return np.stack([numbers.astype(np.int32).view(np.uint32), floats.astype(np.float32).view(np.uint32)], 1)
+
+
+def pack_book(coded: Coded, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int, np.ndarray]:
+    """A product code's codebook in the rotation's chunks, one coordinate after the other.
+
+    Returns:
+        [bytes] uint8: the 256 fields of a chunk's four coordinates, a byte each in the first chunks, then half a byte;
+        [chunks, 4, 4] float32 {step, centre, part (int32; -1: none), 0}; the number of chunks in bytes; the number of
+        chunks that the codebook reaches; [parts] uint8: the code byte of each part.
+    """
+    assert coded.widths is not None and coded.steps is not None and coded.codebook is not None and coded.group_ends is not None
+    values = fields(coded, coded.codebook)
+    group = np.searchsorted(coded.group_ends, np.arange(coded.columns), side="right")
+    start = np.concatenate([[0], coded.group_ends])[group]
+    names = group * (1 << 16) + (np.arange(coded.columns) - start) // PART_COLUMNS
+    _, first, part = np.unique(names, return_index=True, return_inverse=True)
+    twice = np.concatenate([np.zeros((len(columns), 1), bool), columns[:, 1:] == columns[:, :-1]], 1)
+    there = (columns >= 0) & (columns < coded.columns) & ~twice
+    chunks = int(there.any(1).nonzero()[0].max()) + 1
+    at = np.where(there, columns, 0)
+    wide = ((coded.widths[at] > 4) & there).any(1).nonzero()[0]
+    wide_chunks = int(wide.max()) + 1 if wide.size else 0
+    entries = np.where(there[:chunks, :, None], values.T[at[:chunks]], 0).astype(np.uint8)  # [chunks, 4, 256]
+    book = np.concatenate([entries[:wide_chunks].reshape(-1), (entries[wide_chunks:, :, 0::2] | entries[wide_chunks:, :, 1::2] << 4).reshape(-1)])
+    where = np.zeros((*columns.shape, 4), np.float32)
+    widths = coded.widths[at].astype(int)
+    where[..., 0], where[..., 1] = coded.steps[at], np.where(widths > 0, 2.0 ** (widths - 1) - 0.5, 0)
+    where[..., 2] = np.where(there, part[at], -1).astype(np.int32).view(np.float32)
+    return book, where, wide_chunks, chunks, group[first].astype(np.uint8)
+
+
+def table_bound(coded: Coded, reach: np.ndarray) -> tuple[float, float]:
+    """Slope and base of a bound on any sum of one entry a group, over sum|x|."""
+    assert coded.widths is not None and coded.steps is not None
+    most = coded.steps.astype(np.float64) * (2.0 ** np.maximum(coded.widths.astype(int) - 1, 0) - 0.5)
+    return float(most @ reach[: coded.columns]) * 1.001, float(most[0]) * 1.001
+
+
+def bit_weights(coded: Coded) -> np.ndarray:
+    """Half the weight of every bit of a code and its coordinate, [32 * words, 2] uint32: a bit adds its half or takes it away."""
+    assert coded.widths is not None and coded.steps is not None
+    count = 32 * -(-coded.data.shape[1] // 4)
+    weights, coordinates, bit = np.zeros(count, np.float32), np.zeros(count, np.int32), 0
+    for j, width in enumerate(coded.widths.tolist()):
+        for b in range(width):
+            weights[bit], coordinates[bit] = coded.steps[j] * 2.0 ** (b - 1), j
+            bit += 1
+    return _pairs(coordinates, weights)[:, ::-1]
+
+
+def row_records(coded: Coded, error: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Records of a row code: [slots, stride] uint8, bytes of a code, and where in a record the own error lies (0: outside)."""
+    parts = [coded.data]
+    if coded.scale is not None:
+        if coded.data.shape[1] % 2:  # the scale is read as one number of two bytes
+            parts.append(np.zeros((coded.n, 1), np.uint8))
+        parts.append(np.ascontiguousarray(coded.scale).view(np.uint8).reshape(coded.n, 2))
+    size = sum(p.shape[1] for p in parts)
+    inside = size if size % 4 else 0
+    if inside:
+        parts.append(error[:, None])
+    fill = -(size + bool(inside)) % 4
+    parts.append(np.zeros((coded.n, fill), np.uint8))
+    return np.concatenate(parts, 1), coded.data.shape[1] + coded.data.shape[1] % 2 if coded.scale is not None else coded.data.shape[1], inside
+
+
+def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> Plan:
+    """The launch of one step of `rows` states on a device.
+
+    Args:
+        multiprocessors: of the device; every block must be resident, and a block takes one.
+        shared_bytes: dynamic shared memory that a block may have.
+    Raises:
+        DeviceError: the index needs more shared memory than a block can have.
+    """
+    layout = Layout.from_buffer_copy(bytes(packed.layout))
+    layout.blocks = max(1, multiprocessors // max(1, rows))
+    layout.capacity = -(-layout.clusters // layout.blocks) * layout.cluster_size + 1
+    octets = layout.hidden_size // 8
+    work = 16 * BATCH_CHUNKS * -(-octets // 32) + BATCH_CHUNKS * (16 + MAX_TABLES * 64 + layout.tables * 1024)
+    size = 0
+
+    def shared(count: int) -> int:
+        nonlocal size
+        start = size
+        size += -(-count // 16) * 16
+        return start
+
+    layout.shared_z, layout.shared_x = shared(4 * layout.coordinates), shared(4 * layout.hidden_size)
+    layout.shared_state = shared(4 * layout.hidden_size)
+    layout.shared_work, layout.shared_clusters = shared(max(work, 4 * HISTOGRAM)), shared(4 * layout.clusters)
+    for s in layout.stage[: layout.stages]:
+        s.shared_table = shared(1024 * s.bytes if s.table >= 0 else 512 * s.words)
+    layout.shared_small, layout.shared_products = shared(layout.small_bytes), shared(4 * layout.bits)
+    items = 16 * layout.capacity
+    in_shared = size + items <= shared_bytes
+    if in_shared:
+        layout.shared_items = shared(items)
+    if size > shared_bytes:
+        raise DeviceError(f"head index: a block needs {size} bytes of shared memory, the device gives {shared_bytes}; use the torch backend")
+    used = STATE_BYTES
+
+    def row(count: int) -> int:
+        nonlocal used
+        start = used
+        used += -(-count // 256) * 256
+        return start
+
+    layout.row_messages = row(16 * PHASES * layout.blocks)
+    layout.row_tables, layout.row_z, layout.row_scores = row(2048 * layout.parts), row(4 * layout.coordinates), row(8 * layout.clusters)
+    layout.row_histograms = row(4 * layout.stages * PASSES * HISTOGRAM)
+    if not in_shared:
+        layout.row_items = row(items * layout.blocks)
+    layout.row_bytes = used
+    return Plan(layout, layout.blocks, size, used)

@@ -1,0 +1,94 @@
+// head_step.h: what the host hands to head_step.cu. No includes: NVRTC and nvcc both read it as it is.
+//
+// An index reaches the kernel as one *image*: all of its arrays in one device buffer, found by byte offsets in the
+// layout below (made once by flashhead_edge/kernels/packing.py, every array 256-byte aligned). All fields of the layout
+// are 32 bits wide, so that a caller can carry it as a list of whole numbers. Offsets named `*_at` are bytes from the
+// start of the image; `shared_*` are bytes from the start of a block's dynamic shared memory; `row_*` are bytes from the
+// start of one row's workspace.
+#pragma once
+
+#define FLASHHEAD_MAX_STAGES 4
+#define FLASHHEAD_MAX_TABLES (FLASHHEAD_MAX_STAGES + 1)
+#define FLASHHEAD_THREADS 512
+#define FLASHHEAD_BATCH_CHUNKS 4    // chunks of four rotated coordinates that a block handles at a time
+#define FLASHHEAD_BINS 2048         // of a pass of the threshold search
+#define FLASHHEAD_PASSES 7          // of the threshold search, at most
+#define FLASHHEAD_HISTOGRAM 2052    // counters of a pass: the bins, and one for keys above the first interval
+#define FLASHHEAD_MAX_NUMBER 20     // bits of a slot number: 1,048,576 slots
+
+// A product code's tables: the sums <codebook entry, z> of 256 entries for each part of a group of columns.
+struct FlashHeadTable {
+    unsigned columns_at;    // [chunks * 4] of {float step, float centre, int part, 0}; part -1: no column
+    unsigned book_at;       // a chunk's four columns of 256 fields: bytes in the first wide_chunks chunks, then half bytes
+    unsigned bytes_at;      // [parts] unsigned char: which byte of a code names the part's entry, ascending
+    int chunks, wide_chunks;
+    int first_part;         // of this table among the parts of all tables
+    int parts;              // groups, those of many columns cut into several parts
+};
+
+// One row code of the cascade, with its gate.
+struct FlashHeadStage {
+    int table;              // product: number of its FlashHeadTable; bits: -1
+    unsigned rows_at;       // [slots, stride] records: code, float16 scale (bits), own error where padding leaves room
+    int stride;             // bytes of a record, a multiple of 4
+    int bytes;              // of a code
+    unsigned error_at;      // own error of slot s is the byte at error_at + s * error_stride
+    int error_stride;
+    int words;              // 32-bit words of a record that hold code
+    int lanes;              // threads that share a row: a power of two up to 32; fixes the order of summation
+    int shared_table;       // [256 * bytes] or [16 * 8 * words] float
+    float margin;
+    int cap;
+};
+
+struct FlashHeadLayout {
+    int vocab_size, hidden_size, clusters, cluster_size, coordinates, stages, tables, always;
+    unsigned token_table_at;    // [clusters * cluster_size] int
+    unsigned filled_at;         // [clusters] unsigned char: slots that hold a token, always the first ones
+    int least_filled;           // the smallest of them
+    unsigned always_at;         // [always] int slots
+    // rotation; chunks = 0: z is the hidden state itself and centroids are float16
+    int chunks;                 // of four virtual columns of four bits; a wider column takes two of them
+    unsigned rotation_at;       // [chunks][hidden_size / 8][4] unsigned: eight rows' fields of one virtual column
+    unsigned virtual_at;        // [chunks * 4] of {int coordinate or -1, float factor}
+    unsigned mean_at;           // [hidden_size] float
+    unsigned row_scale_at;      // [hidden_size] float16
+    float bound_slope, bound_base;  // every table sum is below bound_slope * sum|x| + bound_base
+    float state_power;
+    unsigned centroids_at;      // product: [clusters, centroid_stride] bytes; float16: [clusters, hidden_size]
+    int centroid_stride;
+    unsigned cluster_error_at;  // [clusters] unsigned char
+    float probe_margin;
+    int probe_cap;
+    int candidates;             // most rows scored exactly
+    int parts;                  // of all tables
+    int capacity;               // items that a block can hold
+    int bits;                   // of all bits codes' words
+    unsigned small_at;          // [1 + stages][256] float: 1 / own error in logits, by coded error, of the clusters and of each code's slots;
+                                // then [bits] of {float half the bit's weight, int coordinate}
+    int small_bytes;            // of these, a multiple of 16
+    unsigned image_bytes;
+    unsigned prefetch_at, prefetch_bytes;  // small arrays that every step reads
+    // launch plan
+    int blocks;                 // blocks that share one row
+    int shared_z, shared_x, shared_state, shared_work, shared_items, shared_clusters, shared_small, shared_products;
+    unsigned row_bytes, row_messages, row_tables, row_z, row_scores, row_histograms;
+    unsigned row_items;         // 0: items lie in shared memory
+    struct FlashHeadTable table[FLASHHEAD_MAX_TABLES];
+    struct FlashHeadStage stage[FLASHHEAD_MAX_STAGES];
+};
+
+struct FlashHeadArguments {
+    const void* hidden;          // [rows, hidden_size] fp16 or bf16, 16-byte aligned
+    const void* weight;          // [V or more, hidden_size] fp16 or bf16, 16-byte aligned, rows hidden_size apart
+    const void* bias;            // [V or more] of the weight's type, or null
+    const unsigned char* image;
+    unsigned char* workspace;    // rows * row_bytes, zero before the first step; a step leaves it ready for the next
+    long long* token;            // out [rows]
+    long long* counts;           // out [rows, 2 + stages]
+    unsigned char* capped;       // out [rows] 0 or 1
+    long long* ids;              // out [rows, candidates], the first counts[.., 1 + stages] are written, in no order
+    float* logits;               // out [rows, candidates]
+    int rows, hidden_bf16, weight_bf16;
+    struct FlashHeadLayout layout;
+};

@@ -1,0 +1,98 @@
+"""The CUDA sources without a GPU: the structures of both languages are one, NVRTC compiles, the cache is whole or absent."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from flashhead_edge.cases import CASES, made_index
+from flashhead_edge.errors import DeviceError, SettingsError
+from flashhead_edge.kernels import build, packing
+from flashhead_edge.kernels.ops import check_step, head_step, layout_of
+
+STRUCTURES = {
+    "FlashHeadTable": packing.Table,
+    "FlashHeadStage": packing.Stage,
+    "FlashHeadLayout": packing.Layout,
+    "FlashHeadArguments": packing.Arguments,
+}
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_structures_are_those_of_the_header(tmp_path):
+    lines = []
+    for name, structure in STRUCTURES.items():
+        lines.append(f'printf("{name} %zu\\n", sizeof(struct {name}));')
+        lines += [f'printf("{name}.{f} %zu\\n", offsetof(struct {name}, {f}));' for f, _ in structure._fields_]
+    source = tmp_path / "offsets.c"
+    source.write_text(f'#include <stddef.h>\n#include <stdio.h>\n#include "head_step.h"\nint main(void) {{ {" ".join(lines)} return 0; }}\n')
+    subprocess.run(["cc", f"-I{build.sources_folder()}", str(source), "-o", str(tmp_path / "offsets")], check=True, timeout=60)
+    found = dict(line.split() for line in subprocess.run([tmp_path / "offsets"], capture_output=True, text=True, check=True).stdout.splitlines())
+    for name, structure in STRUCTURES.items():
+        assert int(found[name]) == ctypes.sizeof(structure)
+        for field, _ in structure._fields_:
+            assert int(found[f"{name}.{field}"]) == getattr(structure, field).offset, (name, field)
+
+
+def test_constants_are_those_of_the_header():
+    text = (build.sources_folder() / "head_step.h").read_text()
+    defined = dict(re.findall(r"#define FLASHHEAD_(\w+)\s+(\d+)", text))
+    for name in ("MAX_STAGES", "THREADS", "BATCH_CHUNKS", "HISTOGRAM", "PASSES"):
+        assert int(defined[name]) == getattr(packing, name)
+    assert 1 << int(defined["MAX_NUMBER"]) == packing.MAX_SLOTS
+
+
+@pytest.mark.parametrize("architecture", ["sm_87", "sm_90", "sm_110"])
+def test_nvrtc_compiles_once_into_the_cache(architecture, tmp_path, monkeypatch):
+    pytest.importorskip("cuda.core")
+    pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = build.compiled("head_step.cu", architecture)
+    (kept,) = build.cache_folder().glob("*.bin")
+    assert kept.read_bytes() == code
+    assert not [p for p in build.cache_folder().iterdir() if p.suffix not in (".bin", ".lock")]
+    kept.write_bytes(b"kept")
+    assert build.compiled("head_step.cu", architecture) == b"kept"
+
+
+def test_a_source_that_does_not_compile_leaves_no_file(tmp_path, monkeypatch):
+    pytest.importorskip("cuda.core")
+    (tmp_path / "broken.cu").write_text("not C++")
+    monkeypatch.setattr(build, "sources_folder", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(DeviceError, match="broken.cu does not compile for sm_90"):
+        build.compiled("broken.cu", "sm_90")
+    assert not list(build.cache_folder().glob("*.bin"))
+
+
+def test_the_fake_says_the_shapes():
+    packed = packing.pack(made_index(CASES[0]))
+    made = packing.plan(packed, 132, 227 << 10, 4)
+    hidden = torch.empty(4, 256, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(5003, 256, dtype=torch.bfloat16, device="meta")
+    image = torch.empty(packed.image.size, dtype=torch.uint8, device="meta")
+    workspace = torch.empty(4 * made.row_bytes, dtype=torch.uint8, device="meta")
+    token, counts, capped, ids, logits = head_step(hidden, weight, None, image, workspace, made.words(), made.shared_bytes, "sm_90")
+    assert (token.shape, counts.shape, capped.dtype) == ((4,), (4, 6), torch.bool)
+    assert ids.shape == logits.shape == (4, packed.layout.candidates)
+
+
+def test_arguments_that_the_kernel_cannot_read_are_refused():
+    packed = packing.pack(made_index(CASES[0]))
+    made = packing.plan(packed, 132, 227 << 10, 1)
+    hidden, weight = torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(5003, 256, dtype=torch.bfloat16)
+    image, workspace = torch.from_numpy(packed.image.copy()), torch.zeros(made.row_bytes, dtype=torch.uint8)
+    layout = layout_of(made.words())
+    check_step(hidden, weight, None, image, workspace, layout)
+    for change, message in (
+        ({"hidden": hidden.float()}, r"hidden is torch.float32 \[1, 256\], expected float16 or bfloat16 \[N, 256\]"),
+        ({"weight": weight[:5000]}, r"weight is torch.bfloat16 \[5000, 256\], expected float16 or bfloat16 \[5003 or more, 256\]"),
+        ({"bias": torch.zeros(5003)}, r"bias is torch.float32 \[5003\], expected torch.bfloat16 \[5003 or more\]"),
+        ({"workspace": workspace[:-256]}, "workspace is .* bytes, expected .* bytes for 1 rows"),
+    ):
+        arguments = {"hidden": hidden, "weight": weight, "bias": None, "image": image, "workspace": workspace, **change}
+        with pytest.raises(SettingsError, match=message):
+            check_step(*arguments.values(), layout)
