@@ -1,190 +1,278 @@
 // attention.cu: attention over a key-value cache for decoding, and the rotary embedding that writes the cache (layouts: attention.h).
 //
-// Determinism. A plan's `splits` cuts the visible positions of a sequence by their count alone; within a block positions go to warps, and in a warp to
-// groups of lanes, by position. Partial results are merged in ascending order of lane group, warp and split, by whichever block finishes last: the
-// atomic counts arrivals, it adds no floats. So for one plan a row's bits depend on its sequence only, not on batch, timing or device.
+// Determinism. A plan's `splits` cuts the visible positions of a sequence by their count alone; within a block positions go to warps by position.
+// Partial results are merged in ascending order of warp and split, by the cluster of the splits' blocks or by whichever block finishes last: the atomic
+// counts arrivals, it adds no floats. So for one plan a row's bits depend on its sequence only, not on batch, timing or grid.
 //
-// One pass over keys and values, each lane 16 bytes of a row, all loads of a step in flight before the first is used; a block serves the query heads
-// that share a key-value head, so each cached byte is read once (more than 4 query rows a key-value head: again, mostly from L2).
+// One pass over keys and values on the tensor cores, up to eight query rows at once: the query heads that share a key-value head, so each cached byte
+// is read once. Keys and values go from memory to registers in the fragments' own order, 16 bytes a lane, all loads of a step in flight before the first
+// is used; no shared memory until the merge.
 //
 // Floor: 2 * kv_heads * positions * head_size * 2 bytes. Llama-3.2-1B at 4,096 positions: 8.4 MB, 2.8 us at 3.0 TB/s.
 #include "element.cuh"
 
 namespace fh {
 
-constexpr int kStep = 4;  // rows of keys, and of values, that a lane loads before it uses them
-
 constexpr float kNothing = -3.402823466e38f;  // the maximum of no scores
+constexpr int kMaxRows = 8;                   // columns of the tensor cores' B operand
+constexpr int kMaxCluster = 8;                // what every device with clusters can place
 
-// Lanes that share a row of the cache, 16 bytes each.
-__host__ __device__ constexpr int lanes_of(int head_size) { return head_size <= 64 ? 8 : head_size <= 128 ? 16 : 32; }
-// Merging takes warps * rows * head_size floats of shared memory.
-__host__ __device__ constexpr int attention_threads(int head_size) { return head_size == 256 ? 256 : 512; }
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// Positions a warp takes in one step: as many as its registers hold loads for.
+__host__ __device__ constexpr int step_positions(int head_size) { return head_size == 64 ? 64 : head_size == 256 ? 16 : 32; }
+
+__device__ inline float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
 
 // What was summed under its own maximum counts this much under the common one.
-__device__ inline float merge_weight(float own, float common) { return own == kNothing ? 0.f : exp2f(own - common); }
+__device__ inline float merge_weight(float own, float common) { return own == kNothing ? 0.f : exp2_fast(own - common); }
 
-// Grid: (splits, kv_heads * row_blocks, batch). Dynamic shared memory: warps * ROWS * (HEAD + 2) floats.
-// workspace: partial sums float [batch * kv_heads * row_blocks, splits, ROWS, HEAD], then maxima and weights float2 [..., splits, ROWS],
-// then arrivals uint32 [batch * kv_heads * row_blocks], zero between launches.
-template <class T, int HEAD, int ROWS>
-__global__ void __launch_bounds__(attention_threads(HEAD), 1)
+__device__ inline uint4 load_cached(const u16* p) { return *reinterpret_cast<const uint4*>(p); }
+
+#if __CUDA_ARCH__ >= 900
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The float2 at this block's shared address p, in the cluster's block `rank`.
+__device__ inline float2 load_from_rank(const float2* p, int rank) {
+  u32 at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(u32(__cvta_generic_to_shared(p))), "r"(rank));
+  float2 v;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at) : "memory");
+  return v;
+}
+#endif
+
+// Grid: (splits, kv_heads * row_blocks, batch). Dynamic shared memory: (kWarps + 1) * rows * (HEAD + 2) floats.
+// CLUSTER: the splits are one cluster, workspace is not used. Else workspace: partial sums float [items, splits, rows, HEAD], items = batch * kv_heads *
+// row_blocks; then maxima and sums of weights float2 [items, splits, rows]; then arrivals uint32 [items], zero between launches.
+template <class T, int HEAD, bool CLUSTER>
+__global__ void __launch_bounds__(kThreads, 1)
     attention_decode(const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace, int queries, int q_heads,
-                     int kv_heads, int row_blocks, int max_length, int window, float scale) {
-  constexpr int kLanes = lanes_of(HEAD), kTokens = 32 / kLanes, kUnit = kTokens * kStep;  // a warp reads kUnit positions a step
-  constexpr int kWarps = attention_threads(HEAD) / 32, kThreads = kWarps * 32;
-  extern __shared__ float shared[];
-  float* merged = shared;                                                               // [kWarps][ROWS][HEAD]
-  float2* merged_stats = reinterpret_cast<float2*>(shared + kWarps * ROWS * HEAD);      // [kWarps][ROWS]: maximum, sum of weights
-  __shared__ bool last;
-
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+                     int kv_heads, int rows, int row_blocks, int max_length, int window, float scale) {
+  constexpr int kStep = step_positions(HEAD), kTiles = kStep / 8, kBlocks = HEAD / 32;  // tiles of 8 positions, blocks of 32 elements
+  constexpr int kPairs = kStep / 16, kSegments = (HEAD + 63) / 64;                      // pairs of tiles; segments of 64 elements
+  extern __shared__ float4 raw[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int splits = gridDim.x, split = blockIdx.x, kv_head = blockIdx.y / row_blocks, batch = blockIdx.z;
-  const int heads = q_heads / kv_heads, first_row = blockIdx.y % row_blocks * ROWS, row_count = queries * heads;
-  const int element = lane % kLanes * 8;
-  const bool owns = HEAD == kLanes * 8 || element < HEAD;  // heads of 96: the last 4 of 16 lanes have nothing to load
+  const int heads = q_heads / kv_heads, first_row = blockIdx.y % row_blocks * rows, row_count = queries * heads;
+  float* merged = reinterpret_cast<float*>(raw);       // [kWarps][rows][HEAD]
+  float* block_sum = merged + kWarps * rows * HEAD;     // [rows][HEAD]
+  float2* merged_stats = reinterpret_cast<float2*>(block_sum + rows * HEAD);  // [kWarps][rows]: maximum, sum of weights
+  float2* block_stats = merged_stats + kWarps * rows;                          // [rows]
 
-  wait_for_previous();
-  release_next();
-  const int length = lengths[batch];
-  const int begin = window > 0 ? max(0, length - queries + 1 - window) : 0;
-  const int units = (length - begin + kUnit - 1) / kUnit;
+  const int length = lengths[batch], old = length - queries;
+  const int begin = window > 0 ? max(0, old + 1 - window) : 0;
+  const int units = (length - begin + kStep - 1) / kStep;
   const int first_unit = int((long long)units * split / splits), end_unit = int((long long)units * (split + 1) / splits);
-  const u16* keys = cache_k + (size_t(batch) * kv_heads + kv_head) * max_length * HEAD + element;
-  const u16* values = cache_v + (size_t(batch) * kv_heads + kv_head) * max_length * HEAD + element;
+  const size_t head_at = (size_t(batch) * kv_heads + kv_head) * max_length * HEAD;
+  const u16* keys = cache_k + head_at + t * 8;
+  const u16* values = cache_v + head_at + g * 8;
 
-  float query[ROWS][8], sum[ROWS][8], maximum[ROWS], weight[ROWS];
-  int position[ROWS];
+  uint4 key[kTiles][kBlocks], value[kPairs][4][kSegments];
+  // Of the unit's positions those in low .. high - 1; the others keep what they hold.
+  auto load = [&](int unit, int low, int high) {
+    const int first = begin + unit * kStep;
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    const int row = first_row + r, token = row / heads, head = kv_head * heads + row % heads;
-    position[r] = row < row_count ? length - queries + token : -1;
-    uint4 packed = make_uint4(0, 0, 0, 0);
-    if (row < row_count && owns) {
-      packed = __ldg(reinterpret_cast<const uint4*>(q + ((size_t(batch) * queries + token) * q_heads + head) * HEAD + element));
-    }
-    const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+    for (int i = 0; i < kTiles; ++i) {
+      const int at = first + i * 8 + g;
+      if (at < low || at >= high) continue;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = T::to_float2(words[i]);
-      query[r][2 * i] = pair.x * scale, query[r][2 * i + 1] = pair.y * scale;  // scale holds log2(e): weights are powers of two
+      for (int b = 0; b < kBlocks; ++b) key[i][b] = load_cached(keys + size_t(at) * HEAD + b * 32);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum[r][i] = 0.f;
-    maximum[r] = kNothing, weight[r] = 0.f;
-  }
-
-  for (int unit = first_unit + warp; unit < end_unit; unit += kWarps) {
-    const int first = begin + unit * kUnit + lane / kLanes;
-    uint4 key[kStep], value[kStep];
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) {
-      const int at = first + i * kTokens;
-      key[i] = owns && at < length ? load_once(reinterpret_cast<const uint4*>(keys + size_t(at) * HEAD)) : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) {
-      const int at = first + i * kTokens;
-      value[i] = owns && at < length ? load_once(reinterpret_cast<const uint4*>(values + size_t(at) * HEAD)) : make_uint4(0, 0, 0, 0);
-    }
-
-    float score[kStep][ROWS];
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) {
-      const u32 words[4] = {key[i].x, key[i].y, key[i].z, key[i].w};
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) score[i][r] = 0.f;
+    for (int i = 0; i < kPairs; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float2 pair = T::to_float2(words[j]);
+        const int at = first + i * 16 + j / 2 * 8 + t * 2 + j % 2;
+        if (at < low || at >= high) continue;
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) score[i][r] = fmaf(query[r][2 * j + 1], pair.y, fmaf(query[r][2 * j], pair.x, score[i][r]));
-      }
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-        for (int step = kLanes / 2; step > 0; step /= 2) score[i][r] += __shfl_xor_sync(kAllLanes, score[i][r], step);
-        const int at = first + i * kTokens;
-        if (at > position[r] || (window > 0 && at <= position[r] - window)) score[i][r] = kNothing;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      float highest = maximum[r];
-#pragma unroll
-      for (int i = 0; i < kStep; ++i) highest = fmaxf(highest, score[i][r]);
-      const float keep = merge_weight(maximum[r], highest);
-      maximum[r] = highest;
-      weight[r] *= keep;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum[r][i] *= keep;
-#pragma unroll
-      for (int i = 0; i < kStep; ++i) {
-        score[i][r] = merge_weight(score[i][r], highest);
-        weight[r] += score[i][r];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) {
-      const u32 words[4] = {value[i].x, value[i].y, value[i].z, value[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 pair = T::to_float2(words[j]);
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-          sum[r][2 * j] = fmaf(score[i][r], pair.x, sum[r][2 * j]);
-          sum[r][2 * j + 1] = fmaf(score[i][r], pair.y, sum[r][2 * j + 1]);
+        for (int s = 0; s < kSegments; ++s) {
+          if (HEAD % 64 == 0 || s * 64 + g * 8 < HEAD) value[i][j][s] = load_cached(values + size_t(at) * HEAD + s * 64);
         }
       }
     }
+  };
+  auto clear = [&] {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) key[i][b] = make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs * 4; ++i) {
+#pragma unroll
+      for (int s = 0; s < kSegments; ++s) value[i / 4][i % 4][s] = make_uint4(0, 0, 0, 0);
+    }
+  };
+  int unit = first_unit + warp;
+  clear();
+  if (unit < end_unit) load(unit, 0, old);  // older positions: not written by the launch before this one
+  wait_for_previous();
+  release_next();
+  if (unit < end_unit && begin + (unit + 1) * kStep > old) load(unit, old, length);
+
+  // A operand of the scores: row g is query row first_row + g, rows 8 to 15 are zero.
+  const int row = first_row + g, token = row / heads;
+  const bool row_exists = g < rows && row < row_count;
+  const int position = row_exists ? old + token : -1;
+  uint4 query[kBlocks];
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    const u16* p = q + ((size_t(batch) * queries + token) * q_heads + kv_head * heads + row % heads) * HEAD + b * 32 + t * 8;
+    query[b] = row_exists ? load_cached(p) : make_uint4(0, 0, 0, 0);
   }
 
-  // Merge the lane groups of a warp, then the warps of the block.
+  // sum[s][i]: elements 64 s + 8 g + 2 i (first two) and the next one, of query rows 2t and 2t + 1.
+  float sum[kSegments][4][4] = {};
+  float maximum = kNothing, weight = 0.f;  // of row g, the weight over this lane's positions
+
+  while (unit < end_unit) {
+    const int first = begin + unit * kStep;
+    float score[kTiles][4];
+    float highest = maximum;
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    float highest = maximum[r];
+    for (int i = 0; i < kTiles; ++i) {
+      score[i][0] = score[i][1] = score[i][2] = score[i][3] = 0.f;
 #pragma unroll
-    for (int step = kLanes; step < 32; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, step));
-    const float keep = merge_weight(maximum[r], highest);
-    weight[r] *= keep;
+      for (int b = 0; b < kBlocks; ++b) {
+        T::mma(score[i], query[b].x, 0, query[b].y, 0, key[i][b].x, key[i][b].y);
+        T::mma(score[i], query[b].z, 0, query[b].w, 0, key[i][b].z, key[i][b].w);
+      }
 #pragma unroll
-    for (int step = kLanes; step < 32; step *= 2) weight[r] += __shfl_xor_sync(kAllLanes, weight[r], step);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      sum[r][i] *= keep;
-#pragma unroll
-      for (int step = kLanes; step < 32; step *= 2) sum[r][i] += __shfl_xor_sync(kAllLanes, sum[r][i], step);
+      for (int e = 0; e < 2; ++e) {
+        const int at = first + i * 8 + t * 2 + e;
+        const bool seen = at <= position && (window == 0 || at > position - window);
+        score[i][e] = seen ? score[i][e] * scale : kNothing;  // scale holds log2(e): weights are powers of two
+        highest = fmaxf(highest, score[i][e]);
+      }
     }
-    if (lane < kLanes && owns) {
-      float4* to = reinterpret_cast<float4*>(merged + (warp * ROWS + r) * HEAD + element);
-      to[0] = make_float4(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-      to[1] = make_float4(sum[r][4], sum[r][5], sum[r][6], sum[r][7]);
+    highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
+    const float keep = merge_weight(maximum, highest), base = highest == kNothing ? 0.f : highest;
+    maximum = highest;
+    weight *= keep;
+    u32 packed[kTiles];  // weights as the B operand: positions 2t and 2t + 1 of each tile, row g
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const float a = exp2_fast(score[i][0] - base), b = exp2_fast(score[i][1] - base);
+      weight += a + b;
+      packed[i] = T::from_float2(a, b);
     }
-    if (lane == 0) merged_stats[warp * ROWS + r] = make_float2(highest, weight[r]);
+    const float keep_even = __shfl_sync(kAllLanes, keep, t * 8), keep_odd = __shfl_sync(kAllLanes, keep, t * 8 + 4);
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum[s][i][0] *= keep_even, sum[s][i][1] *= keep_odd, sum[s][i][2] *= keep_even, sum[s][i][3] *= keep_odd;
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+#pragma unroll
+      for (int s = 0; s < kSegments; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          u32 word[4];  // elements 2i and 2i + 1 of four positions
+#pragma unroll
+          for (int j = 0; j < 4; ++j) word[j] = (&value[p][j][s].x)[i];
+          T::mma(sum[s][i], __byte_perm(word[0], word[1], 0x5410), __byte_perm(word[0], word[1], 0x7632), __byte_perm(word[2], word[3], 0x5410),
+                 __byte_perm(word[2], word[3], 0x7632), packed[2 * p], packed[2 * p + 1]);
+        }
+      }
+    }
+    unit += kWarps;
+    if (unit < end_unit) {
+      clear();
+      load(unit, 0, length);
+    }
+  }
+
+  // Merge the warps of the block.
+  weight += __shfl_xor_sync(kAllLanes, weight, 1);
+  weight += __shfl_xor_sync(kAllLanes, weight, 2);
+  if (t == 0 && g < rows) merged_stats[warp * rows + g] = make_float2(maximum, weight);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    if (2 * t + e >= rows) continue;
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+      if (HEAD % 64 && s * 64 + g * 8 >= HEAD) continue;
+      float4* to = reinterpret_cast<float4*>(merged + (warp * rows + 2 * t + e) * HEAD + s * 64 + g * 8);
+      to[0] = make_float4(sum[s][0][e], sum[s][0][2 + e], sum[s][1][e], sum[s][1][2 + e]);
+      to[1] = make_float4(sum[s][2][e], sum[s][2][2 + e], sum[s][3][e], sum[s][3][2 + e]);
+    }
   }
   __syncthreads();
-
   const size_t item = size_t(batch) * gridDim.y + blockIdx.y, items = size_t(gridDim.z) * gridDim.y;
-  float* partials = workspace + item * splits * ROWS * HEAD;
-  float2* stats = reinterpret_cast<float2*>(workspace + items * splits * ROWS * HEAD) + item * splits * ROWS;
-  u32* arrivals = reinterpret_cast<u32*>(workspace + items * splits * ROWS * (HEAD + 2)) + item;
-  for (int i = threadIdx.x; i < ROWS * HEAD; i += kThreads) {
+  const int outputs = rows * HEAD;
+  float* partials = workspace + item * splits * outputs;
+  float2* stats = reinterpret_cast<float2*>(workspace + items * splits * outputs) + item * splits * rows;
+  for (int i = threadIdx.x; i < outputs; i += kThreads) {
     const int r = i / HEAD;
     float highest = kNothing, total = 0.f, total_weight = 0.f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, merged_stats[w * ROWS + r].x);
-#pragma unroll
+#pragma unroll 8
+    for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, merged_stats[w * rows + r].x);
+#pragma unroll 8
     for (int w = 0; w < kWarps; ++w) {
-      const float2 own = merged_stats[w * ROWS + r];
+      const float2 own = merged_stats[w * rows + r];
       const float keep = merge_weight(own.x, highest);
-      total = fmaf(keep, merged[w * ROWS * HEAD + i], total);
+      total = fmaf(keep, merged[w * outputs + i], total);
       total_weight = fmaf(keep, own.y, total_weight);
     }
-    partials[split * ROWS * HEAD + i] = total;
-    if (i % HEAD == 0) stats[split * ROWS + r] = make_float2(highest, total_weight);
+    (CLUSTER ? block_sum : partials + split * outputs)[i] = total;
+    if (i % HEAD == 0) (CLUSTER ? block_stats : stats + split * rows)[r] = make_float2(highest, total_weight);
   }
+  auto write = [&](int i, float a, float b, float inverse) {  // outputs i and i + 1 of this block's rows
+    const int r = first_row + i / HEAD;
+    if (r >= row_count) return;
+    u16* to = out + ((size_t(batch) * queries + r / heads) * q_heads + kv_head * heads + r % heads) * HEAD + i % HEAD;
+    *reinterpret_cast<u32*>(to) = T::from_float2(a * inverse, b * inverse);
+  };
+
+#if __CUDA_ARCH__ >= 900
+  if (CLUSTER) {
+    cluster_sync();
+    // The cluster's blocks share the outputs out, two a thread.
+    for (int i = split * kThreads + threadIdx.x; i < outputs / 2; i += splits * kThreads) {
+      const int r = i * 2 / HEAD;
+      float2 own[kMaxCluster], part[kMaxCluster];
+      float highest = kNothing;
+#pragma unroll
+      for (int s = 0; s < kMaxCluster; ++s) {
+        if (s >= splits) break;
+        own[s] = load_from_rank(block_stats + r, s);
+        part[s] = load_from_rank(reinterpret_cast<const float2*>(block_sum) + i, s);
+      }
+#pragma unroll
+      for (int s = 0; s < kMaxCluster; ++s) {
+        if (s < splits) highest = fmaxf(highest, own[s].x);
+      }
+      float2 total = make_float2(0.f, 0.f);
+      float total_weight = 0.f;
+#pragma unroll
+      for (int s = 0; s < kMaxCluster; ++s) {
+        if (s >= splits) break;
+        const float keep = merge_weight(own[s].x, highest);
+        total.x = fmaf(keep, part[s].x, total.x), total.y = fmaf(keep, part[s].y, total.y);
+        total_weight = fmaf(keep, own[s].y, total_weight);
+      }
+      write(i * 2, total.x, total.y, 1.f / total_weight);
+    }
+    cluster_sync();  // no block leaves while another reads its memory
+    return;
+  }
+#endif
 
   // The last of the splits to arrive merges them all.
+  __shared__ bool last;
+  u32* arrivals = reinterpret_cast<u32*>(workspace + items * splits * (outputs + 2 * rows)) + item;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -195,17 +283,17 @@ __global__ void __launch_bounds__(attention_threads(HEAD), 1)
   if (!last) return;
   __threadfence();
 
-  // kThreads / (outputs / 4) parts of the splits side by side, merged in order.
-  constexpr int kQuads = ROWS * HEAD / 4, kParts = kThreads / kQuads > 0 ? kThreads / kQuads : 1;
-  static_assert(kQuads <= kThreads, "a thread holds four outputs");
-  const int part = threadIdx.x / kQuads, quad = threadIdx.x % kQuads, r = quad * 4 / HEAD;
-  float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-  float highest = kNothing, total_weight = 0.f;
-  if (part < kParts) {
+  // Parts of the splits side by side, then merged in order; no more parts than the memory of the warps' results holds.
+  const int quads = outputs / 4, parts = min(max(kThreads / quads, 1), kWarps);
+  float4* totals = reinterpret_cast<float4*>(merged);
+  for (int i = threadIdx.x; i < quads * parts; i += kThreads) {
+    const int part = i / quads, quad = i % quads, r = quad * 4 / HEAD;
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+    float highest = kNothing, total_weight = 0.f;
 #pragma unroll 8
-    for (int s = part; s < splits; s += kParts) {
-      const float2 own = __ldcg(stats + s * ROWS + r);
-      const float4 v = __ldcg(reinterpret_cast<const float4*>(partials + s * ROWS * HEAD) + quad);
+    for (int s = part; s < splits; s += parts) {
+      const float2 own = __ldcg(stats + s * rows + r);
+      const float4 v = __ldcg(reinterpret_cast<const float4*>(partials + s * outputs) + quad);
       const float common = fmaxf(highest, own.x);
       const float keep = merge_weight(highest, common), gain = merge_weight(own.x, common);
       total.x = total.x * keep + v.x * gain, total.y = total.y * keep + v.y * gain;
@@ -213,29 +301,26 @@ __global__ void __launch_bounds__(attention_threads(HEAD), 1)
       total_weight = total_weight * keep + own.y * gain;
       highest = common;
     }
-    reinterpret_cast<float4*>(merged)[threadIdx.x] = total;
-    if (quad * 4 % HEAD == 0) merged_stats[part * ROWS + r] = make_float2(highest, total_weight);
+    totals[i] = total;
+    if (quad * 4 % HEAD == 0) merged_stats[part * rows + r] = make_float2(highest, total_weight);
   }
   __syncthreads();
-  if (part > 0) return;
-  for (int p = 1; p < kParts; ++p) {
-    const float2 own = merged_stats[p * ROWS + r];
-    const float4 v = reinterpret_cast<const float4*>(merged)[p * kQuads + quad];
-    const float common = fmaxf(highest, own.x);
-    const float keep = merge_weight(highest, common), gain = merge_weight(own.x, common);
-    total.x = total.x * keep + v.x * gain, total.y = total.y * keep + v.y * gain;
-    total.z = total.z * keep + v.z * gain, total.w = total.w * keep + v.w * gain;
-    total_weight = total_weight * keep + own.y * gain;
-    highest = common;
+  for (int quad = threadIdx.x; quad < quads; quad += kThreads) {
+    const int r = quad * 4 / HEAD;
+    float highest = kNothing, total_weight = 0.f;
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int p = 0; p < parts; ++p) highest = fmaxf(highest, merged_stats[p * rows + r].x);
+    for (int p = 0; p < parts; ++p) {
+      const float2 own = merged_stats[p * rows + r];
+      const float4 v = totals[p * quads + quad];
+      const float keep = merge_weight(own.x, highest);
+      total.x = fmaf(keep, v.x, total.x), total.y = fmaf(keep, v.y, total.y), total.z = fmaf(keep, v.z, total.z), total.w = fmaf(keep, v.w, total.w);
+      total_weight = fmaf(keep, own.y, total_weight);
+    }
+    const float inverse = 1.f / total_weight;
+    write(quad * 4, total.x, total.y, inverse);
+    write(quad * 4 + 2, total.z, total.w, inverse);
   }
-  const int row = first_row + r;
-  if (row >= row_count) return;
-  const int token = row / heads, head = kv_head * heads + row % heads;
-  const float inverse = 1.f / total_weight;
-  uint2 packed;
-  packed.x = T::from_float2(total.x * inverse, total.y * inverse);
-  packed.y = T::from_float2(total.z * inverse, total.w * inverse);
-  *reinterpret_cast<uint2*>(out + ((size_t(batch) * queries + token) * q_heads + head) * HEAD + quad * 4 % HEAD) = packed;
 }
 
 // A warp takes one head of one new token. Grid: (ceil((q_heads + 2 kv_heads) / 4), queries, batch); 128 threads.
@@ -312,22 +397,13 @@ using Arguments = struct {
   float* workspace;
 };
 
-template <class T, int HEAD, int ROWS>
-const char* decode(const fh_attention_shape& s, const fh_attention_plan& plan, const Arguments& a, const fh_device& device, cudaStream_t stream) {
-  const int shared = plan.threads / 32 * ROWS * (HEAD + 2) * int(sizeof(float));
-  const float log2e = 1.4426950408889634f;
-  return launch("attention_decode", device, stream, dim3(plan.splits, s.kv_heads * plan.row_blocks, s.batch), plan.threads, shared,
-                attention_decode<T, HEAD, ROWS>, a.q, a.k, a.v, a.lengths, a.out, a.workspace, s.queries, s.q_heads, s.kv_heads, plan.row_blocks,
-                s.max_length, s.window, s.scale * log2e);
-}
-
 template <class T, int HEAD>
 const char* decode(const fh_attention_shape& s, const fh_attention_plan& plan, const Arguments& a, const fh_device& device, cudaStream_t stream) {
-  switch (plan.rows) {
-    case 1: return decode<T, HEAD, 1>(s, plan, a, device, stream);
-    case 2: return decode<T, HEAD, 2>(s, plan, a, device, stream);
-    default: return decode<T, HEAD, 4>(s, plan, a, device, stream);
-  }
+  const int shared = (kWarps + 1) * plan.rows * (HEAD + 2) * int(sizeof(float));
+  const float log2e = 1.4426950408889634f;
+  return launch("attention_decode", device, stream, {dim3(plan.splits, s.kv_heads * plan.row_blocks, s.batch), kThreads, shared, plan.cluster},
+                plan.cluster > 1 ? attention_decode<T, HEAD, true> : attention_decode<T, HEAD, false>, a.q, a.k, a.v, a.lengths, a.out, a.workspace,
+                s.queries, s.q_heads, s.kv_heads, plan.rows, plan.row_blocks, s.max_length, s.window, s.scale * log2e);
 }
 
 template <class T>
@@ -345,16 +421,22 @@ const char* decode(const fh_attention_shape& s, const fh_attention_plan& plan, c
 const char* fh_attention_make_plan(const fh_attention_shape* s, const fh_device* device, fh_attention_plan* plan) {
   if (const char* wrong = fh::check(*s)) return wrong;
   const int row_count = s->queries * (s->q_heads / s->kv_heads);
-  plan->rows = row_count >= 3 ? 4 : row_count;
+  plan->rows = row_count < fh::kMaxRows ? row_count : fh::kMaxRows;
   plan->row_blocks = (row_count + plan->rows - 1) / plan->rows;
-  plan->threads = fh::attention_threads(s->head_size);
+  plan->threads = fh::kThreads;
   const int items = s->batch * s->kv_heads * plan->row_blocks;
-  // Blocks for every multiprocessor once; no more splits than blocks can find positions.
-  const int positions = plan->threads / fh::lanes_of(s->head_size) * fh::kStep;
+  // A block for every multiprocessor, and no more splits than give each warp a step of its own.
   const int visible = s->window > 0 && s->window + s->queries < s->max_length ? s->window + s->queries : s->max_length;
-  const int useful = (visible + positions - 1) / positions, wanted = device->multiprocessors / items;
-  plan->splits = wanted < 1 ? 1 : wanted < useful ? wanted : useful;
-  plan->workspace_bytes = (size_t(items) * plan->splits * plan->rows * (s->head_size + 2) + items) * sizeof(float);
+  const int positions = fh::kWarps * fh::step_positions(s->head_size), useful = (visible + positions - 1) / positions;
+  const int wanted = device->multiprocessors < items ? 1 : device->multiprocessors / items;
+  plan->splits = wanted < useful ? wanted : useful;
+  // Half of the multiprocessors can draw all of the memory's bandwidth, and a cluster merges sooner than the last block to arrive.
+  plan->cluster = 1;
+  if (device->capability >= 90 && plan->splits > 1 && plan->splits <= 2 * fh::kMaxCluster) {
+    plan->splits = plan->splits < fh::kMaxCluster ? plan->splits : fh::kMaxCluster;
+    plan->cluster = plan->splits;
+  }
+  plan->workspace_bytes = plan->cluster > 1 ? 0 : (size_t(items) * plan->splits * plan->rows * (s->head_size + 2) + items) * sizeof(float);
   return nullptr;
 }
 
@@ -372,8 +454,8 @@ const char* fh_attention_rope_write(const fh_attention_shape* shape, const void*
                                     cudaStream_t stream) {
   using namespace fh;
   if (const char* wrong = check(*shape)) return wrong;
-  const dim3 grid((shape->q_heads + 2 * shape->kv_heads + 3) / 4, shape->queries, shape->batch);
-  return launch("attention_rope_write", *device, stream, grid, 128, 0, shape->dtype == FH_FP16 ? attention_rope_write<Fp16> : attention_rope_write<Bf16>,
+  const Grid grid{dim3((shape->q_heads + 2 * shape->kv_heads + 3) / 4, shape->queries, shape->batch), 128};
+  return launch("attention_rope_write", *device, stream, grid, shape->dtype == FH_FP16 ? attention_rope_write<Fp16> : attention_rope_write<Bf16>,
                 static_cast<const u16*>(qkv), reinterpret_cast<const float2*>(rotations), static_cast<const u16*>(q_norm),
                 static_cast<const u16*>(k_norm), norm_offset, epsilon, lengths, static_cast<u16*>(q), static_cast<u16*>(cache_k),
                 static_cast<u16*>(cache_v), shape->q_heads, shape->kv_heads, shape->head_size, shape->max_length);

@@ -32,7 +32,8 @@ typedef struct {
 
 typedef struct {
   int splits;     /* blocks that share a sequence's cache; part of the result's rounding, so part of the plan */
-  int rows;       /* query rows a block computes: 1, 2 or 4 */
+  int cluster;    /* 1, or splits: the blocks of a sequence's head form one thread block cluster and merge in shared memory (capability 90 and up) */
+  int rows;       /* query rows a block computes, 1 to 8 */
   int row_blocks; /* ceil(queries * q_heads / kv_heads / rows) */
   int threads;
   size_t workspace_bytes; /* zeroed once by the caller, then handed to every launch of this plan, one at a time */
@@ -40,7 +41,10 @@ typedef struct {
 
 const char* fh_attention_make_plan(const fh_attention_shape* shape, const fh_device* device, fh_attention_plan* plan);
 
-/* out[batch, queries, q_heads, head_size] = softmax(scale q k^T) v; q like out; float32 scores, weights and sums. */
+/* out[batch, queries, q_heads, head_size] = softmax(scale q k^T) v; q like out. Scores and sums in float32; weights are rounded to the cache's type.
+ * With device->overlap, loads begin while the launch before this one runs: that one may write q and the new tokens' positions of the cache, as
+ * fh_attention_rope_write does, but neither lengths nor older positions.
+ */
 const char* fh_attention_decode(const fh_attention_shape* shape, const fh_attention_plan* plan, const void* q, const void* cache_k, const void* cache_v,
                                 const int* lengths, void* out, void* workspace, const fh_device* device, cudaStream_t stream);
 

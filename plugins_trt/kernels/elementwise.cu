@@ -112,7 +112,7 @@ const char* fh_rms_norm(const void* x, void* residual, const void* weight, float
   if (M < 1 || d < 8 || d % 8 || d > 1024 * 8 * kNormVectors) return failure("rms_norm: x is [%d, %d], expected d %% 8 == 0 and d <= 16384", M, d);
   int threads = (d / 8 + 31) / 32 * 32;
   if (threads > 1024) threads = (d / 16 + 31) / 32 * 32;
-  return launch("rms_norm", *device, stream, dim3(M), threads, 0, dtype == FH_FP16 ? rms_norm<Fp16> : rms_norm<Bf16>, static_cast<const u16*>(x),
+  return launch("rms_norm", *device, stream, {dim3(M), threads}, dtype == FH_FP16 ? rms_norm<Fp16> : rms_norm<Bf16>, static_cast<const u16*>(x),
                 static_cast<u16*>(residual), static_cast<const u16*>(weight), weight_offset, epsilon, static_cast<u16*>(y), d);
 }
 
@@ -121,6 +121,6 @@ const char* fh_gated_product(const void* x, void* y, int M, int f, fh_activation
   if (M < 1 || M > 65535 || f < 8 || f % 8) return failure("gated_product: y is [%d, %d], expected 1 <= M <= 65535 and f %% 8 == 0", M, f);
   auto kernel = dtype == FH_FP16 ? (activation == FH_SILU ? gated_product<Fp16, false> : gated_product<Fp16, true>)
                                  : (activation == FH_SILU ? gated_product<Bf16, false> : gated_product<Bf16, true>);
-  return launch("gated_product", *device, stream, dim3((f + 1023) / 1024, M), 128, 0, kernel, static_cast<const u16*>(x), static_cast<u16*>(y), f);
+  return launch("gated_product", *device, stream, {dim3((f + 1023) / 1024, M), 128}, kernel, static_cast<const u16*>(x), static_cast<u16*>(y), f);
 }
 #endif

@@ -19,26 +19,39 @@ __attribute__((format(printf, 1, 2))) inline const char* failure(const char* for
   return text;
 }
 
+struct Grid {
+  dim3 blocks;
+  int threads;
+  int shared = 0;   // dynamic shared memory, bytes
+  int cluster = 1;  // blocks along x that form a thread block cluster (capability 90 and up)
+};
+
 // Launches kernel with the arguments given; what names it in an error.
 template <class... Parameters, class... Arguments>
-const char* launch(const char* what, const fh_device& device, cudaStream_t stream, dim3 grid, int threads, int shared, void (*kernel)(Parameters...),
-                   Arguments... arguments) {
-  if (shared > device.shared_bytes) {
-    return failure("%s needs %d bytes of shared memory a block, the device has %d; use a smaller shape or another device", what, shared,
+const char* launch(const char* what, const fh_device& device, cudaStream_t stream, const Grid& grid, void (*kernel)(Parameters...), Arguments... arguments) {
+  if (grid.shared > device.shared_bytes) {
+    return failure("%s needs %d bytes of shared memory a block, the device has %d; use a smaller shape or another device", what, grid.shared,
                    device.shared_bytes);
   }
   cudaError_t error = cudaSuccess;
-  if (shared > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  if (grid.shared > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared);
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
+  config.gridDim = grid.blocks;
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = device.overlap ? 1 : 0;
+  config.attrs = attributes;
+  if (device.overlap) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (grid.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = grid.cluster;
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   if (error == cudaSuccess) return nullptr;
   return failure("%s could not be launched: %s; check that the build holds code for capability %d", what, cudaGetErrorString(error), device.capability);

@@ -1,8 +1,9 @@
 // w4a16.cu: y[M, N] = x[M, K] W^T, W in groups of 4-bit codes (layouts: w4a16.h).
 //
 // Determinism. An output is summed by one block in an order that K alone fixes: within a chunk of 64 by the tensor core, over a warp's chunks in
-// ascending order, over warps in ascending order; prefill walks K in ascending order. No atomics. So neither the grid, nor the device, nor M
-// (within decode or within prefill), nor a row's neighbours change a bit of a row on one architecture's tensor cores.
+// ascending order, over warps in ascending order. Prefill walks K in ascending order, or even chunks and odd chunks apart and then their sum: that is
+// the plan's tile_tokens. No atomics. So for one plan neither the grid, nor the device, nor M, nor a row's neighbours change a bit of a row on one
+// architecture's tensor cores; decode has one order for all plans.
 //
 // decode  (M <= 8). The weights are the A operand (16 outputs), the activations the B operand (8 columns, so M up to 8 costs what 1 does).
 //   Codes minus zero point are exact in fp16 and bf16, so the scale is applied in float32 once a group: no rounding but float32 sums.
@@ -162,7 +163,7 @@ __device__ inline void copy_async(void* shared, const void* global, bool inside)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(inside ? 16 : 0) : "memory");
 }
 
-// A block computes ROWS outputs for TOKENS tokens, a warp 64 outputs for WARP_TOKENS tokens.
+// What a team of four warps reads for one chunk of K: ROWS outputs by TOKENS tokens, 64 by TOKENS / 2 a warp.
 template <int GROUP, int ROWS, int TOKENS>
 struct PrefillStage {
   static constexpr int kGroups = GROUP == 32 ? 2 : 1;  // groups that one chunk touches
@@ -172,44 +173,60 @@ struct PrefillStage {
   u8 zeros[ROWS / kTileRows][kGroups][kTileRows];
 };
 
-constexpr int kPrefillStages = 4;
+// A barrier of one team's 128 threads.
+template <int ID>
+__device__ void barrier() {
+  asm volatile("bar.sync %0, 128;" ::"n"(ID) : "memory");
+}
+
+constexpr int kPrefillStages = 3;
 constexpr int kPrefillRows = 128;
 
-// Grid: (tokens / TOKENS, N / 128), rounded up; 32 * 2 * TOKENS / WARP_TOKENS threads; dynamic shared memory: kPrefillStages stages.
-template <class T, int GROUP, bool ASYMMETRIC, int TOKENS, int WARP_TOKENS>
-__global__ void __launch_bounds__(64 * TOKENS / WARP_TOKENS, 2)
+// Two shapes: 128 tokens, a warp 64 of them, where that fills the device; else 64 tokens, a warp 32, and two teams of warps that take every other
+// chunk of K: few blocks then still give each scheduler two warps.
+__host__ __device__ constexpr int prefill_teams(int tokens) { return tokens == 128 ? 1 : 2; }
+__host__ __device__ constexpr int prefill_threads(int tokens) { return 128 * prefill_teams(tokens); }
+
+// Grid: (tokens / TOKENS, N / 128), rounded up. Dynamic shared memory: kPrefillStages stages for each team.
+template <class T, int GROUP, bool ASYMMETRIC, int TOKENS>
+__global__ void __launch_bounds__(prefill_threads(TOKENS), TOKENS == 128 ? 2 : 1)
     w4a16_prefill(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K) {
   using Stage = PrefillStage<GROUP, kPrefillRows, TOKENS>;
-  constexpr int kThreads = 64 * TOKENS / WARP_TOKENS, kBlockTiles = kPrefillRows / kTileRows, kColumns = WARP_TOKENS / 8;
+  constexpr int kTeams = prefill_teams(TOKENS), kWarpTokens = TOKENS / 2, kBlockTiles = kPrefillRows / kTileRows, kColumns = kWarpTokens / 8;
   extern __shared__ uint4 raw[];
-  Stage* stages = reinterpret_cast<Stage*>(raw);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int thread = threadIdx.x % 128, team = threadIdx.x / 128, lane = thread % 32, warp = thread / 32;
+  Stage* stages = reinterpret_cast<Stage*>(raw) + team * kPrefillStages;
   const int first_tile = blockIdx.y * kBlockTiles, first_token = blockIdx.x * TOKENS;
   const int tiles = N / kTileRows, count = K / kChunk, groups = K / GROUP;
-  const int warp_tile = warp % 2 * 4, warp_token = warp / 2 * WARP_TOKENS;
+  const int warp_tile = warp % 2 * 4, warp_token = warp / 2 * kWarpTokens;
+  const int steps = (count + kTeams - 1) / kTeams;
 
-  auto load = [&](int chunk) {
-    Stage& s = stages[chunk % kPrefillStages];
-    if (chunk < count) {
+  auto load = [&](int step) {
+    Stage& s = stages[step % kPrefillStages];
+    const int chunk = step * kTeams + team;
+    if (step < steps) {
+      const bool exists = chunk < count;  // the last step of the last team may lie past K: zeros
 #pragma unroll
-      for (int i = threadIdx.x; i < kBlockTiles * 32; i += kThreads) {
+      for (int i = thread; i < kBlockTiles * 32; i += 128) {
         const int tile = first_tile + i / 32;
-        const bool inside = tile < tiles;
-        copy_async(&s.codes[i / 32][i % 32], codes + (size_t(inside ? tile : 0) * count + chunk) * 32 + i % 32, inside);
+        const bool inside = exists && tile < tiles;
+        copy_async(&s.codes[i / 32][i % 32], codes + (inside ? (size_t(tile) * count + chunk) * 32 + i % 32 : 0), inside);
       }
 #pragma unroll
-      for (int i = threadIdx.x; i < TOKENS * 8; i += kThreads) {
+      for (int i = thread; i < TOKENS * 8; i += 128) {
         const int row = i / 8, segment = i % 8;
-        const bool inside = first_token + row < M;
-        copy_async(&s.x[row][segment ^ row % 2 * 4], x + size_t(inside ? first_token + row : 0) * K + chunk * kChunk + segment * 8, inside);
+        const bool inside = exists && first_token + row < M;
+        copy_async(&s.x[row][segment ^ row % 2 * 4], x + (inside ? size_t(first_token + row) * K + chunk * kChunk + segment * 8 : 0), inside);
       }
       constexpr int kScaleParts = Stage::kGroups * 2;  // 16-byte parts of a tile's scales
-      for (int i = threadIdx.x; i < kBlockTiles * kScaleParts; i += kThreads) {
-        const int tile = first_tile + i / kScaleParts, part = i % kScaleParts;
-        const bool inside = tile < tiles;
-        const size_t at = (size_t(inside ? tile : 0) * groups + chunk * kChunk / GROUP) * kTileRows;
-        copy_async(reinterpret_cast<uint4*>(s.scales[i / kScaleParts]) + part, scales + at + part * 8, inside);
-        if (ASYMMETRIC && part < Stage::kGroups) copy_async(reinterpret_cast<uint4*>(s.zeros[i / kScaleParts]) + part, zeros + at + part * 16, inside);
+      if (thread < kBlockTiles * kScaleParts) {
+        const int tile = first_tile + thread / kScaleParts, part = thread % kScaleParts;
+        const bool inside = exists && tile < tiles;
+        const size_t at = inside ? (size_t(tile) * groups + chunk * kChunk / GROUP) * kTileRows : 0;
+        copy_async(reinterpret_cast<uint4*>(s.scales[thread / kScaleParts]) + part, scales + (inside ? at + part * 8 : 0), inside);
+        if (ASYMMETRIC && part < Stage::kGroups) {
+          copy_async(reinterpret_cast<uint4*>(s.zeros[thread / kScaleParts]) + part, zeros + (inside ? at + part * 16 : 0), inside);
+        }
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -221,14 +238,11 @@ __global__ void __launch_bounds__(64 * TOKENS / WARP_TOKENS, 2)
 #pragma unroll
   for (int i = 0; i < kPrefillStages - 1; ++i) load(i);
 
-  for (int chunk = 0; chunk < count; ++chunk) {
+  for (int step = 0; step < steps; ++step) {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPrefillStages - 2) : "memory");
-    __syncthreads();
-    load(chunk + kPrefillStages - 1);
-    const Stage& s = stages[chunk % kPrefillStages];
-    uint4 code[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) code[i] = s.codes[warp_tile + i][lane];
+    team == 0 ? barrier<1>() : barrier<2>();
+    load(step + kPrefillStages - 1);
+    const Stage& s = stages[step % kPrefillStages];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int j = GROUP == 32 ? half : 0;
@@ -240,26 +254,52 @@ __global__ void __launch_bounds__(64 * TOKENS / WARP_TOKENS, 2)
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        const uint2 code = reinterpret_cast<const uint2*>(&s.codes[warp_tile + i][lane])[half];
         const u32 zero = ASYMMETRIC ? *reinterpret_cast<const u16*>(&s.zeros[warp_tile + i][j][lane / 4 * 2]) : 0x0808u;
         const u32 scale = *reinterpret_cast<const u32*>(&s.scales[warp_tile + i][j][lane / 4 * 2]);
         const u32 even_scale = __byte_perm(scale, 0, 0x1010), odd_scale = __byte_perm(scale, 0, 0x3232);
         u32 even[4], odd[4];
-        Codes<T>::decode(even, half ? code[i].z : code[i].x, Codes<T>::offset(zero & 0xffu));
-        Codes<T>::decode(odd, half ? code[i].w : code[i].y, Codes<T>::offset(zero >> 8));
+        Codes<T>::decode(even, code.x, Codes<T>::offset(zero & 0xffu));
+        Codes<T>::decode(odd, code.y, Codes<T>::offset(zero >> 8));
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           even[p] = T::fma2(even[p], even_scale, 0x80008000u);  // minus zero: a product, with the sign of a zero kept
           odd[p] = T::fma2(odd[p], odd_scale, 0x80008000u);
         }
+        // All columns before the second half of k: products of one accumulator in a row would wait for each other.
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          T::mma(sum[i][c], even[0], odd[0], even[1], odd[1], b[c].x, b[c].y);
-          T::mma(sum[i][c], even[2], odd[2], even[3], odd[3], b[c].z, b[c].w);
-        }
+        for (int c = 0; c < kColumns; ++c) T::mma(sum[i][c], even[0], odd[0], even[1], odd[1], b[c].x, b[c].y);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) T::mma(sum[i][c], even[2], odd[2], even[3], odd[3], b[c].z, b[c].w);
       }
     }
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
+
+  if (kTeams == 2) {
+    float* other = reinterpret_cast<float*>(raw) + thread;  // the stages are free: both teams are past the barrier below
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (team == 1) other[((i * kColumns + c) * 4 + e) * 128] = sum[i][c][e];
+        }
+      }
+    }
+    __syncthreads();
+    if (team == 1) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[i][c][e] += other[((i * kColumns + c) * 4 + e) * 128];
+      }
+    }
+  }
 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -330,8 +370,8 @@ const char* linear(const fh_w4a16_weight& w, const void* x, void* y, int M, cons
   fh_w4a16_plan plan;
   fh_w4a16_make_plan(&w, M, &device, &plan);
   auto kernel = w4a16_decode<T, GROUP, ASYMMETRIC>;
-  if (!plan.decode) kernel = plan.tile_tokens == 128 ? w4a16_prefill<T, GROUP, ASYMMETRIC, 128, 64> : w4a16_prefill<T, GROUP, ASYMMETRIC, 64, 32>;
-  return launch(plan.decode ? "w4a16_decode" : "w4a16_prefill", device, stream, dim3(plan.grid_x, plan.grid_y), plan.threads, plan.shared_bytes, kernel,
+  if (!plan.decode) kernel = plan.tile_tokens == 128 ? w4a16_prefill<T, GROUP, ASYMMETRIC, 128> : w4a16_prefill<T, GROUP, ASYMMETRIC, 64>;
+  return launch(plan.decode ? "w4a16_decode" : "w4a16_prefill", device, stream, {dim3(plan.grid_x, plan.grid_y), plan.threads, plan.shared_bytes}, kernel,
                 static_cast<const uint4*>(w.codes), static_cast<const u16*>(w.scales), static_cast<const u8*>(w.zeros), static_cast<const u16*>(x),
                 static_cast<u16*>(y), M, w.N, w.K);
 }
@@ -366,7 +406,8 @@ void fh_w4a16_make_plan(const fh_w4a16_weight* w, int M, const fh_device* device
   const bool large = rows * ((M + 127) / 128) >= 2 * device->multiprocessors;  // two blocks fit a multiprocessor: fewer would leave it half empty
   const int tokens = large ? 128 : 64, groups = w->group_size == 32 ? 2 : 1;
   const int stage = fh::kPrefillRows / fh::kTileRows * 512 + tokens * 128 + fh::kPrefillRows * groups * 3;
-  *plan = {0, tokens, (M + tokens - 1) / tokens, rows, 128, fh::kPrefillStages * stage};
+  *plan = {0, tokens, (M + tokens - 1) / tokens, rows, fh::prefill_threads(tokens),
+           fh::kPrefillStages * fh::prefill_teams(tokens) * stage};
 }
 
 const char* fh_w4a16_repack(const void* codes, const void* scales, const void* zeros, const fh_w4a16_weight* packed, const fh_device* device,
@@ -375,15 +416,15 @@ const char* fh_w4a16_repack(const void* codes, const void* scales, const void* z
   if (const char* wrong = check(*packed)) return wrong;
   if ((zeros == nullptr) != (packed->zeros == nullptr)) return failure("w4a16: zeros are given on one side only; give both or neither");
   const int N = packed->N, K = packed->K, groups = K / packed->group_size;
-  auto blocks = [](size_t n) { return dim3(unsigned((n + 255) / 256)); };
-  const char* wrong = launch("w4a16_repack_codes", *device, stream, blocks(size_t(N) * K / 8), 256, 0, w4a16_repack_codes, static_cast<const u32*>(codes),
+  auto blocks = [](size_t n) { return Grid{dim3(unsigned((n + 255) / 256)), 256}; };
+  const char* wrong = launch("w4a16_repack_codes", *device, stream, blocks(size_t(N) * K / 8), w4a16_repack_codes, static_cast<const u32*>(codes),
                              static_cast<u32*>(const_cast<void*>(packed->codes)), N, K);
   if (!wrong) {
-    wrong = launch("w4a16_repack_groups", *device, stream, blocks(size_t(N) * groups), 256, 0, w4a16_repack_groups<u16>, static_cast<const u16*>(scales),
+    wrong = launch("w4a16_repack_groups", *device, stream, blocks(size_t(N) * groups), w4a16_repack_groups<u16>, static_cast<const u16*>(scales),
                    static_cast<u16*>(const_cast<void*>(packed->scales)), N, groups);
   }
   if (!wrong && zeros) {
-    wrong = launch("w4a16_repack_groups", *device, stream, blocks(size_t(N) * groups), 256, 0, w4a16_repack_groups<u8>, static_cast<const u8*>(zeros),
+    wrong = launch("w4a16_repack_groups", *device, stream, blocks(size_t(N) * groups), w4a16_repack_groups<u8>, static_cast<const u8*>(zeros),
                    static_cast<u8*>(const_cast<void*>(packed->zeros)), N, groups);
   }
   return wrong;
