@@ -1,8 +1,7 @@
 // attention.cu: attention over a key-value cache for decoding, and the rotary embedding that writes the cache (layouts: attention.h).
 //
-// Determinism. A plan's `splits` cuts the visible positions of a sequence by their count alone; within a block positions go to warps by position.
-// Partial results are merged in ascending order of warp and split, by the cluster of the splits' blocks or by whichever block finishes last: the atomic
-// counts arrivals, it adds no floats. So for one plan a row's bits depend on its sequence only, not on batch, timing or grid.
+// Determinism. Positions go to splits and warps by their number alone, and a plan's `splits` says how many share them. Partial results are merged in an
+// order fixed by warp and split, by the cluster of the splits' blocks or by whichever block finishes last: the atomic counts arrivals, it adds no floats. So for one plan a row's bits depend on its sequence only, not on batch, timing or grid.
 //
 // One pass over keys and values on the tensor cores, up to eight query rows at once: the query heads that share a key-value head, so each cached byte
 // is read once. Keys and values go from memory to registers in the fragments' own order, 16 bytes a lane, all loads of a step in flight before the first
@@ -14,14 +13,12 @@
 namespace fh {
 
 constexpr float kNothing = -3.402823466e38f;  // the maximum of no scores
-constexpr int kMaxRows = 8;                   // columns of the tensor cores' B operand
-constexpr int kMaxCluster = 8;                // what every device with clusters can place
+[[maybe_unused]] constexpr int kMaxRows = 8;  // columns of the tensor cores' B operand
+[[maybe_unused]] constexpr int kMaxCluster = 8;  // 16, which Hopper allows, took 4 us more to launch
+constexpr int kStep = 16;                     // positions a warp takes at once: the k of one product with the values
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-
-// Positions a warp takes in one step: as many as its registers hold loads for.
-__host__ __device__ constexpr int step_positions(int head_size) { return head_size == 64 ? 64 : head_size == 256 ? 16 : 32; }
+// A step's loads, the sums and the query fill a lane's registers; heads of 64 leave room for twice the warps.
+__host__ __device__ constexpr int block_threads(int head_size) { return head_size == 64 ? 512 : 256; }
 
 __device__ inline float exp2_fast(float v) {
   float r;
@@ -32,19 +29,49 @@ __device__ inline float exp2_fast(float v) {
 // What was summed under its own maximum counts this much under the common one.
 __device__ inline float merge_weight(float own, float common) { return own == kNothing ? 0.f : exp2_fast(own - common); }
 
-__device__ inline uint4 load_cached(const u16* p) { return *reinterpret_cast<const uint4*>(p); }
+// 16 bytes, or zeros. Volatile: it must stay on its side of wait_for_previous.
+__device__ inline uint4 load_if(bool inside, const u16* p) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (inside) asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
+__device__ inline void add_weighted(float4& total, float4 v, float weight) {
+  total.x = fmaf(weight, v.x, total.x), total.y = fmaf(weight, v.y, total.y), total.z = fmaf(weight, v.z, total.z), total.w = fmaf(weight, v.w, total.w);
+}
+
+// The sum over the lanes that differ in the bits from STEP up: a fixed tree, the same in each of them.
+template <int STEP>
+__device__ float4 add_across(float4 v) {
+#pragma unroll
+  for (int step = STEP; step < 32; step *= 2) {
+    v.x += __shfl_xor_sync(kAllLanes, v.x, step), v.y += __shfl_xor_sync(kAllLanes, v.y, step);
+    v.z += __shfl_xor_sync(kAllLanes, v.z, step), v.w += __shfl_xor_sync(kAllLanes, v.w, step);
+  }
+  return v;
+}
 
 #if __CUDA_ARCH__ >= 900
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The float2 at this block's shared address p, in the cluster's block `rank`.
-__device__ inline float2 load_from_rank(const float2* p, int rank) {
+// What lies at this block's shared address p, in the cluster's block `rank`.
+__device__ inline u32 address_in_rank(const void* p, int rank) {
   u32 at;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(u32(__cvta_generic_to_shared(p))), "r"(rank));
+  return at;
+}
+
+__device__ inline float2 load_from_rank(const float2* p, int rank) {
   float2 v;
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at) : "memory");
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address_in_rank(p, rank)) : "memory");
+  return v;
+}
+
+__device__ inline float4 load_from_rank(const float4* p, int rank) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address_in_rank(p, rank)) : "memory");
   return v;
 }
 #endif
@@ -53,15 +80,15 @@ __device__ inline float2 load_from_rank(const float2* p, int rank) {
 // CLUSTER: the splits are one cluster, workspace is not used. Else workspace: partial sums float [items, splits, rows, HEAD], items = batch * kv_heads *
 // row_blocks; then maxima and sums of weights float2 [items, splits, rows]; then arrivals uint32 [items], zero between launches.
 template <class T, int HEAD, bool CLUSTER>
-__global__ void __launch_bounds__(kThreads, 1)
-    attention_decode(const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace, int queries, int q_heads,
+__global__ void __launch_bounds__(block_threads(HEAD), 1)
+    attention_decode(const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace, int queries, int heads,
                      int kv_heads, int rows, int row_blocks, int max_length, int window, float scale) {
-  constexpr int kStep = step_positions(HEAD), kTiles = kStep / 8, kBlocks = HEAD / 32;  // tiles of 8 positions, blocks of 32 elements
-  constexpr int kPairs = kStep / 16, kSegments = (HEAD + 63) / 64;                      // pairs of tiles; segments of 64 elements
+  constexpr int kThreads = block_threads(HEAD), kWarps = kThreads / 32;
+  constexpr int kTiles = kStep / 8, kBlocks = HEAD / 32, kSegments = (HEAD + 63) / 64;  // of 8 positions; of 32 and of 64 elements
   extern __shared__ float4 raw[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int splits = gridDim.x, split = blockIdx.x, kv_head = blockIdx.y / row_blocks, batch = blockIdx.z;
-  const int heads = q_heads / kv_heads, first_row = blockIdx.y % row_blocks * rows, row_count = queries * heads;
+  const int splits = gridDim.x, split = blockIdx.x, batch = blockIdx.z, row_count = queries * heads;
+  const int kv_head = row_blocks == 1 ? blockIdx.y : blockIdx.y / row_blocks, first_row = (blockIdx.y - kv_head * row_blocks) * rows;
   float* merged = reinterpret_cast<float*>(raw);       // [kWarps][rows][HEAD]
   float* block_sum = merged + kWarps * rows * HEAD;     // [rows][HEAD]
   float2* merged_stats = reinterpret_cast<float2*>(block_sum + rows * HEAD);  // [kWarps][rows]: maximum, sum of weights
@@ -69,72 +96,48 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int length = lengths[batch], old = length - queries;
   const int begin = window > 0 ? max(0, old + 1 - window) : 0;
-  const int units = (length - begin + kStep - 1) / kStep;
-  const int first_unit = int((long long)units * split / splits), end_unit = int((long long)units * (split + 1) / splits);
+  const int units = (length - begin + kStep - 1) / kStep, first_unit = split * kWarps + warp;
   const size_t head_at = (size_t(batch) * kv_heads + kv_head) * max_length * HEAD;
-  const u16* keys = cache_k + head_at + t * 8;
-  const u16* values = cache_v + head_at + g * 8;
-
-  uint4 key[kTiles][kBlocks], value[kPairs][4][kSegments];
-  // Of the unit's positions those in low .. high - 1; the others keep what they hold.
-  auto load = [&](int unit, int low, int high) {
-    const int first = begin + unit * kStep;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const int at = first + i * 8 + g;
-      if (at < low || at >= high) continue;
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) key[i][b] = load_cached(keys + size_t(at) * HEAD + b * 32);
-    }
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int at = first + i * 16 + j / 2 * 8 + t * 2 + j % 2;
-        if (at < low || at >= high) continue;
-#pragma unroll
-        for (int s = 0; s < kSegments; ++s) {
-          if (HEAD % 64 == 0 || s * 64 + g * 8 < HEAD) value[i][j][s] = load_cached(values + size_t(at) * HEAD + s * 64);
-        }
-      }
-    }
-  };
-  auto clear = [&] {
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) key[i][b] = make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int i = 0; i < kPairs * 4; ++i) {
-#pragma unroll
-      for (int s = 0; s < kSegments; ++s) value[i / 4][i % 4][s] = make_uint4(0, 0, 0, 0);
-    }
-  };
-  int unit = first_unit + warp;
-  clear();
-  if (unit < end_unit) load(unit, 0, old);  // older positions: not written by the launch before this one
-  wait_for_previous();
-  release_next();
-  if (unit < end_unit && begin + (unit + 1) * kStep > old) load(unit, old, length);
 
   // A operand of the scores: row g is query row first_row + g, rows 8 to 15 are zero.
-  const int row = first_row + g, token = row / heads;
+  const int row = first_row + g, token = queries == 1 ? 0 : row / heads;
   const bool row_exists = g < rows && row < row_count;
   const int position = row_exists ? old + token : -1;
   uint4 query[kBlocks];
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    const u16* p = q + ((size_t(batch) * queries + token) * q_heads + kv_head * heads + row % heads) * HEAD + b * 32 + t * 8;
-    query[b] = row_exists ? load_cached(p) : make_uint4(0, 0, 0, 0);
-  }
 
   // sum[s][i]: elements 64 s + 8 g + 2 i (first two) and the next one, of query rows 2t and 2t + 1.
   float sum[kSegments][4][4] = {};
   float maximum = kNothing, weight = 0.f;  // of row g, the weight over this lane's positions
 
-  while (unit < end_unit) {
+  // One copy of the code for every step: what runs once is paid for in instruction fetches.
+#pragma unroll 1
+  for (int unit = first_unit; unit < units; unit += splits * kWarps) {
     const int first = begin + unit * kStep;
+    if (first + kStep > old) wait_for_previous();  // new positions: the launch before this one writes them
+    uint4 key[kTiles][kBlocks], value[4][kSegments];
+    const u16* keys = cache_k + head_at + size_t(first + g) * HEAD + t * 8;
+    const u16* values = cache_v + head_at + size_t(first + t * 2) * HEAD + g * 8;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const bool inside = first + i * 8 + g < length;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) key[i][b] = load_if(inside, keys + i * 8 * HEAD + b * 32);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int at = j / 2 * 8 + j % 2;
+      const bool inside = first + t * 2 + at < length;
+#pragma unroll
+      for (int s = 0; s < kSegments; ++s) value[j][s] = load_if(inside && (HEAD % 64 == 0 || s * 64 + g * 8 < HEAD), values + at * HEAD + s * 64);
+    }
+    if (unit == first_unit) {
+      wait_for_previous();
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        query[b] = load_if(row_exists, q + ((size_t(batch) * queries + token) * kv_heads * heads + kv_head * heads + row - token * heads) * HEAD + b * 32 + t * 8);
+      }
+    }
+
     float score[kTiles][4];
     float highest = maximum;
 #pragma unroll
@@ -174,25 +177,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
 #pragma unroll
-    for (int p = 0; p < kPairs; ++p) {
+    for (int s = 0; s < kSegments; ++s) {
 #pragma unroll
-      for (int s = 0; s < kSegments; ++s) {
+      for (int i = 0; i < 4; ++i) {
+        u32 word[4];  // elements 2i and 2i + 1 of four positions
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          u32 word[4];  // elements 2i and 2i + 1 of four positions
-#pragma unroll
-          for (int j = 0; j < 4; ++j) word[j] = (&value[p][j][s].x)[i];
-          T::mma(sum[s][i], __byte_perm(word[0], word[1], 0x5410), __byte_perm(word[0], word[1], 0x7632), __byte_perm(word[2], word[3], 0x5410),
-                 __byte_perm(word[2], word[3], 0x7632), packed[2 * p], packed[2 * p + 1]);
-        }
+        for (int j = 0; j < 4; ++j) word[j] = i == 0 ? value[j][s].x : i == 1 ? value[j][s].y : i == 2 ? value[j][s].z : value[j][s].w;
+        T::mma(sum[s][i], __byte_perm(word[0], word[1], 0x5410), __byte_perm(word[0], word[1], 0x7632), __byte_perm(word[2], word[3], 0x5410),
+               __byte_perm(word[2], word[3], 0x7632), packed[0], packed[1]);
       }
     }
-    unit += kWarps;
-    if (unit < end_unit) {
-      clear();
-      load(unit, 0, length);
-    }
   }
+  wait_for_previous();
+  release_next();
 
   // Merge the warps of the block.
   weight += __shfl_xor_sync(kAllLanes, weight, 1);
@@ -214,56 +211,65 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int outputs = rows * HEAD;
   float* partials = workspace + item * splits * outputs;
   float2* stats = reinterpret_cast<float2*>(workspace + items * splits * outputs) + item * splits * rows;
-  for (int i = threadIdx.x; i < outputs; i += kThreads) {
-    const int r = i / HEAD;
-    float highest = kNothing, total = 0.f, total_weight = 0.f;
-#pragma unroll 8
-    for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, merged_stats[w * rows + r].x);
-#pragma unroll 8
-    for (int w = 0; w < kWarps; ++w) {
-      const float2 own = merged_stats[w * rows + r];
-      const float keep = merge_weight(own.x, highest);
-      total = fmaf(keep, merged[w * outputs + i], total);
-      total_weight = fmaf(keep, own.y, total_weight);
-    }
-    (CLUSTER ? block_sum : partials + split * outputs)[i] = total;
-    if (i % HEAD == 0) (CLUSTER ? block_stats : stats + split * rows)[r] = make_float2(highest, total_weight);
+  // A lane for each warp and row finds its weight; then a lane for four outputs and a quarter of the warps. Short code: it runs once a launch, and
+  // a cold fetch of its instructions costs more than their work.
+  if (warp * 32 < rows * kWarps) {
+    const int r = threadIdx.x / kWarps, w = threadIdx.x % kWarps;
+    const float2 own = r < rows ? merged_stats[w * rows + r] : make_float2(kNothing, 0.f);
+    float highest = own.x;
+#pragma unroll
+    for (int step = kWarps / 2; step > 0; step /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, step));
+    const float keep = merge_weight(own.x, highest);
+    float total = keep * own.y;
+#pragma unroll
+    for (int step = kWarps / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+    if (r < rows) merged_stats[w * rows + r].x = keep;
+    if (r < rows && w == 0) (CLUSTER ? block_stats : stats + split * rows)[r] = make_float2(highest, total);
   }
-  auto write = [&](int i, float a, float b, float inverse) {  // outputs i and i + 1 of this block's rows
-    const int r = first_row + i / HEAD;
+  __syncthreads();
+  const int quads = outputs / 4;
+#pragma unroll 1
+  for (int quad = warp * 8 + lane % 8; quad < quads; quad += kWarps * 8) {
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int j = 0; j < kWarps / 4; ++j) {
+      const int w = lane / 8 * (kWarps / 4) + j;
+      const float4 v = reinterpret_cast<const float4*>(merged + w * outputs)[quad];
+      add_weighted(total, v, merged_stats[w * rows + quad * 4 / HEAD].x);
+    }
+    total = add_across<8>(total);
+    if (lane < 8) reinterpret_cast<float4*>(CLUSTER ? block_sum : partials + split * outputs)[quad] = total;
+  }
+  auto write = [&](int quad, float4 total, float weight) {
+    const int r = first_row + quad * 4 / HEAD;
     if (r >= row_count) return;
-    u16* to = out + ((size_t(batch) * queries + r / heads) * q_heads + kv_head * heads + r % heads) * HEAD + i % HEAD;
-    *reinterpret_cast<u32*>(to) = T::from_float2(a * inverse, b * inverse);
+    const int query_token = queries == 1 ? 0 : r / heads;
+    u16* to = out + ((size_t(batch) * queries + query_token) * kv_heads * heads + kv_head * heads + r - query_token * heads) * HEAD + quad * 4 % HEAD;
+    const float inverse = 1.f / weight;
+    *reinterpret_cast<uint2*>(to) = make_uint2(T::from_float2(total.x * inverse, total.y * inverse), T::from_float2(total.z * inverse, total.w * inverse));
   };
 
 #if __CUDA_ARCH__ >= 900
   if (CLUSTER) {
     cluster_sync();
-    // The cluster's blocks share the outputs out, two a thread.
-    for (int i = split * kThreads + threadIdx.x; i < outputs / 2; i += splits * kThreads) {
-      const int r = i * 2 / HEAD;
-      float2 own[kMaxCluster], part[kMaxCluster];
-      float highest = kNothing;
+    // The cluster's warps share the outputs out: a lane for four outputs of one block.
+#pragma unroll 1
+    for (int first = (warp * splits + split) * 4; first < quads; first += kWarps * splits * 4) {
+      const int quad = first + lane % 4, rank = lane / 4;
+      float2 own = make_float2(kNothing, 0.f);
+      float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (rank < splits) own = load_from_rank(block_stats + quad * 4 / HEAD, rank), total = load_from_rank(reinterpret_cast<float4*>(block_sum) + quad, rank);
+      float highest = own.x;
 #pragma unroll
-      for (int s = 0; s < kMaxCluster; ++s) {
-        if (s >= splits) break;
-        own[s] = load_from_rank(block_stats + r, s);
-        part[s] = load_from_rank(reinterpret_cast<const float2*>(block_sum) + i, s);
-      }
+      for (int step = 4; step < 32; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, step));
+      const float keep = merge_weight(own.x, highest);
+      float4 weighted = make_float4(0.f, 0.f, 0.f, 0.f);
+      add_weighted(weighted, total, keep);
+      weighted = add_across<4>(weighted);
+      float total_weight = keep * own.y;
 #pragma unroll
-      for (int s = 0; s < kMaxCluster; ++s) {
-        if (s < splits) highest = fmaxf(highest, own[s].x);
-      }
-      float2 total = make_float2(0.f, 0.f);
-      float total_weight = 0.f;
-#pragma unroll
-      for (int s = 0; s < kMaxCluster; ++s) {
-        if (s >= splits) break;
-        const float keep = merge_weight(own[s].x, highest);
-        total.x = fmaf(keep, part[s].x, total.x), total.y = fmaf(keep, part[s].y, total.y);
-        total_weight = fmaf(keep, own[s].y, total_weight);
-      }
-      write(i * 2, total.x, total.y, 1.f / total_weight);
+      for (int step = 4; step < 32; step *= 2) total_weight += __shfl_xor_sync(kAllLanes, total_weight, step);
+      if (rank == 0) write(quad, weighted, total_weight);
     }
     cluster_sync();  // no block leaves while another reads its memory
     return;
@@ -284,20 +290,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   __threadfence();
 
   // Parts of the splits side by side, then merged in order; no more parts than the memory of the warps' results holds.
-  const int quads = outputs / 4, parts = min(max(kThreads / quads, 1), kWarps);
+  const int parts = min(max(kThreads / quads, 1), kWarps);
   float4* totals = reinterpret_cast<float4*>(merged);
+#pragma unroll 1
   for (int i = threadIdx.x; i < quads * parts; i += kThreads) {
-    const int part = i / quads, quad = i % quads, r = quad * 4 / HEAD;
+    const int part = i / quads, quad = i - part * quads, r = quad * 4 / HEAD;
     float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
     float highest = kNothing, total_weight = 0.f;
-#pragma unroll 8
+#pragma unroll 4
     for (int s = part; s < splits; s += parts) {
       const float2 own = __ldcg(stats + s * rows + r);
       const float4 v = __ldcg(reinterpret_cast<const float4*>(partials + s * outputs) + quad);
       const float common = fmaxf(highest, own.x);
       const float keep = merge_weight(highest, common), gain = merge_weight(own.x, common);
-      total.x = total.x * keep + v.x * gain, total.y = total.y * keep + v.y * gain;
-      total.z = total.z * keep + v.z * gain, total.w = total.w * keep + v.w * gain;
+      total.x *= keep, total.y *= keep, total.z *= keep, total.w *= keep;
+      add_weighted(total, v, gain);
       total_weight = total_weight * keep + own.y * gain;
       highest = common;
     }
@@ -305,6 +312,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (quad * 4 % HEAD == 0) merged_stats[part * rows + r] = make_float2(highest, total_weight);
   }
   __syncthreads();
+#pragma unroll 1
   for (int quad = threadIdx.x; quad < quads; quad += kThreads) {
     const int r = quad * 4 / HEAD;
     float highest = kNothing, total_weight = 0.f;
@@ -312,14 +320,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int p = 0; p < parts; ++p) highest = fmaxf(highest, merged_stats[p * rows + r].x);
     for (int p = 0; p < parts; ++p) {
       const float2 own = merged_stats[p * rows + r];
-      const float4 v = totals[p * quads + quad];
       const float keep = merge_weight(own.x, highest);
-      total.x = fmaf(keep, v.x, total.x), total.y = fmaf(keep, v.y, total.y), total.z = fmaf(keep, v.z, total.z), total.w = fmaf(keep, v.w, total.w);
+      add_weighted(total, totals[p * quads + quad], keep);
       total_weight = fmaf(keep, own.y, total_weight);
     }
-    const float inverse = 1.f / total_weight;
-    write(quad * 4, total.x, total.y, inverse);
-    write(quad * 4 + 2, total.z, total.w, inverse);
+    write(quad, total, total_weight);
   }
 }
 
@@ -399,11 +404,11 @@ using Arguments = struct {
 
 template <class T, int HEAD>
 const char* decode(const fh_attention_shape& s, const fh_attention_plan& plan, const Arguments& a, const fh_device& device, cudaStream_t stream) {
-  const int shared = (kWarps + 1) * plan.rows * (HEAD + 2) * int(sizeof(float));
+  const int shared = (block_threads(HEAD) / 32 + 1) * plan.rows * (HEAD + 2) * int(sizeof(float));
   const float log2e = 1.4426950408889634f;
-  return launch("attention_decode", device, stream, {dim3(plan.splits, s.kv_heads * plan.row_blocks, s.batch), kThreads, shared, plan.cluster},
+  return launch("attention_decode", device, stream, {dim3(plan.splits, s.kv_heads * plan.row_blocks, s.batch), plan.threads, shared, plan.cluster},
                 plan.cluster > 1 ? attention_decode<T, HEAD, true> : attention_decode<T, HEAD, false>, a.q, a.k, a.v, a.lengths, a.out, a.workspace,
-                s.queries, s.q_heads, s.kv_heads, plan.rows, plan.row_blocks, s.max_length, s.window, s.scale * log2e);
+                s.queries, s.q_heads / s.kv_heads, s.kv_heads, plan.rows, plan.row_blocks, s.max_length, s.window, s.scale * log2e);
 }
 
 template <class T>
@@ -423,16 +428,16 @@ const char* fh_attention_make_plan(const fh_attention_shape* s, const fh_device*
   const int row_count = s->queries * (s->q_heads / s->kv_heads);
   plan->rows = row_count < fh::kMaxRows ? row_count : fh::kMaxRows;
   plan->row_blocks = (row_count + plan->rows - 1) / plan->rows;
-  plan->threads = fh::kThreads;
+  plan->threads = fh::block_threads(s->head_size);
   const int items = s->batch * s->kv_heads * plan->row_blocks;
   // A block for every multiprocessor, and no more splits than give each warp a step of its own.
   const int visible = s->window > 0 && s->window + s->queries < s->max_length ? s->window + s->queries : s->max_length;
-  const int positions = fh::kWarps * fh::step_positions(s->head_size), useful = (visible + positions - 1) / positions;
+  const int positions = plan->threads / 32 * fh::kStep, useful = (visible + positions - 1) / positions;
   const int wanted = device->multiprocessors < items ? 1 : device->multiprocessors / items;
   plan->splits = wanted < useful ? wanted : useful;
-  // Half of the multiprocessors can draw all of the memory's bandwidth, and a cluster merges sooner than the last block to arrive.
+  // A cluster's blocks merge sooner than the last block to arrive: worth half the splits, since half the multiprocessors draw most of the bandwidth.
   plan->cluster = 1;
-  if (device->capability >= 90 && plan->splits > 1 && plan->splits <= 2 * fh::kMaxCluster) {
+  if (device->capability >= 90 && plan->splits <= 2 * fh::kMaxCluster) {
     plan->splits = plan->splits < fh::kMaxCluster ? plan->splits : fh::kMaxCluster;
     plan->cluster = plan->splits;
   }

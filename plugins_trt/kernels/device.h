@@ -14,10 +14,10 @@ typedef enum { FH_FP16 = 0, FH_BF16 = 1 } fh_dtype;
 
 /* Read once by the caller (cudaDeviceGetAttribute), never in a launcher: a plan for another board can be run and tested on this one. */
 typedef struct {
-  int capability;      /* 10 * major + minor, at least 80 */
+  int capability;      /* 10 * major + minor of the code that runs, at least 80: less than the device's where that runs an older architecture's code */
   int multiprocessors; /* at least 1 */
   int shared_bytes;    /* shared memory a block may have, opt-in limit */
-  int overlap;         /* 1: launches may begin while the one before them ends (programmatic dependent launch; capability 90 and up) */
+  int overlap;         /* 1: launches may begin while the one before them ends (programmatic dependent launch; capability 90 and up, else 0) */
 } fh_device;
 
 #ifdef __cplusplus

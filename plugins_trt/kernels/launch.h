@@ -23,7 +23,7 @@ struct Grid {
   dim3 blocks;
   int threads;
   int shared = 0;   // dynamic shared memory, bytes
-  int cluster = 1;  // blocks along x that form a thread block cluster (capability 90 and up)
+  int cluster = 1;  // blocks along x that form a thread block cluster, at most 8 (capability 90 and up)
 };
 
 // Launches kernel with the arguments given; what names it in an error.

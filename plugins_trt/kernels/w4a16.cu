@@ -1,8 +1,8 @@
 // w4a16.cu: y[M, N] = x[M, K] W^T, W in groups of 4-bit codes (layouts: w4a16.h).
 //
 // Determinism. An output is summed by one block in an order that K alone fixes: within a chunk of 64 by the tensor core, over a warp's chunks in
-// ascending order, over warps in ascending order. Prefill walks K in ascending order, or even chunks and odd chunks apart and then their sum: that is
-// the plan's tile_tokens. No atomics. So for one plan neither the grid, nor the device, nor M, nor a row's neighbours change a bit of a row on one
+// ascending order, over warps in ascending order. Prefill walks K in ascending order, or every third chunk apart and then their sum: that is the
+// plan's tile_tokens. No atomics. So for one plan neither the grid, nor the device, nor M, nor a row's neighbours change a bit of a row on one
 // architecture's tensor cores; decode has one order for all plans.
 //
 // decode  (M <= 8). The weights are the A operand (16 outputs), the activations the B operand (8 columns, so M up to 8 costs what 1 does).
@@ -163,7 +163,7 @@ __device__ inline void copy_async(void* shared, const void* global, bool inside)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(inside ? 16 : 0) : "memory");
 }
 
-// What a team of four warps reads for one chunk of K: ROWS outputs by TOKENS tokens, 64 by TOKENS / 2 a warp.
+// What a team of warps reads for one chunk of K: ROWS outputs and TOKENS tokens.
 template <int GROUP, int ROWS, int TOKENS>
 struct PrefillStage {
   static constexpr int kGroups = GROUP == 32 ? 2 : 1;  // groups that one chunk touches
@@ -173,47 +173,49 @@ struct PrefillStage {
   u8 zeros[ROWS / kTileRows][kGroups][kTileRows];
 };
 
-// A barrier of one team's 128 threads.
-template <int ID>
-__device__ void barrier() {
-  asm volatile("bar.sync %0, 128;" ::"n"(ID) : "memory");
-}
-
-constexpr int kPrefillStages = 3;
+constexpr int kTeamThreads = 128;  // two warps along the outputs, two along the tokens
+constexpr int kWarpTiles = 4;
 constexpr int kPrefillRows = 128;
 
-// Two shapes: 128 tokens, a warp 64 of them, where that fills the device; else 64 tokens, a warp 32, and two teams of warps that take every other
-// chunk of K: few blocks then still give each scheduler two warps.
-__host__ __device__ constexpr int prefill_teams(int tokens) { return tokens == 128 ? 1 : 2; }
-__host__ __device__ constexpr int prefill_threads(int tokens) { return 128 * prefill_teams(tokens); }
+// Two shapes: 128 tokens where that fills the device with two blocks a multiprocessor; else 64 tokens and three teams of warps that take every third
+// chunk of K, so that few blocks still give each scheduler three warps. A warp takes 64 outputs by half of the tokens.
+// Half of that (32 outputs, twice the warps) was slower by a tenth to a quarter on an H100: it reads the activations twice as often.
+__host__ __device__ constexpr int prefill_teams(int tokens) { return tokens == 128 ? 1 : 3; }
+__host__ __device__ constexpr int prefill_stages(int tokens) { return tokens == 128 ? 3 : 2; }
+__host__ __device__ constexpr int prefill_threads(int tokens) { return kTeamThreads * prefill_teams(tokens); }
 
-// Grid: (tokens / TOKENS, N / 128), rounded up. Dynamic shared memory: kPrefillStages stages for each team.
+template <int ID>
+__device__ void team_barrier() {
+  asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(kTeamThreads) : "memory");
+}
+
+// Grid: (tokens / TOKENS, N / 128), rounded up. Dynamic shared memory: the stages of each team.
 template <class T, int GROUP, bool ASYMMETRIC, int TOKENS>
 __global__ void __launch_bounds__(prefill_threads(TOKENS), TOKENS == 128 ? 2 : 1)
     w4a16_prefill(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K) {
   using Stage = PrefillStage<GROUP, kPrefillRows, TOKENS>;
-  constexpr int kTeams = prefill_teams(TOKENS), kWarpTokens = TOKENS / 2, kBlockTiles = kPrefillRows / kTileRows, kColumns = kWarpTokens / 8;
+  constexpr int kTeams = prefill_teams(TOKENS), kStages = prefill_stages(TOKENS), kWarpTokens = TOKENS / 2, kBlockTiles = kPrefillRows / kTileRows, kColumns = kWarpTokens / 8;
   extern __shared__ uint4 raw[];
-  const int thread = threadIdx.x % 128, team = threadIdx.x / 128, lane = thread % 32, warp = thread / 32;
-  Stage* stages = reinterpret_cast<Stage*>(raw) + team * kPrefillStages;
+  const int thread = threadIdx.x % kTeamThreads, team = threadIdx.x / kTeamThreads, lane = thread % 32, warp = thread / 32;
+  Stage* stages = reinterpret_cast<Stage*>(raw) + team * kStages;
   const int first_tile = blockIdx.y * kBlockTiles, first_token = blockIdx.x * TOKENS;
   const int tiles = N / kTileRows, count = K / kChunk, groups = K / GROUP;
-  const int warp_tile = warp % 2 * 4, warp_token = warp / 2 * kWarpTokens;
+  const int warp_tile = warp % 2 * kWarpTiles, warp_token = warp / 2 * kWarpTokens;
   const int steps = (count + kTeams - 1) / kTeams;
 
   auto load = [&](int step) {
-    Stage& s = stages[step % kPrefillStages];
+    Stage& s = stages[step % kStages];
     const int chunk = step * kTeams + team;
     if (step < steps) {
       const bool exists = chunk < count;  // the last step of the last team may lie past K: zeros
 #pragma unroll
-      for (int i = thread; i < kBlockTiles * 32; i += 128) {
+      for (int i = thread; i < kBlockTiles * 32; i += kTeamThreads) {
         const int tile = first_tile + i / 32;
         const bool inside = exists && tile < tiles;
         copy_async(&s.codes[i / 32][i % 32], codes + (inside ? (size_t(tile) * count + chunk) * 32 + i % 32 : 0), inside);
       }
 #pragma unroll
-      for (int i = thread; i < TOKENS * 8; i += 128) {
+      for (int i = thread; i < TOKENS * 8; i += kTeamThreads) {
         const int row = i / 8, segment = i % 8;
         const bool inside = exists && first_token + row < M;
         copy_async(&s.x[row][segment ^ row % 2 * 4], x + (inside ? size_t(first_token + row) * K + chunk * kChunk + segment * 8 : 0), inside);
@@ -234,15 +236,15 @@ __global__ void __launch_bounds__(prefill_threads(TOKENS), TOKENS == 128 ? 2 : 1
 
   wait_for_previous();
   release_next();
-  float sum[4][kColumns][4] = {};
+  float sum[kWarpTiles][kColumns][4] = {};
 #pragma unroll
-  for (int i = 0; i < kPrefillStages - 1; ++i) load(i);
+  for (int i = 0; i < kStages - 1; ++i) load(i);
 
   for (int step = 0; step < steps; ++step) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPrefillStages - 2) : "memory");
-    team == 0 ? barrier<1>() : barrier<2>();
-    load(step + kPrefillStages - 1);
-    const Stage& s = stages[step % kPrefillStages];
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+    team == 0 ? team_barrier<1>() : team == 1 ? team_barrier<2>() : team_barrier<3>();
+    load(step + kStages - 1);
+    const Stage& s = stages[step % kStages];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int j = GROUP == 32 ? half : 0;
@@ -253,7 +255,7 @@ __global__ void __launch_bounds__(prefill_threads(TOKENS), TOKENS == 128 ? 2 : 1
         b[c] = s.x[row][(half * 4 + lane % 4) ^ row % 2 * 4];
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kWarpTiles; ++i) {
         const uint2 code = reinterpret_cast<const uint2*>(&s.codes[warp_tile + i][lane])[half];
         const u32 zero = ASYMMETRIC ? *reinterpret_cast<const u16*>(&s.zeros[warp_tile + i][j][lane / 4 * 2]) : 0x0808u;
         const u32 scale = *reinterpret_cast<const u32*>(&s.scales[warp_tile + i][j][lane / 4 * 2]);
@@ -276,33 +278,25 @@ __global__ void __launch_bounds__(prefill_threads(TOKENS), TOKENS == 128 ? 2 : 1
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
 
-  if (kTeams == 2) {
-    float* other = reinterpret_cast<float*>(raw) + thread;  // the stages are free: both teams are past the barrier below
+  if (kTeams > 1) {
+    float* others = reinterpret_cast<float*>(raw) + thread;  // the stages are free: all teams are past the barrier below
+    constexpr int kSums = kWarpTiles * kColumns * 4 * kTeamThreads;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (team == 1) other[((i * kColumns + c) * 4 + e) * 128] = sum[i][c][e];
-        }
-      }
+    for (int i = 0; i < kWarpTiles * kColumns * 4; ++i) {
+      if (team > 0) others[(team - 1) * kSums + i * kTeamThreads] = sum[i / kColumns / 4][i / 4 % kColumns][i % 4];
     }
     __syncthreads();
-    if (team == 1) return;
+    if (team > 0) return;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kWarpTiles * kColumns * 4; ++i) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[i][c][e] += other[((i * kColumns + c) * 4 + e) * 128];
-      }
+      for (int other = 0; other < kTeams - 1; ++other) sum[i / kColumns / 4][i / 4 % kColumns][i % 4] += others[other * kSums + i * kTeamThreads];
     }
   }
 
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kWarpTiles; ++i) {
     const int tile = first_tile + warp_tile + i;
     if (tile >= tiles) continue;
 #pragma unroll
@@ -407,7 +401,7 @@ void fh_w4a16_make_plan(const fh_w4a16_weight* w, int M, const fh_device* device
   const int tokens = large ? 128 : 64, groups = w->group_size == 32 ? 2 : 1;
   const int stage = fh::kPrefillRows / fh::kTileRows * 512 + tokens * 128 + fh::kPrefillRows * groups * 3;
   *plan = {0, tokens, (M + tokens - 1) / tokens, rows, fh::prefill_threads(tokens),
-           fh::kPrefillStages * fh::prefill_teams(tokens) * stage};
+           fh::prefill_stages(tokens) * fh::prefill_teams(tokens) * stage};
 }
 
 const char* fh_w4a16_repack(const void* codes, const void* scales, const void* zeros, const fh_w4a16_weight* packed, const fh_device* device,

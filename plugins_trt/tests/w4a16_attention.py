@@ -1,9 +1,7 @@
-"""Checks the W4A16, attention and elementwise kernels against float64, then times them. Needs an NVIDIA GPU and torch.
+"""Checks the W4A16, attention and elementwise kernels against float64, and with --time times them. Needs an NVIDIA GPU of capability 9.0, and torch.
 
-    python plugins_trt/tests/w4a16_attention.py --build build/kernels     # nvcc, once; --arch compute_87 runs what an Orin would run
-    python plugins_trt/tests/w4a16_attention.py --library build/kernels/libkernels.so [--time] [--json figures.json]
-
-Times are of CUDA graphs with the L2 defeated: launches rotate over copies of what they read, together more than twice the L2.
+python plugins_trt/tests/w4a16_attention.py --build build/kernels     # nvcc, once; --arch compute_87 builds and checks the code of an Orin
+python plugins_trt/tests/w4a16_attention.py --library build/kernels/libkernels.so [--arch compute_87] [--time] [--json figures.json]
 """
 
 from __future__ import annotations
@@ -76,7 +74,7 @@ class Kernels:
 
 
 def build(folder: Path, arch: str) -> None:
-    """Compiles the launchers and kernels into folder/libkernels.so; a virtual architecture's code is assembled for this capability 9.0."""
+    """Compiles the launchers and kernels into folder/libkernels.so; a virtual architecture's code is assembled for capability 9.0."""
     folder.mkdir(parents=True, exist_ok=True)
     code = "sm_90" if arch.startswith("compute") else arch
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-gencode", f"arch={arch.replace('sm', 'compute')},code={code}"]
@@ -189,12 +187,15 @@ def check_refusals(k: Kernels) -> None:
         (Weight(x.data_ptr(), x.data_ptr(), None, 16, 64, 48, 0), "group_size is 48, expected 32, 64 or 128"),
         (Weight(x.data_ptr(), x.data_ptr(), None, 24, 64, 32, 0), "the matrix is [24, 64] in groups of 32, expected N % 16 == 0"),
     ):
-        try:
-            k("fh_w4a16_linear", ctypes.byref(weight), x, x, 1)
-        except RuntimeError as error:
-            assert text in str(error), error
-        else:
-            raise AssertionError(f"accepted: {text}")
+        assert text in refusal(k, weight, x)
+
+
+def refusal(k: Kernels, weight: Weight, x: Tensor) -> str:
+    try:
+        k("fh_w4a16_linear", ctypes.byref(weight), x, x, 1)
+    except RuntimeError as error:
+        return str(error)
+    return "accepted"
 
 
 # --- attention -----------------------------------------------------------------------------------------------------------------------------------
@@ -302,6 +303,14 @@ def check_attention(k: Kernels) -> float:
     return worst
 
 
+def rotated(part: Tensor, norm: Tensor | None, turn: Tensor, offset: float, epsilon: float) -> Tensor:
+    h = part.double()
+    if norm is not None:
+        h = h / (h.square().mean(-1, keepdim=True) + epsilon).sqrt() * (offset + norm.double())
+    a, b = h.chunk(2, -1)
+    return torch.cat([a * turn[..., 0] - b * turn[..., 1], b * turn[..., 0] + a * turn[..., 1]], -1)
+
+
 def check_rope_write(k: Kernels) -> None:
     for dtype, size, normed in itertools.product(DTYPES, (64, 96, 128, 256), (False, True)):
         batch, queries, q_heads, kv_heads, length = 2, 3, 6, 2, 64
@@ -318,61 +327,60 @@ def check_rope_write(k: Kernels) -> None:
         written()
         at = (lengths[:, None] - queries + torch.arange(queries, device="cuda")).long()
         turn = rotations.double()[at][:, :, None]
-
-        def rotated(part: Tensor, norm: Tensor | None) -> Tensor:
-            h = part.double()
-            if norm is not None:
-                h = h / (h.square().mean(-1, keepdim=True) + epsilon).sqrt() * (offset + norm.double())
-            a, b = h.chunk(2, -1)
-            return torch.cat([a * turn[..., 0] - b * turn[..., 1], b * turn[..., 0] + a * turn[..., 1]], -1)
-
-        want_keys, want_values = keys.double(), values.double()
+        got_keys, got_values = (torch.stack([cache[b, :, at[b]].transpose(0, 1) for b in range(batch)]) for cache in (keys, values))
+        for got, part, norm in ((q, qkv[:, :, :q_heads], norms[0]), (got_keys, qkv[:, :, q_heads : q_heads + kv_heads], norms[1])):
+            want = rotated(part, norm, turn, offset, epsilon)
+            # one rounding, and float32 arithmetic on a pair whose two products may cancel
+            bound = UNIT[dtype] * want.abs() + (size + 16) * FP32 * (want.abs() + want.roll(size // 2, -1).abs()) + 2.0**-25
+            assert bool(((got.double() - want).abs() <= bound).all()), f"rope_write {size}, {dtype}, norm {normed}"
+        assert torch.equal(got_values, qkv[:, :, q_heads + kv_heads :])
         untouched = torch.ones(batch, length, dtype=torch.bool, device="cuda")
         for b in range(batch):
             untouched[b, at[b]] = False
-        got_keys = torch.stack([want_keys[b, :, at[b]].transpose(0, 1) for b in range(batch)])
-        got_values = torch.stack([want_values[b, :, at[b]].transpose(0, 1) for b in range(batch)])
-        for got, want in (
-            (q.double(), rotated(qkv[:, :, :q_heads], norms[0])),
-            (got_keys, rotated(qkv[:, :, q_heads : q_heads + kv_heads], norms[1])),
-        ):
-            # one rounding, and float32 arithmetic on a pair whose two products may cancel
-            assert bool(((got - want).abs() <= UNIT[dtype] * want.abs() + (size + 16) * FP32 * (want.abs() + want.roll(size // 2, -1).abs())).all())
-        assert torch.equal(got_values, qkv[:, :, q_heads + kv_heads :].double())
         for cache in (keys, values):
             assert bool((cache.transpose(1, 2)[untouched] == 9).all()), "a position that is not new was written"
 
 
+@dataclass
+class Layer:
+    """Attention's half of a decoder layer, as a model launches it."""
+
+    shape: Shape
+    into: Matrix
+    back: Matrix
+    gain: Tensor
+    turns: Tensor
+
+    def step(self, k: Kernels, cache: Cache, x: Tensor) -> list[Tensor]:
+        s, d, none = self.shape, len(x), ctypes.c_float(0)
+        qkv, q, out, y, h = (x.new_empty(n) for n in (self.into.c.N, s.q_heads * s.head_size, s.q_heads * s.head_size, d, d))
+        k("fh_rms_norm", x, None, self.gain, none, ctypes.c_float(1e-5), h, 1, d, s.dtype)
+        k("fh_w4a16_linear", ctypes.byref(self.into.c), h, qkv, 1)
+        k("fh_attention_rope_write", ctypes.byref(s), qkv, self.turns, None, None, none, none, cache.lengths, q, cache.keys, cache.values)
+        attend(k, cache, q, out)
+        k("fh_w4a16_linear", ctypes.byref(self.back.c), out, y, 1)
+        return [h, qkv, q, out, y]
+
+
 def check_overlap(k: Kernels) -> None:
-    """A layer's chain of launches, each begun while the one before it runs, gives the bits of the same chain without overlap."""
+    """Layers whose every launch begins while the one before it runs give the bits of the same launches one after the other."""
     for dtype, (q_heads, kv_heads, size) in itertools.product(DTYPES, ((32, 8, 64), (16, 8, 128), (4, 1, 256))):
-        d, width, length = 2048, (q_heads + 2 * kv_heads) * size, 2048
-        into = random_matrix(k, width, d, 128, False, dtype, value=False)
-        back = random_matrix(k, d, q_heads * size, 128, True, dtype, value=False)
-        s = Shape(1, 1, q_heads, kv_heads, size, length, 0, size**-0.5, DTYPES[dtype])
-        turns = torch.rand(length, size // 2, 2, device="cuda")
-        gain, start = torch.ones(d, device="cuda").to(dtype), torch.randn(8, d, device="cuda").to(dtype)
-        steps = [random_cache(k, s, [int(n)], dtype) for n in torch.randint(1, length, (8,))]
-
-        def chain(kernels: Kernels, caches: list[Cache]) -> list[Tensor]:
-            results = []
-            for cache, x in zip(caches, start):
-                qkv, q, out, y, h = (torch.empty(n, dtype=dtype, device="cuda") for n in (width, q_heads * size, q_heads * size, d, d))
-                kernels("fh_rms_norm", x, None, gain, ctypes.c_float(0), ctypes.c_float(1e-5), h, 1, d, DTYPES[dtype])
-                kernels("fh_w4a16_linear", ctypes.byref(into.c), h, qkv, 1)
-                none = ctypes.c_float(0)
-                kernels("fh_attention_rope_write", ctypes.byref(s), qkv, turns, None, None, none, none, cache.lengths, q, cache.keys, cache.values)
-                attend(kernels, cache, q, out)
-                kernels("fh_w4a16_linear", ctypes.byref(back.c), out, y, 1)
-                results += [h, qkv, q, out, y]
-            return results
-
-        copies = [dataclasses.replace(c, keys=c.keys.clone(), values=c.values.clone(), workspace=c.workspace.clone()) for c in steps]
-        want = chain(k.on(overlap=0), copies)
-        graph = torch.cuda.CUDAGraph()
+        d, length = 2048, 2048
+        layer = Layer(
+            Shape(1, 1, q_heads, kv_heads, size, length, 0, size**-0.5, DTYPES[dtype]),
+            random_matrix(k, (q_heads + 2 * kv_heads) * size, d, 128, False, dtype, value=False),
+            random_matrix(k, d, q_heads * size, 128, True, dtype, value=False),
+            torch.ones(d, device="cuda").to(dtype),
+            torch.rand(length, size // 2, 2, device="cuda"),
+        )
+        caches = [random_cache(k, layer.shape, [int(n)], dtype) for n in torch.randint(1, length, (8,))]
+        copies = [dataclasses.replace(c, keys=c.keys.clone(), values=c.values.clone(), workspace=c.workspace.clone()) for c in caches]
+        start = torch.randn(8, d, device="cuda").to(dtype)
+        want = [t for c, x in zip(copies, start) for t in layer.step(k.on(overlap=0), c, x)]
         torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = chain(k, steps)
+            got = [t for c, x in zip(caches, start) for t in layer.step(k, c, x)]
         for _ in range(20):
             for tensor in got:
                 tensor.fill_(float("nan"))
@@ -409,158 +417,6 @@ def check_elementwise(k: Kernels) -> None:
         assert bool(((y.double() - want).abs() <= bound).all()), f"gated product {dtype} {M} x {f} gelu {gelu}"
 
 
-# --- times ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-def time_graph(launches: list[Callable[[], None]], samples: int = 60) -> tuple[float, float]:
-    """Microseconds of one launch in a graph of all of them, at least 48 in a row: median and 99th percentile over samples."""
-    order = launches * max(1, math.ceil(48 / len(launches)))
-    for launch in order[: len(launches)]:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in order:
-            launch()
-    for _ in range(3):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) * 1000 / len(order) for a, b in itertools.pairwise(events))
-    return times[len(times) // 2], times[math.ceil(len(times) * 0.99) - 1]
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of the faster of two copies of 1 GiB: the driver's, and an elementwise kernel's."""
-    a = torch.empty(2**28, dtype=torch.int32, device="cuda").random_()
-    b = torch.empty_like(a)
-    best = 0.0
-    for copy in (lambda: b.copy_(a), lambda: torch.add(a, 1, out=b)):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
-        for event in events:
-            copy()
-            event.record()
-        torch.cuda.synchronize()
-        times = sorted(x.elapsed_time(y) for x, y in itertools.pairwise(events))
-        best = max(best, 8 * a.numel() / (times[len(times) // 2] * 1e-3))
-    return best
-
-
-def time_kernels(k: Kernels, table: list[dict[str, Any]]) -> None:
-    properties = torch.cuda.get_device_properties(0)
-    bandwidth = copy_bandwidth()
-    cold = 2 * properties.L2_cache_size + 2**24
-    serial = k.on(overlap=0)
-    print(f"{properties.name}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s, L2 {properties.L2_cache_size / 2**20:.0f} MiB")
-    print(f"{'kernel':58s} {'MB':>7s} {'floor':>7s} {'us':>7s} {'p99':>7s} {'ratio':>6s} {'bw':>5s}  serial")
-
-    def row(name: str, moved: float, launches: list[Callable[[], None]], without_overlap: list[Callable[[], None]] | None = None, note: str = "") -> float:
-        median, p99 = time_graph(launches)
-        floor = moved / bandwidth * 1e6
-        apart = time_graph(without_overlap)[0] if without_overlap else None
-        table.append(
-            {"kernel": name, "bytes": moved, "floor_us": floor, "median_us": median, "p99_us": p99, "serial_us": apart, "bandwidth": bandwidth, "note": note}
-        )
-        ratio = f"{median / floor:6.2f} {floor / median:5.0%}" if floor else " " * 12
-        print(f"{name:58s} {moved / 1e6:7.2f} {floor:7.2f} {median:7.2f} {p99:7.2f} {ratio}  {'' if apart is None else f'{apart:.2f}'} {note}", flush=True)
-        return median
-
-    row("empty kernel", 0, [lambda: k("fh_test_empty")], [lambda: serial("fh_test_empty")])
-
-    layers = {
-        "Llama-3.2-1B q+k+v": (3072, 2048),
-        "Llama-3.2-1B k": (512, 2048),
-        "Llama-3.2-1B o": (2048, 2048),
-        "Llama-3.2-1B gate+up": (16384, 2048),
-        "Llama-3.2-1B down": (2048, 8192),
-        "Qwen3-1.7B q+k+v": (4096, 2048),
-        "Qwen3-1.7B gate+up": (12288, 2048),
-        "Qwen3-1.7B down": (2048, 6144),
-    }
-    for (layer, (N, K)), (dtype, group, asymmetric, M) in itertools.product(
-        layers.items(),
-        ((torch.bfloat16, 128, False, 1), (torch.float16, 128, False, 1), (torch.float16, 32, True, 1), (torch.float16, 128, False, 8)),
-    ):
-        if (dtype, group, M) != (torch.bfloat16, 128, 1) and layer not in ("Llama-3.2-1B o", "Llama-3.2-1B gate+up", "Llama-3.2-1B down"):
-            continue
-        weight_bytes = N * K // 2 + N * (K // group) * (3 if asymmetric else 2)
-        matrices = [random_matrix(k, N, K, group, asymmetric, dtype, value=False) for _ in range(math.ceil(cold / weight_bytes))]
-        x, y = torch.randn(M, K, device="cuda").to(dtype), torch.empty(M, N, dtype=dtype, device="cuda")
-
-        def ours(kernels: Kernels, matrices: list[Matrix] = matrices, x: Tensor = x, y: Tensor = y, M: int = M) -> list[Callable[[], None]]:
-            return [lambda m=m: kernels("fh_w4a16_linear", ctypes.byref(m.c), x, y, M) for m in matrices]  # type: ignore[misc]
-
-        name = f"{layer} {N}x{K} M{M} g{group} {'asym' if asymmetric else 'sym'} {str(dtype)[6:]}"
-        row(name, weight_bytes + 2 * M * (N + K), ours(k), ours(serial))
-        if dtype == torch.bfloat16 and M == 1:
-            packed = [torch._convert_weight_to_int4pack(m.neutral[0], 8) for m in matrices]
-            pairs = torch.randn(K // group, N, 2, device="cuda").to(dtype)
-            row("  torch _weight_int4pack_mm", weight_bytes, [lambda p=p: torch._weight_int4pack_mm(x, p, group, pairs) for p in packed])  # type: ignore[misc]
-
-    for model, q_heads, kv_heads, size, window in (
-        ("Llama-3.2-1B", 32, 8, 64, 0),
-        ("Qwen3-1.7B", 16, 8, 128, 0),
-        ("Gemma-3-1B global", 4, 1, 256, 0),
-        ("Gemma-3-1B window 512", 4, 1, 256, 512),
-    ):
-        dtype, length = torch.bfloat16, 4096
-        s = Shape(1, 1, q_heads, kv_heads, size, length, window, size**-0.5, DTYPES[dtype])
-        moved = 4 * kv_heads * (window or length) * size
-        caches = [random_cache(k, s, [length], dtype) for _ in range(min(64, math.ceil(cold / moved)))]
-        q, out = torch.randn(1, 1, q_heads, size, device="cuda").to(dtype), torch.empty(1, 1, q_heads, size, dtype=dtype, device="cuda")
-
-        def attention(kernels: Kernels, caches: list[Cache] = caches, q: Tensor = q, out: Tensor = out) -> list[Callable[[], None]]:
-            return [lambda c=c: attend(kernels, c, q, out) for c in caches]  # type: ignore[misc]
-
-        plan = caches[0].plan
-        name = f"attention {model} at {length}, {q_heads}/{kv_heads}/{size}"
-        row(name, moved, attention(k), attention(serial), f"splits {plan.splits}, cluster {plan.cluster}")
-
-        # As in a model, behind the launch that writes its query: what the pair costs above that launch alone.
-        qkv, turns = torch.randn(q_heads + 2 * kv_heads, size, device="cuda").to(dtype), torch.rand(length, size // 2, 2, device="cuda")
-        none = ctypes.c_float(0)
-
-        def rope(kernels: Kernels, c: Cache, s: Shape = s, qkv: Tensor = qkv, turns: Tensor = turns, q: Tensor = q) -> None:
-            kernels("fh_attention_rope_write", ctypes.byref(s), qkv, turns, None, None, none, none, c.lengths, q, c.keys, c.values)
-
-        def pair(kernels: Kernels, c: Cache, q: Tensor = q, out: Tensor = out) -> None:
-            rope(kernels, c)
-            attend(kernels, c, q, out)
-
-        alone = row("  rope_write", 4 * qkv.numel(), [lambda c=c: rope(k, c) for c in caches], [lambda c=c: rope(serial, c) for c in caches])  # type: ignore[misc]
-        both = row("  rope_write, attention", moved, [lambda c=c: pair(k, c) for c in caches], [lambda c=c: pair(serial, c) for c in caches])  # type: ignore[misc]
-        print(f"  attention behind rope_write: {both - alone:.2f} us")
-        older = serial.on(capability=87)
-        others = [random_cache(older, s, [length], dtype) for _ in caches]
-        row("  without clusters, serial", moved, attention(older, others), note=f"splits {others[0].plan.splits}")
-
-    x, h, w = (torch.randn(2048, device="cuda").bfloat16() for _ in range(3))
-    norm = (x, h, w, ctypes.c_float(0), ctypes.c_float(1e-5), torch.empty_like(x), 1, 2048, 1)
-    row("rms_norm 2048 with residual", 2048 * 10, [lambda: k("fh_rms_norm", *norm)], [lambda: serial("fh_rms_norm", *norm)])
-    gate = (torch.randn(16384, device="cuda").bfloat16(), torch.empty(8192, dtype=torch.bfloat16, device="cuda"), 1, 8192, 0, 1)
-    row("gated product 8192", 8192 * 6, [lambda: k("fh_gated_product", *gate)], [lambda: serial("fh_gated_product", *gate)])
-
-    for (N, K), M in itertools.product(((16384, 2048), (2048, 8192), (3072, 2048), (2048, 2048)), (64, 512, 4096)):
-        if M == 64 and N != 16384:
-            continue
-        dtype = torch.float16
-        matrices = [random_matrix(k, N, K, 128, False, dtype, value=False) for _ in range(4)]
-        dense = [torch.randn(N, K, device="cuda").to(dtype) for _ in range(4)]
-        x, y = torch.randn(M, K, device="cuda").to(dtype), torch.empty(M, N, dtype=dtype, device="cuda")
-        cublas, _ = time_graph([lambda w=w: torch.nn.functional.linear(x, w) for w in dense], 20)  # type: ignore[misc]
-        ours_us, p99 = time_graph([lambda m=m: k("fh_w4a16_linear", ctypes.byref(m.c), x, y, M) for m in matrices], 20)  # type: ignore[misc]
-        flops = 2 * M * N * K
-        table.append({"kernel": f"prefill {N}x{K} M{M}", "median_us": ours_us, "p99_us": p99, "cublas_us": cublas, "tflops": flops / ours_us / 1e6})
-        print(
-            f"prefill {N}x{K} M{M}: {ours_us:8.2f} us ({flops / ours_us / 1e6:.0f} TFLOP/s), cuBLAS fp16 {cublas:8.2f} us, ratio {ours_us / cublas:.2f}",
-            flush=True,
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, metavar="FOLDER", help="compile into FOLDER/libkernels.so, and stop")
@@ -577,10 +433,9 @@ def main() -> None:
     torch.manual_seed(20261124)
     torch.backends.cuda.matmul.allow_tf32 = False
     properties = torch.cuda.get_device_properties(0)
-    overlap = int(properties.major >= 9 and options.arch == "sm_90")
-    k = Kernels(
-        options.library, Device(properties.major * 10 + properties.minor, properties.multi_processor_count, properties.shared_memory_per_block_optin, overlap)
-    )
+    capability = int(options.arch.split("_")[1])  # of the code: an older architecture's has neither overlap nor clusters
+    facts = (capability, properties.multi_processor_count, properties.shared_memory_per_block_optin, int(capability >= 90))
+    k = Kernels(options.library, Device(*facts))
     failed = False
     for check in (check_refusals, check_repack, check_linear, check_attention, check_rope_write, check_overlap, check_elementwise):
         try:
@@ -591,7 +446,9 @@ def main() -> None:
             print(f"{check.__name__}: FAILED: {error}", flush=True)
     table: list[dict[str, Any]] = []
     if options.time:
-        time_kernels(k, table)
+        from w4a16_attention_times import time_kernels
+
+        table = time_kernels(k)
     if options.json:
         options.json.write_text(json.dumps(table, indent=1))
     sys.exit(int(failed))
