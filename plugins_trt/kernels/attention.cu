@@ -1,21 +1,26 @@
 // attention.cu: attention over a key-value cache for decoding, and the rotary embedding that writes the cache (layouts: attention.h).
 //
 // Determinism. Positions go to splits and warps by their number alone, and a plan's `splits` says how many share them. Partial results are merged in an
-// order fixed by warp and split, by the cluster of the splits' blocks or by whichever block finishes last: the atomic counts arrivals, it adds no floats. So for one plan a row's bits depend on its sequence only, not on batch, timing or grid.
+// order fixed by warp and split, by the cluster of the splits' blocks or by whichever block finishes last: the atomic counts arrivals, it adds no floats.
+// So for one plan a row's bits depend on its sequence only, not on batch, timing or grid.
 //
 // One pass over keys and values on the tensor cores, up to eight query rows at once: the query heads that share a key-value head, so each cached byte
 // is read once. Keys and values go from memory to registers in the fragments' own order, 16 bytes a lane, all loads of a step in flight before the first
 // is used; no shared memory until the merge.
 //
-// Floor: 2 * kv_heads * positions * head_size * 2 bytes. Llama-3.2-1B at 4,096 positions: 8.4 MB, 2.8 us at 3.0 TB/s.
+// Floor: 4 * kv_heads * positions * head_size bytes; at 4,096 positions and 3.01 TB/s (H100): Llama-3.2-1B 2.8 us, Qwen3-1.7B 5.6 us.
+// Predicted 4.9 and 9.0 us (half as much again, and an empty launch). Measured behind rope_write, as in a model: 6.8 and 10.3 us; with every launch
+// waiting for the one before: 8.1 and 12.1 us. Verdict: not there. A trace of the blocks shows the bytes at their floor; what is left is latency
+// around them: lengths and addresses 1,500 cycles, the merge of the warps 1,000, two barriers of the cluster 2,000. Heads of 256 with one key-value
+// head (Gemma-3-1B: 9.9 us for 4.2 MB) fill 32 multiprocessors only.
 #include "element.cuh"
 
 namespace fh {
 
 constexpr float kNothing = -3.402823466e38f;  // the maximum of no scores
-[[maybe_unused]] constexpr int kMaxRows = 8;  // columns of the tensor cores' B operand
-[[maybe_unused]] constexpr int kMaxCluster = 8;  // 16, which Hopper allows, took 4 us more to launch
 constexpr int kStep = 16;                     // positions a warp takes at once: the k of one product with the values
+[[maybe_unused]] constexpr int kMaxRows = 8;  // of the eight columns of the tensor cores' B operand
+[[maybe_unused]] constexpr int kMaxCluster = 8;  // 16, which Hopper allows, took 4 us more on an H100
 
 // A step's loads, the sums and the query fill a lane's registers; heads of 64 leave room for twice the warps.
 __host__ __device__ constexpr int block_threads(int head_size) { return head_size == 64 ? 512 : 256; }
@@ -28,13 +33,6 @@ __device__ inline float exp2_fast(float v) {
 
 // What was summed under its own maximum counts this much under the common one.
 __device__ inline float merge_weight(float own, float common) { return own == kNothing ? 0.f : exp2_fast(own - common); }
-
-// 16 bytes, or zeros. Volatile: it must stay on its side of wait_for_previous.
-__device__ inline uint4 load_if(bool inside, const u16* p) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (inside) asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-  return v;
-}
 
 __device__ inline void add_weighted(float4& total, float4 v, float weight) {
   total.x = fmaf(weight, v.x, total.x), total.y = fmaf(weight, v.y, total.y), total.z = fmaf(weight, v.z, total.z), total.w = fmaf(weight, v.w, total.w);
@@ -89,10 +87,10 @@ __global__ void __launch_bounds__(block_threads(HEAD), 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int splits = gridDim.x, split = blockIdx.x, batch = blockIdx.z, row_count = queries * heads;
   const int kv_head = row_blocks == 1 ? blockIdx.y : blockIdx.y / row_blocks, first_row = (blockIdx.y - kv_head * row_blocks) * rows;
-  float* merged = reinterpret_cast<float*>(raw);       // [kWarps][rows][HEAD]
-  float* block_sum = merged + kWarps * rows * HEAD;     // [rows][HEAD]
+  float* merged = reinterpret_cast<float*>(raw);                              // [kWarps][rows][HEAD]
+  float* block_sum = merged + kWarps * rows * HEAD;                           // [rows][HEAD]
   float2* merged_stats = reinterpret_cast<float2*>(block_sum + rows * HEAD);  // [kWarps][rows]: maximum, sum of weights
-  float2* block_stats = merged_stats + kWarps * rows;                          // [rows]
+  float2* block_stats = merged_stats + kWarps * rows;                         // [rows]
 
   const int length = lengths[batch], old = length - queries;
   const int begin = window > 0 ? max(0, old + 1 - window) : 0;
@@ -132,10 +130,9 @@ __global__ void __launch_bounds__(block_threads(HEAD), 1)
     }
     if (unit == first_unit) {
       wait_for_previous();
+      const u16* query_row = q + ((size_t(batch) * queries + token) * kv_heads * heads + kv_head * heads + row - token * heads) * HEAD + t * 8;
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        query[b] = load_if(row_exists, q + ((size_t(batch) * queries + token) * kv_heads * heads + kv_head * heads + row - token * heads) * HEAD + b * 32 + t * 8);
-      }
+      for (int b = 0; b < kBlocks; ++b) query[b] = load_if(row_exists, query_row + b * 32);
     }
 
     float score[kTiles][4];

@@ -68,7 +68,14 @@ __device__ inline uint4 load_once(const uint4* p) {
   return v;
 }
 
-// The previous launch may still run until wait_for_previous returns: before it, only bytes that no launch writes may be read.
+// 16 bytes, or zeros. Volatile, and not through the read-only path: it must stay on its side of wait_for_previous.
+__device__ inline uint4 load_if(bool inside, const u16* p) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (inside) asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
+// The previous launch may still run until wait_for_previous returns: before it, only bytes that it does not write may be read.
 // release_next stands after it, so that whatever runs ahead of us overlaps with this launch alone, not with a chain of them.
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

@@ -9,7 +9,14 @@
 //   Codes minus zero point are exact in fp16 and bf16, so the scale is applied in float32 once a group: no rounding but float32 sums.
 // prefill (M > 8). The same fragments from shared memory; code times scale is rounded to x's type, as every such kernel does.
 //
-// Floor: N K / 2 + 2 N K / group bytes. Gate and up of Llama-3.2-1B (16,384 x 2,048, groups of 128): 17.3 MB, 5.8 us at 3.0 TB/s.
+// Floor of decode: N K / 2 + 2 N K / group bytes. Measured on an H100 at 3.01 TB/s of copy, groups of 128, bf16, M = 1, in a graph of overlapping
+// launches (an empty one: 0.64 us; predicted for gate and up 7.3 us):
+//   Llama-3.2-1B gate and up 16,384 x 2,048   17.3 MB   floor 5.8 us   7.5 us (fp16 7.0)   torch's int4 kernel 11.5 us
+//   Llama-3.2-1B down         2,048 x 8,192    8.7 MB         2.9      5.0                                      8.1
+//   Llama-3.2-1B o            2,048 x 2,048    2.2 MB         0.7      2.2                                      3.8
+// Without overlap each costs 1.0 to 1.5 us more. Verdict: kept.
+// Prefill, M = 512, fp16, against cuBLAS fp16: gate and up 113 us (2.3 times its time), down 70 (2.3), o 18 (1.9), q, k and v 35 (3.2). Verdict: right,
+// not fast: mma.sync reaches 330 TFLOP/s here, half of what it can. Worst where 9 <= M <= 64 and N is small: one column of blocks walks all of K.
 #include "element.cuh"
 
 namespace fh {
@@ -96,8 +103,7 @@ __global__ void __launch_bounds__(512, 1)
       const bool inside = chunk < count && token < M;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint4* p = reinterpret_cast<const uint4*>(x + size_t(token) * K + chunk * kChunk + half * 32 + lane % 4 * 8);
-        activations[i][half] = inside ? __ldg(p) : make_uint4(0, 0, 0, 0);
+        activations[i][half] = load_if(inside, x + size_t(token) * K + chunk * kChunk + half * 32 + lane % 4 * 8);
       }
     }
   };
@@ -194,7 +200,8 @@ template <class T, int GROUP, bool ASYMMETRIC, int TOKENS>
 __global__ void __launch_bounds__(prefill_threads(TOKENS), TOKENS == 128 ? 2 : 1)
     w4a16_prefill(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K) {
   using Stage = PrefillStage<GROUP, kPrefillRows, TOKENS>;
-  constexpr int kTeams = prefill_teams(TOKENS), kStages = prefill_stages(TOKENS), kWarpTokens = TOKENS / 2, kBlockTiles = kPrefillRows / kTileRows, kColumns = kWarpTokens / 8;
+  constexpr int kTeams = prefill_teams(TOKENS), kStages = prefill_stages(TOKENS);
+  constexpr int kWarpTokens = TOKENS / 2, kBlockTiles = kPrefillRows / kTileRows, kColumns = kWarpTokens / 8;
   extern __shared__ uint4 raw[];
   const int thread = threadIdx.x % kTeamThreads, team = threadIdx.x / kTeamThreads, lane = thread % 32, warp = thread / 32;
   Stage* stages = reinterpret_cast<Stage*>(raw) + team * kStages;
@@ -312,12 +319,11 @@ __global__ void __launch_bounds__(prefill_threads(TOKENS), TOKENS == 128 ? 2 : 1
   }
 }
 
-// One thread a word of eight codes.
+// One thread a word of eight codes. No release_next: what follows a repack may read the weights at once.
 __global__ void w4a16_repack_codes(const u32* neutral, u32* packed, int N, int K) {
   const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int words = K / 8;
   wait_for_previous();
-  release_next();
   if (i >= size_t(N) * words) return;
   const int n = int(i / words), word = int(i % words);
   const u32 in = neutral[i];
@@ -333,7 +339,6 @@ template <class V>
 __global__ void w4a16_repack_groups(const V* neutral, V* packed, int N, int groups) {
   const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
   wait_for_previous();
-  release_next();
   if (i >= size_t(N) * groups) return;
   const int n = int(i / groups), group = int(i % groups);
   packed[(size_t(n / kTileRows) * groups + group) * kTileRows + n % kTileRows] = neutral[i];

@@ -51,7 +51,9 @@ void fh_w4a16_make_plan(const fh_w4a16_weight* weight, int M, const fh_device* d
 const char* fh_w4a16_repack(const void* codes, const void* scales, const void* zeros, const fh_w4a16_weight* packed, const fh_device* device,
                             cudaStream_t stream);
 
-/* y[M, N] = x[M, K] W^T; x, y of weight->dtype, contiguous, 16-byte aligned, M >= 1. float32 sums. */
+/* y[M, N] = x[M, K] W^T; x, y of weight->dtype, contiguous, 16-byte aligned, M >= 1. float32 sums.
+ * With device->overlap the weights are read while the launch before this one runs: it must not write them. After fh_w4a16_repack synchronise once.
+ */
 const char* fh_w4a16_linear(const fh_w4a16_weight* weight, const void* x, void* y, int M, const fh_device* device, cudaStream_t stream);
 
 #ifdef __cplusplus

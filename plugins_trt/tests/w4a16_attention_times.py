@@ -80,7 +80,8 @@ class Table:
     """Rows of figures, printed as they come. A floor is the bytes over the copy's bandwidth."""
 
     def __init__(self) -> None:
-        self.bandwidth, self.rows = copy_bandwidth(), []
+        self.bandwidth = copy_bandwidth()
+        self.rows: list[dict[str, Any]] = []
         properties = torch.cuda.get_device_properties(0)
         print(f"{properties.name}, torch {torch.__version__}: copy {self.bandwidth / 1e12:.2f} TB/s, L2 {properties.L2_cache_size / 2**20:.0f} MiB")
         print(f"{'kernel':58s} {'MB':>7s} {'floor':>7s} {'us':>7s} {'p99':>7s} {'ratio':>6s} {'of bw':>5s} {'serial':>7s}")
