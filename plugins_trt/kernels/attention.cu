@@ -1,0 +1,465 @@
+// attention.cu: attention over a key-value cache for decoding, and the rotary embedding that writes the cache (layouts: attention.h).
+//
+// Determinism. Positions go to splits and warps by their number alone, and a plan's `splits` says how many share them. Partial results are merged in an
+// order fixed by warp and split, by the cluster of the splits' blocks or by whichever block finishes last: the atomic counts arrivals, it adds no floats.
+// So for one plan a row's bits depend on its sequence only, not on batch, timing or grid.
+//
+// One pass over keys and values on the tensor cores, up to eight query rows at once: the query heads that share a key-value head, so each cached byte
+// is read once. Keys and values go from memory to registers in the fragments' own order, 16 bytes a lane, all loads of a step in flight before the first
+// is used; no shared memory until the merge.
+//
+// Floor: 4 * kv_heads * positions * head_size bytes; at 4,096 positions and 3.01 TB/s (H100): Llama-3.2-1B 2.8 us, Qwen3-1.7B 5.6 us.
+// Predicted 4.9 and 9.0 us (half as much again, and an empty launch). Measured behind rope_write, as in a model: 6.8 and 10.3 us; with every launch
+// waiting for the one before: 8.1 and 12.1 us. Verdict: not there. A trace of the blocks shows the bytes at their floor; what is left is latency
+// around them: lengths and addresses 1,500 cycles, the merge of the warps 1,000, two barriers of the cluster 2,000. Heads of 256 with one key-value
+// head (Gemma-3-1B: 9.9 us for 4.2 MB) fill 32 multiprocessors only.
+#include "element.cuh"
+
+namespace fh {
+
+constexpr float kNothing = -3.402823466e38f;  // the maximum of no scores
+constexpr int kStep = 16;                     // positions a warp takes at once: the k of one product with the values
+[[maybe_unused]] constexpr int kMaxRows = 8;  // of the eight columns of the tensor cores' B operand
+[[maybe_unused]] constexpr int kMaxCluster = 8;  // 16, which Hopper allows, took 4 us more on an H100
+
+// A step's loads, the sums and the query fill a lane's registers; heads of 64 leave room for twice the warps.
+__host__ __device__ constexpr int block_threads(int head_size) { return head_size == 64 ? 512 : 256; }
+
+__device__ inline float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
+// What was summed under its own maximum counts this much under the common one.
+__device__ inline float merge_weight(float own, float common) { return own == kNothing ? 0.f : exp2_fast(own - common); }
+
+__device__ inline void add_weighted(float4& total, float4 v, float weight) {
+  total.x = fmaf(weight, v.x, total.x), total.y = fmaf(weight, v.y, total.y), total.z = fmaf(weight, v.z, total.z), total.w = fmaf(weight, v.w, total.w);
+}
+
+// The sum over the lanes that differ in the bits from STEP up: a fixed tree, the same in each of them.
+template <int STEP>
+__device__ float4 add_across(float4 v) {
+#pragma unroll
+  for (int step = STEP; step < 32; step *= 2) {
+    v.x += __shfl_xor_sync(kAllLanes, v.x, step), v.y += __shfl_xor_sync(kAllLanes, v.y, step);
+    v.z += __shfl_xor_sync(kAllLanes, v.z, step), v.w += __shfl_xor_sync(kAllLanes, v.w, step);
+  }
+  return v;
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// What lies at this block's shared address p, in the cluster's block `rank`.
+__device__ inline u32 address_in_rank(const void* p, int rank) {
+  u32 at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(u32(__cvta_generic_to_shared(p))), "r"(rank));
+  return at;
+}
+
+__device__ inline float2 load_from_rank(const float2* p, int rank) {
+  float2 v;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address_in_rank(p, rank)) : "memory");
+  return v;
+}
+
+__device__ inline float4 load_from_rank(const float4* p, int rank) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address_in_rank(p, rank)) : "memory");
+  return v;
+}
+#endif
+
+// Grid: (splits, kv_heads * row_blocks, batch). Dynamic shared memory: (kWarps + 1) * rows * (HEAD + 2) floats.
+// CLUSTER: the splits are one cluster, workspace is not used. Else workspace: partial sums float [items, splits, rows, HEAD], items = batch * kv_heads *
+// row_blocks; then maxima and sums of weights float2 [items, splits, rows]; then arrivals uint32 [items], zero between launches.
+template <class T, int HEAD, bool CLUSTER>
+__global__ void __launch_bounds__(block_threads(HEAD), 1)
+    attention_decode(const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace, int queries, int heads,
+                     int kv_heads, int rows, int row_blocks, int max_length, int window, float scale) {
+  constexpr int kThreads = block_threads(HEAD), kWarps = kThreads / 32;
+  constexpr int kTiles = kStep / 8, kBlocks = HEAD / 32, kSegments = (HEAD + 63) / 64;  // of 8 positions; of 32 and of 64 elements
+  extern __shared__ float4 raw[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int splits = gridDim.x, split = blockIdx.x, batch = blockIdx.z, row_count = queries * heads;
+  const int kv_head = row_blocks == 1 ? blockIdx.y : blockIdx.y / row_blocks, first_row = (blockIdx.y - kv_head * row_blocks) * rows;
+  float* merged = reinterpret_cast<float*>(raw);                              // [kWarps][rows][HEAD]
+  float* block_sum = merged + kWarps * rows * HEAD;                           // [rows][HEAD]
+  float2* merged_stats = reinterpret_cast<float2*>(block_sum + rows * HEAD);  // [kWarps][rows]: maximum, sum of weights
+  float2* block_stats = merged_stats + kWarps * rows;                         // [rows]
+
+  const int length = lengths[batch], old = length - queries;
+  const int begin = window > 0 ? max(0, old + 1 - window) : 0;
+  const int units = (length - begin + kStep - 1) / kStep, first_unit = split * kWarps + warp;
+  const size_t head_at = (size_t(batch) * kv_heads + kv_head) * max_length * HEAD;
+
+  // A operand of the scores: row g is query row first_row + g, rows 8 to 15 are zero.
+  const int row = first_row + g, token = queries == 1 ? 0 : row / heads;
+  const bool row_exists = g < rows && row < row_count;
+  const int position = row_exists ? old + token : -1;
+  uint4 query[kBlocks];
+
+  // sum[s][i]: elements 64 s + 8 g + 2 i (first two) and the next one, of query rows 2t and 2t + 1.
+  float sum[kSegments][4][4] = {};
+  float maximum = kNothing, weight = 0.f;  // of row g, the weight over this lane's positions
+
+  // One copy of the code for every step: what runs once is paid for in instruction fetches.
+#pragma unroll 1
+  for (int unit = first_unit; unit < units; unit += splits * kWarps) {
+    const int first = begin + unit * kStep;
+    if (first + kStep > old) wait_for_previous();  // new positions: the launch before this one writes them
+    uint4 key[kTiles][kBlocks], value[4][kSegments];
+    const u16* keys = cache_k + head_at + size_t(first + g) * HEAD + t * 8;
+    const u16* values = cache_v + head_at + size_t(first + t * 2) * HEAD + g * 8;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const bool inside = first + i * 8 + g < length;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) key[i][b] = load_if(inside, keys + i * 8 * HEAD + b * 32);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int at = j / 2 * 8 + j % 2;
+      const bool inside = first + t * 2 + at < length;
+#pragma unroll
+      for (int s = 0; s < kSegments; ++s) value[j][s] = load_if(inside && (HEAD % 64 == 0 || s * 64 + g * 8 < HEAD), values + at * HEAD + s * 64);
+    }
+    if (unit == first_unit) {
+      wait_for_previous();
+      const u16* query_row = q + ((size_t(batch) * queries + token) * kv_heads * heads + kv_head * heads + row - token * heads) * HEAD + t * 8;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) query[b] = load_if(row_exists, query_row + b * 32);
+    }
+
+    float score[kTiles][4];
+    float highest = maximum;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      score[i][0] = score[i][1] = score[i][2] = score[i][3] = 0.f;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        T::mma(score[i], query[b].x, 0, query[b].y, 0, key[i][b].x, key[i][b].y);
+        T::mma(score[i], query[b].z, 0, query[b].w, 0, key[i][b].z, key[i][b].w);
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int at = first + i * 8 + t * 2 + e;
+        const bool seen = at <= position && (window == 0 || at > position - window);
+        score[i][e] = seen ? score[i][e] * scale : kNothing;  // scale holds log2(e): weights are powers of two
+        highest = fmaxf(highest, score[i][e]);
+      }
+    }
+    highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
+    const float keep = merge_weight(maximum, highest), base = highest == kNothing ? 0.f : highest;
+    maximum = highest;
+    weight *= keep;
+    u32 packed[kTiles];  // weights as the B operand: positions 2t and 2t + 1 of each tile, row g
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const float a = exp2_fast(score[i][0] - base), b = exp2_fast(score[i][1] - base);
+      weight += a + b;
+      packed[i] = T::from_float2(a, b);
+    }
+    const float keep_even = __shfl_sync(kAllLanes, keep, t * 8), keep_odd = __shfl_sync(kAllLanes, keep, t * 8 + 4);
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum[s][i][0] *= keep_even, sum[s][i][1] *= keep_odd, sum[s][i][2] *= keep_even, sum[s][i][3] *= keep_odd;
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        u32 word[4];  // elements 2i and 2i + 1 of four positions
+#pragma unroll
+        for (int j = 0; j < 4; ++j) word[j] = i == 0 ? value[j][s].x : i == 1 ? value[j][s].y : i == 2 ? value[j][s].z : value[j][s].w;
+        T::mma(sum[s][i], __byte_perm(word[0], word[1], 0x5410), __byte_perm(word[0], word[1], 0x7632), __byte_perm(word[2], word[3], 0x5410),
+               __byte_perm(word[2], word[3], 0x7632), packed[0], packed[1]);
+      }
+    }
+  }
+  wait_for_previous();
+  release_next();
+
+  // Merge the warps of the block.
+  weight += __shfl_xor_sync(kAllLanes, weight, 1);
+  weight += __shfl_xor_sync(kAllLanes, weight, 2);
+  if (t == 0 && g < rows) merged_stats[warp * rows + g] = make_float2(maximum, weight);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    if (2 * t + e >= rows) continue;
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+      if (HEAD % 64 && s * 64 + g * 8 >= HEAD) continue;
+      float4* to = reinterpret_cast<float4*>(merged + (warp * rows + 2 * t + e) * HEAD + s * 64 + g * 8);
+      to[0] = make_float4(sum[s][0][e], sum[s][0][2 + e], sum[s][1][e], sum[s][1][2 + e]);
+      to[1] = make_float4(sum[s][2][e], sum[s][2][2 + e], sum[s][3][e], sum[s][3][2 + e]);
+    }
+  }
+  __syncthreads();
+  const size_t item = size_t(batch) * gridDim.y + blockIdx.y, items = size_t(gridDim.z) * gridDim.y;
+  const int outputs = rows * HEAD;
+  float* partials = workspace + item * splits * outputs;
+  float2* stats = reinterpret_cast<float2*>(workspace + items * splits * outputs) + item * splits * rows;
+  // A lane for each warp and row finds its weight; then a lane for four outputs and a quarter of the warps. Short code: it runs once a launch, and
+  // a cold fetch of its instructions costs more than their work.
+  if (warp * 32 < rows * kWarps) {
+    const int r = threadIdx.x / kWarps, w = threadIdx.x % kWarps;
+    const float2 own = r < rows ? merged_stats[w * rows + r] : make_float2(kNothing, 0.f);
+    float highest = own.x;
+#pragma unroll
+    for (int step = kWarps / 2; step > 0; step /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, step));
+    const float keep = merge_weight(own.x, highest);
+    float total = keep * own.y;
+#pragma unroll
+    for (int step = kWarps / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+    if (r < rows) merged_stats[w * rows + r].x = keep;
+    if (r < rows && w == 0) (CLUSTER ? block_stats : stats + split * rows)[r] = make_float2(highest, total);
+  }
+  __syncthreads();
+  const int quads = outputs / 4;
+#pragma unroll 1
+  for (int quad = warp * 8 + lane % 8; quad < quads; quad += kWarps * 8) {
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int j = 0; j < kWarps / 4; ++j) {
+      const int w = lane / 8 * (kWarps / 4) + j;
+      const float4 v = reinterpret_cast<const float4*>(merged + w * outputs)[quad];
+      add_weighted(total, v, merged_stats[w * rows + quad * 4 / HEAD].x);
+    }
+    total = add_across<8>(total);
+    if (lane < 8) reinterpret_cast<float4*>(CLUSTER ? block_sum : partials + split * outputs)[quad] = total;
+  }
+  auto write = [&](int quad, float4 total, float weight) {
+    const int r = first_row + quad * 4 / HEAD;
+    if (r >= row_count) return;
+    const int query_token = queries == 1 ? 0 : r / heads;
+    u16* to = out + ((size_t(batch) * queries + query_token) * kv_heads * heads + kv_head * heads + r - query_token * heads) * HEAD + quad * 4 % HEAD;
+    const float inverse = 1.f / weight;
+    *reinterpret_cast<uint2*>(to) = make_uint2(T::from_float2(total.x * inverse, total.y * inverse), T::from_float2(total.z * inverse, total.w * inverse));
+  };
+
+#if __CUDA_ARCH__ >= 900
+  if (CLUSTER) {
+    cluster_sync();
+    // The cluster's warps share the outputs out: a lane for four outputs of one block.
+#pragma unroll 1
+    for (int first = (warp * splits + split) * 4; first < quads; first += kWarps * splits * 4) {
+      const int quad = first + lane % 4, rank = lane / 4;
+      float2 own = make_float2(kNothing, 0.f);
+      float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (rank < splits) own = load_from_rank(block_stats + quad * 4 / HEAD, rank), total = load_from_rank(reinterpret_cast<float4*>(block_sum) + quad, rank);
+      float highest = own.x;
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, step));
+      const float keep = merge_weight(own.x, highest);
+      float4 weighted = make_float4(0.f, 0.f, 0.f, 0.f);
+      add_weighted(weighted, total, keep);
+      weighted = add_across<4>(weighted);
+      float total_weight = keep * own.y;
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) total_weight += __shfl_xor_sync(kAllLanes, total_weight, step);
+      if (rank == 0) write(quad, weighted, total_weight);
+    }
+    cluster_sync();  // no block leaves while another reads its memory
+    return;
+  }
+#endif
+
+  // The last of the splits to arrive merges them all.
+  __shared__ bool last;
+  u32* arrivals = reinterpret_cast<u32*>(workspace + items * splits * (outputs + 2 * rows)) + item;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(arrivals, 1u) == u32(splits - 1);
+    if (last) *arrivals = 0;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+
+  // Parts of the splits side by side, then merged in order; no more parts than the memory of the warps' results holds.
+  const int parts = min(max(kThreads / quads, 1), kWarps);
+  float4* totals = reinterpret_cast<float4*>(merged);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < quads * parts; i += kThreads) {
+    const int part = i / quads, quad = i - part * quads, r = quad * 4 / HEAD;
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+    float highest = kNothing, total_weight = 0.f;
+#pragma unroll 4
+    for (int s = part; s < splits; s += parts) {
+      const float2 own = __ldcg(stats + s * rows + r);
+      const float4 v = __ldcg(reinterpret_cast<const float4*>(partials + s * outputs) + quad);
+      const float common = fmaxf(highest, own.x);
+      const float keep = merge_weight(highest, common), gain = merge_weight(own.x, common);
+      total.x *= keep, total.y *= keep, total.z *= keep, total.w *= keep;
+      add_weighted(total, v, gain);
+      total_weight = total_weight * keep + own.y * gain;
+      highest = common;
+    }
+    totals[i] = total;
+    if (quad * 4 % HEAD == 0) merged_stats[part * rows + r] = make_float2(highest, total_weight);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int quad = threadIdx.x; quad < quads; quad += kThreads) {
+    const int r = quad * 4 / HEAD;
+    float highest = kNothing, total_weight = 0.f;
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int p = 0; p < parts; ++p) highest = fmaxf(highest, merged_stats[p * rows + r].x);
+    for (int p = 0; p < parts; ++p) {
+      const float2 own = merged_stats[p * rows + r];
+      const float keep = merge_weight(own.x, highest);
+      add_weighted(total, totals[p * quads + quad], keep);
+      total_weight = fmaf(keep, own.y, total_weight);
+    }
+    write(quad, total, total_weight);
+  }
+}
+
+// A warp takes one head of one new token. Grid: (ceil((q_heads + 2 kv_heads) / 4), queries, batch); 128 threads.
+template <class T>
+__global__ void __launch_bounds__(128)
+    attention_rope_write(const u16* qkv, const float2* rotations, const u16* q_norm, const u16* k_norm, float norm_offset, float epsilon,
+                         const int* lengths, u16* q, u16* cache_k, u16* cache_v, int q_heads, int kv_heads, int head_size, int max_length) {
+  const int lane = threadIdx.x % 32, head = blockIdx.x * 4 + threadIdx.x / 32, token = blockIdx.y, queries = gridDim.y, batch = blockIdx.z;
+  const int heads = q_heads + 2 * kv_heads, half = head_size / 2;
+  wait_for_previous();
+  release_next();
+  if (head >= heads) return;
+  const int position = lengths[batch] - queries + token;
+  const u16* in = qkv + ((size_t(batch) * queries + token) * heads + head) * head_size;
+
+  const bool is_query = head < q_heads, is_value = head >= q_heads + kv_heads;
+  u16* to = q + ((size_t(batch) * queries + token) * q_heads + head) * head_size;
+  if (!is_query) {
+    const int kv_head = head - q_heads - (is_value ? kv_heads : 0);
+    to = (is_value ? cache_v : cache_k) + ((size_t(batch) * kv_heads + kv_head) * max_length + position) * head_size;
+  }
+  if (is_value) {
+    for (int i = lane * 2; i < head_size; i += 64) *reinterpret_cast<u32*>(to + i) = *reinterpret_cast<const u32*>(in + i);
+    return;
+  }
+  const u16* norm = is_query ? q_norm : k_norm;
+  float factor = 1.f;
+  if (norm) {
+    float squares = 0.f;
+    for (int i = lane * 2; i < head_size; i += 64) {
+      const float2 pair = T::to_float2(*reinterpret_cast<const u32*>(in + i));
+      squares = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, squares));
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
+    factor = rsqrtf(squares / head_size + epsilon);
+  }
+  for (int i = lane; i < half; i += 32) {
+    const float2 rotation = rotations[size_t(position) * half + i];
+    float a = T::to_float(in[i]), b = T::to_float(in[i + half]);
+    if (norm) a *= factor * (norm_offset + T::to_float(norm[i])), b *= factor * (norm_offset + T::to_float(norm[i + half]));
+    to[i] = from_float<T>(a * rotation.x - b * rotation.y);
+    to[i + half] = from_float<T>(b * rotation.x + a * rotation.y);
+  }
+}
+
+}  // namespace fh
+
+#ifndef __CUDACC_RTC__
+#include "attention.h"
+#include "launch.h"
+
+namespace fh {
+
+static const char* check(const fh_attention_shape& s) {
+  if (s.head_size != 64 && s.head_size != 96 && s.head_size != 128 && s.head_size != 256) {
+    return failure("attention: head_size is %d, expected 64, 96, 128 or 256; use another attention for this model", s.head_size);
+  }
+  if (s.batch < 1 || s.queries < 1 || s.kv_heads < 1 || s.q_heads < 1 || s.q_heads % s.kv_heads) {
+    return failure("attention: batch %d, queries %d, heads %d over %d, expected at least 1 each and heads a multiple of key-value heads", s.batch, s.queries,
+                   s.q_heads, s.kv_heads);
+  }
+  if (s.max_length < s.queries || s.window < 0) {
+    return failure("attention: max_length is %d and window %d, expected at least %d queries and 0 or more", s.max_length, s.window, s.queries);
+  }
+  if (s.dtype != FH_FP16 && s.dtype != FH_BF16) return failure("attention: dtype is %d, expected FH_FP16 or FH_BF16", int(s.dtype));
+  return nullptr;
+}
+
+using Arguments = struct {
+  const u16 *q, *k, *v;
+  const int* lengths;
+  u16* out;
+  float* workspace;
+};
+
+template <class T, int HEAD>
+const char* decode(const fh_attention_shape& s, const fh_attention_plan& plan, const Arguments& a, const fh_device& device, cudaStream_t stream) {
+  const int shared = (block_threads(HEAD) / 32 + 1) * plan.rows * (HEAD + 2) * int(sizeof(float));
+  const float log2e = 1.4426950408889634f;
+  return launch("attention_decode", device, stream, {dim3(plan.splits, s.kv_heads * plan.row_blocks, s.batch), plan.threads, shared, plan.cluster},
+                plan.cluster > 1 ? attention_decode<T, HEAD, true> : attention_decode<T, HEAD, false>, a.q, a.k, a.v, a.lengths, a.out, a.workspace,
+                s.queries, s.q_heads / s.kv_heads, s.kv_heads, plan.rows, plan.row_blocks, s.max_length, s.window, s.scale * log2e);
+}
+
+template <class T>
+const char* decode(const fh_attention_shape& s, const fh_attention_plan& plan, const Arguments& a, const fh_device& device, cudaStream_t stream) {
+  switch (s.head_size) {
+    case 64: return decode<T, 64>(s, plan, a, device, stream);
+    case 96: return decode<T, 96>(s, plan, a, device, stream);
+    case 128: return decode<T, 128>(s, plan, a, device, stream);
+    default: return decode<T, 256>(s, plan, a, device, stream);
+  }
+}
+
+}  // namespace fh
+
+const char* fh_attention_make_plan(const fh_attention_shape* s, const fh_device* device, fh_attention_plan* plan) {
+  if (const char* wrong = fh::check(*s)) return wrong;
+  const int row_count = s->queries * (s->q_heads / s->kv_heads);
+  plan->rows = row_count < fh::kMaxRows ? row_count : fh::kMaxRows;
+  plan->row_blocks = (row_count + plan->rows - 1) / plan->rows;
+  plan->threads = fh::block_threads(s->head_size);
+  const int items = s->batch * s->kv_heads * plan->row_blocks;
+  // A block for every multiprocessor, and no more splits than give each warp a step of its own.
+  const int visible = s->window > 0 && s->window + s->queries < s->max_length ? s->window + s->queries : s->max_length;
+  const int positions = plan->threads / 32 * fh::kStep, useful = (visible + positions - 1) / positions;
+  const int wanted = device->multiprocessors < items ? 1 : device->multiprocessors / items;
+  plan->splits = wanted < useful ? wanted : useful;
+  // A cluster's blocks merge sooner than the last block to arrive: worth half the splits, since half the multiprocessors draw most of the bandwidth.
+  plan->cluster = 1;
+  if (device->capability >= 90 && plan->splits <= 2 * fh::kMaxCluster) {
+    plan->splits = plan->splits < fh::kMaxCluster ? plan->splits : fh::kMaxCluster;
+    plan->cluster = plan->splits;
+  }
+  plan->workspace_bytes = plan->cluster > 1 ? 0 : (size_t(items) * plan->splits * plan->rows * (s->head_size + 2) + items) * sizeof(float);
+  return nullptr;
+}
+
+const char* fh_attention_decode(const fh_attention_shape* shape, const fh_attention_plan* plan, const void* q, const void* cache_k, const void* cache_v,
+                                const int* lengths, void* out, void* workspace, const fh_device* device, cudaStream_t stream) {
+  using namespace fh;
+  if (const char* wrong = check(*shape)) return wrong;
+  const Arguments a{static_cast<const u16*>(q),   static_cast<const u16*>(cache_k), static_cast<const u16*>(cache_v), lengths,
+                    static_cast<u16*>(out), static_cast<float*>(workspace)};
+  return shape->dtype == FH_FP16 ? decode<Fp16>(*shape, *plan, a, *device, stream) : decode<Bf16>(*shape, *plan, a, *device, stream);
+}
+
+const char* fh_attention_rope_write(const fh_attention_shape* shape, const void* qkv, const float* rotations, const void* q_norm, const void* k_norm,
+                                    float norm_offset, float epsilon, const int* lengths, void* q, void* cache_k, void* cache_v, const fh_device* device,
+                                    cudaStream_t stream) {
+  using namespace fh;
+  if (const char* wrong = check(*shape)) return wrong;
+  const Grid grid{dim3((shape->q_heads + 2 * shape->kv_heads + 3) / 4, shape->queries, shape->batch), 128};
+  return launch("attention_rope_write", *device, stream, grid, shape->dtype == FH_FP16 ? attention_rope_write<Fp16> : attention_rope_write<Bf16>,
+                static_cast<const u16*>(qkv), reinterpret_cast<const float2*>(rotations), static_cast<const u16*>(q_norm),
+                static_cast<const u16*>(k_norm), norm_offset, epsilon, lengths, static_cast<u16*>(q), static_cast<u16*>(cache_k),
+                static_cast<u16*>(cache_v), shape->q_heads, shape->kv_heads, shape->head_size, shape->max_length);
+}
+#endif

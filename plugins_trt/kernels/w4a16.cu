@@ -1,0 +1,438 @@
+// w4a16.cu: y[M, N] = x[M, K] W^T, W in groups of 4-bit codes (layouts: w4a16.h).
+//
+// Determinism. An output is summed by one block in an order that K alone fixes: within a chunk of 64 by the tensor core, over a warp's chunks in
+// ascending order, over warps in ascending order. Prefill walks K in ascending order, or every third chunk apart and then their sum: that is the
+// plan's tile_tokens. No atomics. So for one plan neither the grid, nor the device, nor M, nor a row's neighbours change a bit of a row on one
+// architecture's tensor cores; decode has one order for all plans.
+//
+// decode  (M <= 8). The weights are the A operand (16 outputs), the activations the B operand (8 columns, so M up to 8 costs what 1 does).
+//   Codes minus zero point are exact in fp16 and bf16, so the scale is applied in float32 once a group: no rounding but float32 sums.
+// prefill (M > 8). The same fragments from shared memory; code times scale is rounded to x's type, as every such kernel does.
+//
+// Floor of decode: N K / 2 + 2 N K / group bytes. Measured on an H100 at 3.01 TB/s of copy, groups of 128, bf16, M = 1, in a graph of overlapping
+// launches (an empty one: 0.64 us; predicted for gate and up 7.3 us):
+//   Llama-3.2-1B gate and up 16,384 x 2,048   17.3 MB   floor 5.8 us   7.5 us (fp16 7.0)   torch's int4 kernel 11.5 us
+//   Llama-3.2-1B down         2,048 x 8,192    8.7 MB         2.9      5.0                                      8.1
+//   Llama-3.2-1B o            2,048 x 2,048    2.2 MB         0.7      2.2                                      3.8
+// Without overlap each costs 1.0 to 1.5 us more. Verdict: kept.
+// Prefill, M = 512, fp16, against cuBLAS fp16: gate and up 113 us (2.3 times its time), down 70 (2.3), o 18 (1.9), q, k and v 35 (3.2). Verdict: right,
+// not fast: mma.sync reaches 330 TFLOP/s here, half of what it can. Worst where 9 <= M <= 64 and N is small: one column of blocks walks all of K.
+#include "element.cuh"
+
+namespace fh {
+
+constexpr int kTileRows = 16;    // outputs of one fragment
+constexpr int kChunk = 64;       // inputs of one fragment of 16 bytes a lane
+constexpr int kChunksAhead = 4;  // a warp's loads in flight for each step
+
+// The eight codes of one word minus their zero point, exact, as four pairs of T.
+template <class T>
+struct Codes;
+
+template <>
+struct Codes<Fp16> {
+  // 0x6400 | q is 1024 + q, and with the code four bits higher 1024 + 16 q.
+  static __device__ u32 offset(u32 zero) { return 0xe400e400u | zero * 0x00010001u; }  // -(1024 + zero)
+  static __device__ void decode(u32 (&pairs)[4], u32 word, u32 offset) {
+    const u32 one = 0x3c003c00u, sixteenth = 0x2c002c00u, base = 0x64006400u, magnitude = 0x54005400u;  // 1, 1/16, 1024, 64
+    // -(64 + zero): exact, since 1024 + zero - 960 is.
+    const u32 high_offset = Fp16::fma2(magnitude, 0x4b804b80u, offset);
+    u32 low = word & 0x000f000fu | base, high = word & 0x00f000f0u | base;
+    pairs[0] = Fp16::fma2(low, one, offset);
+    pairs[1] = Fp16::fma2(high, sixteenth, high_offset);
+    word >>= 8;
+    low = word & 0x000f000fu | base, high = word & 0x00f000f0u | base;
+    pairs[2] = Fp16::fma2(low, one, offset);
+    pairs[3] = Fp16::fma2(high, sixteenth, high_offset);
+  }
+};
+
+template <>
+struct Codes<Bf16> {
+  // 0x4300 | q is 128 + q; seven bits of mantissa leave no room for the higher position.
+  static __device__ u32 offset(u32 zero) { return 0xc300c300u | zero * 0x00010001u; }  // -(128 + zero)
+  static __device__ void decode(u32 (&pairs)[4], u32 word, u32 offset) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = Bf16::fma2(word >> 4 * i & 0x000f000fu | 0x43004300u, 0x3f803f80u, offset);
+  }
+};
+
+// A lane's part of kChunksAhead chunks: codes, and for each group in a chunk the two rows' scales and zero points.
+template <int GROUP, bool ASYMMETRIC>
+struct Chunks {
+  static constexpr int kGroups = GROUP == 32 ? 2 : 1;
+  uint4 codes[kChunksAhead];
+  u32 scales[kChunksAhead][kGroups];
+  u16 zeros[kChunksAhead][ASYMMETRIC ? kGroups : 1];
+
+  // Chunks first, first + stride, ... of one tile; those from count on contribute zero.
+  __device__ void load(const uint4* code, const u16* scale, const u8* zero, int tile, int first, int stride, int count, int lane) {
+    const int groups = count * kChunk / GROUP;
+#pragma unroll
+    for (int i = 0; i < kChunksAhead; ++i) {
+      const int chunk = first + i * stride;
+      const bool inside = chunk < count;
+      codes[i] = inside ? load_once(code + (size_t(tile) * count + chunk) * 32 + lane) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+        const size_t at = (size_t(tile) * groups + chunk * kChunk / GROUP + j) * kTileRows + lane / 4 * 2;
+        scales[i][j] = inside ? __ldg(reinterpret_cast<const u32*>(scale + at)) : 0;
+        if (ASYMMETRIC) zeros[i][j] = inside ? __ldg(reinterpret_cast<const u16*>(zero + at)) : 0;
+      }
+    }
+  }
+};
+
+// blockDim.x / 32 warps split K; a block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of 16 outputs each.
+// Dynamic shared memory: 2 * warps * 128 floats.
+template <class T, int GROUP, bool ASYMMETRIC>
+__global__ void __launch_bounds__(512, 1)
+    w4a16_decode(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K) {
+  extern __shared__ float partial[];  // [2][warps][8 tokens][16 outputs]
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int token = lane / 4;
+  const int tiles = N / kTileRows, count = K / kChunk, panel_chunks = warps * kChunksAhead;
+  const int panels = (count + panel_chunks - 1) / panel_chunks;
+
+  Chunks<GROUP, ASYMMETRIC> now, next;
+  uint4 activations[kChunksAhead][2];
+  auto load_activations = [&](int panel) {
+#pragma unroll
+    for (int i = 0; i < kChunksAhead; ++i) {
+      const int chunk = panel * panel_chunks + i * warps + warp;
+      const bool inside = chunk < count && token < M;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        activations[i][half] = load_if(inside, x + size_t(token) * K + chunk * kChunk + half * 32 + lane % 4 * 8);
+      }
+    }
+  };
+
+  int tile = blockIdx.x, panel = 0, buffer = 0;
+  now.load(codes, scales, zeros, tile, warp, warps, count, lane);  // weights: no launch before this one writes them
+  wait_for_previous();
+  release_next();
+  load_activations(0);
+
+  float sum[4] = {0.f, 0.f, 0.f, 0.f};
+  while (tile < tiles) {
+    const bool last_panel = panel + 1 == panels;
+    const int next_tile = last_panel ? tile + gridDim.x : tile, next_panel = last_panel ? 0 : panel + 1;
+    if (next_tile < tiles) next.load(codes, scales, zeros, next_tile, next_panel * panel_chunks + warp, warps, count, lane);
+
+#pragma unroll
+    for (int i = 0; i < kChunksAhead; ++i) {
+      float group[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int j = GROUP == 32 ? half : 0;
+        const u32 zero = ASYMMETRIC ? now.zeros[i][j] : 0x0808u;
+        u32 even[4], odd[4];  // the codes of outputs 2g and 2g + 1
+        Codes<T>::decode(even, half ? now.codes[i].z : now.codes[i].x, Codes<T>::offset(zero & 0xffu));
+        Codes<T>::decode(odd, half ? now.codes[i].w : now.codes[i].y, Codes<T>::offset(zero >> 8));
+        const uint4 b = activations[i][half];
+        T::mma(group, even[0], odd[0], even[1], odd[1], b.x, b.y);
+        T::mma(group, even[2], odd[2], even[3], odd[3], b.z, b.w);
+        if (GROUP == 32 || half == 1) {
+          const float2 scale = T::to_float2(now.scales[i][j]);
+          sum[0] = fmaf(scale.x, group[0], sum[0]);
+          sum[1] = fmaf(scale.x, group[1], sum[1]);
+          sum[2] = fmaf(scale.y, group[2], sum[2]);
+          sum[3] = fmaf(scale.y, group[3], sum[3]);
+          group[0] = group[1] = group[2] = group[3] = 0.f;
+        }
+      }
+    }
+
+    if (last_panel) {
+      float* mine = partial + (buffer * warps + warp) * 128 + lane % 4 * 2 * kTileRows + lane / 4 * 2;
+      *reinterpret_cast<float2*>(mine) = make_float2(sum[0], sum[2]);
+      *reinterpret_cast<float2*>(mine + kTileRows) = make_float2(sum[1], sum[3]);
+      sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+      __syncthreads();
+      for (int i = threadIdx.x; i < M * kTileRows; i += blockDim.x) {
+        float total = 0.f;
+#pragma unroll 4
+        for (int w = 0; w < warps; ++w) total += partial[(buffer * warps + w) * 128 + i];
+        y[size_t(i / kTileRows) * N + tile * kTileRows + i % kTileRows] = from_float<T>(total);
+      }
+      buffer ^= 1;  // the other half is free: its readers passed the barrier above
+    }
+    if (panels > 1 && next_tile < tiles) load_activations(next_panel);
+    now = next;
+    tile = next_tile, panel = next_panel;
+  }
+}
+
+__device__ inline void copy_async(void* shared, const void* global, bool inside) {
+  const u32 to = u32(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(inside ? 16 : 0) : "memory");
+}
+
+// What a team of warps reads for one chunk of K: ROWS outputs and TOKENS tokens.
+template <int GROUP, int ROWS, int TOKENS>
+struct PrefillStage {
+  static constexpr int kGroups = GROUP == 32 ? 2 : 1;  // groups that one chunk touches
+  uint4 codes[ROWS / kTileRows][32];
+  uint4 x[TOKENS][8];  // segment s of token m lies at s ^ (m % 2 * 4): a warp's 16-byte reads then meet each bank once
+  u16 scales[ROWS / kTileRows][kGroups][kTileRows];
+  u8 zeros[ROWS / kTileRows][kGroups][kTileRows];
+};
+
+constexpr int kTeamThreads = 128;  // two warps along the outputs, two along the tokens
+constexpr int kWarpTiles = 4;
+constexpr int kPrefillRows = 128;
+
+// Two shapes: 128 tokens where that fills the device with two blocks a multiprocessor; else 64 tokens and three teams of warps that take every third
+// chunk of K, so that few blocks still give each scheduler three warps. A warp takes 64 outputs by half of the tokens.
+// Half of that (32 outputs, twice the warps) was slower by a tenth to a quarter on an H100: it reads the activations twice as often.
+__host__ __device__ constexpr int prefill_teams(int tokens) { return tokens == 128 ? 1 : 3; }
+__host__ __device__ constexpr int prefill_stages(int tokens) { return tokens == 128 ? 3 : 2; }
+__host__ __device__ constexpr int prefill_threads(int tokens) { return kTeamThreads * prefill_teams(tokens); }
+
+template <int ID>
+__device__ void team_barrier() {
+  asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(kTeamThreads) : "memory");
+}
+
+// Grid: (tokens / TOKENS, N / 128), rounded up. Dynamic shared memory: the stages of each team.
+template <class T, int GROUP, bool ASYMMETRIC, int TOKENS>
+__global__ void __launch_bounds__(prefill_threads(TOKENS), TOKENS == 128 ? 2 : 1)
+    w4a16_prefill(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K) {
+  using Stage = PrefillStage<GROUP, kPrefillRows, TOKENS>;
+  constexpr int kTeams = prefill_teams(TOKENS), kStages = prefill_stages(TOKENS);
+  constexpr int kWarpTokens = TOKENS / 2, kBlockTiles = kPrefillRows / kTileRows, kColumns = kWarpTokens / 8;
+  extern __shared__ uint4 raw[];
+  const int thread = threadIdx.x % kTeamThreads, team = threadIdx.x / kTeamThreads, lane = thread % 32, warp = thread / 32;
+  Stage* stages = reinterpret_cast<Stage*>(raw) + team * kStages;
+  const int first_tile = blockIdx.y * kBlockTiles, first_token = blockIdx.x * TOKENS;
+  const int tiles = N / kTileRows, count = K / kChunk, groups = K / GROUP;
+  const int warp_tile = warp % 2 * kWarpTiles, warp_token = warp / 2 * kWarpTokens;
+  const int steps = (count + kTeams - 1) / kTeams;
+
+  auto load = [&](int step) {
+    Stage& s = stages[step % kStages];
+    const int chunk = step * kTeams + team;
+    if (step < steps) {
+      const bool exists = chunk < count;  // the last step of the last team may lie past K: zeros
+#pragma unroll
+      for (int i = thread; i < kBlockTiles * 32; i += kTeamThreads) {
+        const int tile = first_tile + i / 32;
+        const bool inside = exists && tile < tiles;
+        copy_async(&s.codes[i / 32][i % 32], codes + (inside ? (size_t(tile) * count + chunk) * 32 + i % 32 : 0), inside);
+      }
+#pragma unroll
+      for (int i = thread; i < TOKENS * 8; i += kTeamThreads) {
+        const int row = i / 8, segment = i % 8;
+        const bool inside = exists && first_token + row < M;
+        copy_async(&s.x[row][segment ^ row % 2 * 4], x + (inside ? size_t(first_token + row) * K + chunk * kChunk + segment * 8 : 0), inside);
+      }
+      constexpr int kScaleParts = Stage::kGroups * 2;  // 16-byte parts of a tile's scales
+      if (thread < kBlockTiles * kScaleParts) {
+        const int tile = first_tile + thread / kScaleParts, part = thread % kScaleParts;
+        const bool inside = exists && tile < tiles;
+        const size_t at = inside ? (size_t(tile) * groups + chunk * kChunk / GROUP) * kTileRows : 0;
+        copy_async(reinterpret_cast<uint4*>(s.scales[thread / kScaleParts]) + part, scales + (inside ? at + part * 8 : 0), inside);
+        if (ASYMMETRIC && part < Stage::kGroups) {
+          copy_async(reinterpret_cast<uint4*>(s.zeros[thread / kScaleParts]) + part, zeros + (inside ? at + part * 16 : 0), inside);
+        }
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+
+  wait_for_previous();
+  release_next();
+  float sum[kWarpTiles][kColumns][4] = {};
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) load(i);
+
+  for (int step = 0; step < steps; ++step) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+    team == 0 ? team_barrier<1>() : team == 1 ? team_barrier<2>() : team_barrier<3>();
+    load(step + kStages - 1);
+    const Stage& s = stages[step % kStages];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int j = GROUP == 32 ? half : 0;
+      uint4 b[kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int row = warp_token + c * 8 + lane / 4;
+        b[c] = s.x[row][(half * 4 + lane % 4) ^ row % 2 * 4];
+      }
+#pragma unroll
+      for (int i = 0; i < kWarpTiles; ++i) {
+        const uint2 code = reinterpret_cast<const uint2*>(&s.codes[warp_tile + i][lane])[half];
+        const u32 zero = ASYMMETRIC ? *reinterpret_cast<const u16*>(&s.zeros[warp_tile + i][j][lane / 4 * 2]) : 0x0808u;
+        const u32 scale = *reinterpret_cast<const u32*>(&s.scales[warp_tile + i][j][lane / 4 * 2]);
+        const u32 even_scale = __byte_perm(scale, 0, 0x1010), odd_scale = __byte_perm(scale, 0, 0x3232);
+        u32 even[4], odd[4];
+        Codes<T>::decode(even, code.x, Codes<T>::offset(zero & 0xffu));
+        Codes<T>::decode(odd, code.y, Codes<T>::offset(zero >> 8));
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          even[p] = T::fma2(even[p], even_scale, 0x80008000u);  // minus zero: a product, with the sign of a zero kept
+          odd[p] = T::fma2(odd[p], odd_scale, 0x80008000u);
+        }
+        // All columns before the second half of k: products of one accumulator in a row would wait for each other.
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) T::mma(sum[i][c], even[0], odd[0], even[1], odd[1], b[c].x, b[c].y);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) T::mma(sum[i][c], even[2], odd[2], even[3], odd[3], b[c].z, b[c].w);
+      }
+    }
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+
+  if (kTeams > 1) {
+    float* others = reinterpret_cast<float*>(raw) + thread;  // the stages are free: all teams are past the barrier below
+    constexpr int kSums = kWarpTiles * kColumns * 4 * kTeamThreads;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kWarpTiles * kColumns * 4; ++i) {
+      if (team > 0) others[(team - 1) * kSums + i * kTeamThreads] = sum[i / kColumns / 4][i / 4 % kColumns][i % 4];
+    }
+    __syncthreads();
+    if (team > 0) return;
+#pragma unroll
+    for (int i = 0; i < kWarpTiles * kColumns * 4; ++i) {
+#pragma unroll
+      for (int other = 0; other < kTeams - 1; ++other) sum[i / kColumns / 4][i / 4 % kColumns][i % 4] += others[other * kSums + i * kTeamThreads];
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kWarpTiles; ++i) {
+    const int tile = first_tile + warp_tile + i;
+    if (tile >= tiles) continue;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int token = first_token + warp_token + c * 8 + lane % 4 * 2 + odd;
+        if (token < M) {
+          *reinterpret_cast<u32*>(y + size_t(token) * N + tile * kTileRows + lane / 4 * 2) = T::from_float2(sum[i][c][odd], sum[i][c][2 + odd]);
+        }
+      }
+    }
+  }
+}
+
+// One thread a word of eight codes. No release_next: what follows a repack may read the weights at once.
+__global__ void w4a16_repack_codes(const u32* neutral, u32* packed, int N, int K) {
+  const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int words = K / 8;
+  wait_for_previous();
+  if (i >= size_t(N) * words) return;
+  const int n = int(i / words), word = int(i % words);
+  const u32 in = neutral[i];
+  u32 out = 0;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) out |= (in >> 4 * k & 15u) << 4 * (k / 2 + k % 2 * 4);
+  const int lane = n % kTileRows / 2 * 4 + word % 4, slot = word / 4 % 2 * 2 + n % 2;
+  packed[((size_t(n / kTileRows) * (K / kChunk) + word / 8) * 32 + lane) * 4 + slot] = out;
+}
+
+// Scales (V of 2 bytes) and zero points (V of 1 byte): [N, groups] to [N / 16, groups, 16].
+template <class V>
+__global__ void w4a16_repack_groups(const V* neutral, V* packed, int N, int groups) {
+  const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  wait_for_previous();
+  if (i >= size_t(N) * groups) return;
+  const int n = int(i / groups), group = int(i % groups);
+  packed[(size_t(n / kTileRows) * groups + group) * kTileRows + n % kTileRows] = neutral[i];
+}
+
+}  // namespace fh
+
+#ifndef __CUDACC_RTC__
+#include "launch.h"
+#include "w4a16.h"
+
+namespace fh {
+
+static const char* check(const fh_w4a16_weight& w) {
+  if (w.group_size != 32 && w.group_size != 64 && w.group_size != 128) {
+    return failure("w4a16: group_size is %d, expected 32, 64 or 128; quantise the matrix anew", w.group_size);
+  }
+  if (w.N < 16 || w.N % 16 || w.K < 64 || w.K % 64 || w.K % w.group_size) {
+    return failure("w4a16: the matrix is [%d, %d] in groups of %d, expected N %% 16 == 0, K %% 64 == 0, K %% group_size == 0; leave it unquantised", w.N, w.K,
+                   w.group_size);
+  }
+  if (w.dtype != FH_FP16 && w.dtype != FH_BF16) return failure("w4a16: dtype is %d, expected FH_FP16 or FH_BF16", int(w.dtype));
+  return nullptr;
+}
+
+template <class T, int GROUP, bool ASYMMETRIC>
+const char* linear(const fh_w4a16_weight& w, const void* x, void* y, int M, const fh_device& device, cudaStream_t stream) {
+  fh_w4a16_plan plan;
+  fh_w4a16_make_plan(&w, M, &device, &plan);
+  auto kernel = w4a16_decode<T, GROUP, ASYMMETRIC>;
+  if (!plan.decode) kernel = plan.tile_tokens == 128 ? w4a16_prefill<T, GROUP, ASYMMETRIC, 128> : w4a16_prefill<T, GROUP, ASYMMETRIC, 64>;
+  return launch(plan.decode ? "w4a16_decode" : "w4a16_prefill", device, stream, {dim3(plan.grid_x, plan.grid_y), plan.threads, plan.shared_bytes}, kernel,
+                static_cast<const uint4*>(w.codes), static_cast<const u16*>(w.scales), static_cast<const u8*>(w.zeros), static_cast<const u16*>(x),
+                static_cast<u16*>(y), M, w.N, w.K);
+}
+
+template <class T, int GROUP>
+const char* linear(const fh_w4a16_weight& w, const void* x, void* y, int M, const fh_device& device, cudaStream_t stream) {
+  return w.zeros ? linear<T, GROUP, true>(w, x, y, M, device, stream) : linear<T, GROUP, false>(w, x, y, M, device, stream);
+}
+
+template <class T>
+const char* linear(const fh_w4a16_weight& w, const void* x, void* y, int M, const fh_device& device, cudaStream_t stream) {
+  switch (w.group_size) {
+    case 32: return linear<T, 32>(w, x, y, M, device, stream);
+    case 64: return linear<T, 64>(w, x, y, M, device, stream);
+    default: return linear<T, 128>(w, x, y, M, device, stream);
+  }
+}
+
+}  // namespace fh
+
+void fh_w4a16_make_plan(const fh_w4a16_weight* w, int M, const fh_device* device, fh_w4a16_plan* plan) {
+  *plan = {};
+  const int tiles = w->N / fh::kTileRows;
+  if (M <= FH_W4A16_DECODE_ROWS) {
+    const int chunks = w->K / fh::kChunk, panels = (chunks + 63) / 64;
+    const int warps = (chunks + fh::kChunksAhead * panels - 1) / (fh::kChunksAhead * panels);  // at most 16, and the last panel nearly full
+    const int resident = device->multiprocessors * (warps > 8 ? 1 : 16 / warps);
+    *plan = {1, 0, tiles < resident ? tiles : resident, 1, warps * 32, 2 * warps * 128 * int(sizeof(float))};
+    return;
+  }
+  const int rows = (w->N + fh::kPrefillRows - 1) / fh::kPrefillRows;
+  const bool large = rows * ((M + 127) / 128) >= 2 * device->multiprocessors;  // two blocks fit a multiprocessor: fewer would leave it half empty
+  const int tokens = large ? 128 : 64, groups = w->group_size == 32 ? 2 : 1;
+  const int stage = fh::kPrefillRows / fh::kTileRows * 512 + tokens * 128 + fh::kPrefillRows * groups * 3;
+  *plan = {0, tokens, (M + tokens - 1) / tokens, rows, fh::prefill_threads(tokens),
+           fh::prefill_stages(tokens) * fh::prefill_teams(tokens) * stage};
+}
+
+const char* fh_w4a16_repack(const void* codes, const void* scales, const void* zeros, const fh_w4a16_weight* packed, const fh_device* device,
+                            cudaStream_t stream) {
+  using namespace fh;
+  if (const char* wrong = check(*packed)) return wrong;
+  if ((zeros == nullptr) != (packed->zeros == nullptr)) return failure("w4a16: zeros are given on one side only; give both or neither");
+  const int N = packed->N, K = packed->K, groups = K / packed->group_size;
+  auto blocks = [](size_t n) { return Grid{dim3(unsigned((n + 255) / 256)), 256}; };
+  const char* wrong = launch("w4a16_repack_codes", *device, stream, blocks(size_t(N) * K / 8), w4a16_repack_codes, static_cast<const u32*>(codes),
+                             static_cast<u32*>(const_cast<void*>(packed->codes)), N, K);
+  if (!wrong) {
+    wrong = launch("w4a16_repack_groups", *device, stream, blocks(size_t(N) * groups), w4a16_repack_groups<u16>, static_cast<const u16*>(scales),
+                   static_cast<u16*>(const_cast<void*>(packed->scales)), N, groups);
+  }
+  if (!wrong && zeros) {
+    wrong = launch("w4a16_repack_groups", *device, stream, blocks(size_t(N) * groups), w4a16_repack_groups<u8>, static_cast<const u8*>(zeros),
+                   static_cast<u8*>(const_cast<void*>(packed->zeros)), N, groups);
+  }
+  return wrong;
+}
+
+const char* fh_w4a16_linear(const fh_w4a16_weight* weight, const void* x, void* y, int M, const fh_device* device, cudaStream_t stream) {
+  using namespace fh;
+  if (const char* wrong = check(*weight)) return wrong;
+  if (M < 1) return failure("w4a16: M is %d, expected at least 1", M);
+  return weight->dtype == FH_FP16 ? linear<Fp16>(*weight, x, y, M, *device, stream) : linear<Bf16>(*weight, x, y, M, *device, stream);
+}
+#endif
