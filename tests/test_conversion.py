@@ -9,7 +9,7 @@ from small_checkpoints import content, save_model, save_tokenizer
 from small_models import VOCAB, small_model
 
 from flashhead_edge.calibration import FIRST, describe, own_target
-from flashhead_edge.capture import SAMPLE_LENGTH, _sample, _forced, capture_ids, capture_text, chat_frame, recording, sample_own_text
+from flashhead_edge.capture import SAMPLE_LENGTH, _forced, _sample, capture_ids, capture_text, chat_frame, recording, sample_own_text
 from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index, read_published
 from flashhead_edge.conversion import calibrate, convert
 from flashhead_edge.costs import bytes_per_step
