@@ -261,7 +261,7 @@ def finish(
         lost = [a + b for a, b in zip(misses(need, torch.tensor(margins, dtype=torch.float32), rest), cut)]
     index = with_gates(index, margins, caps)
     index, seen = with_tail(index, data, weight, bias, seed, progress)  # of the head as it is written
-    frontier = [_frontier_point(t, need, data, traced, f) for t in FRONTIER]
+    frontier = [_frontier_point(t, need, data, traced, f) for t in sorted({*FRONTIER, target})]
     texts = [_text_record(g, s, m, target) for g, s, m in zip(data.groups, data.sources, lost)]
     worst = min(texts, key=lambda t: t["top1_agreement"])
     row_size = 2 * index.hidden_size
