@@ -28,7 +28,7 @@ from flashhead_edge.progress import Progress, silent
 from flashhead_edge.reference import run_stages, torch_head
 from flashhead_edge.search import Group, Prepared, Traced, choose_margins, mean_counts, misses, needs, trace
 
-STRICTNESS = 5  # own text may miss a fifth of what is promised for other text: see own_target
+STRICTNESS = 10  # own text may miss a tenth of what is promised for other text: see own_target
 SEARCHED_STATES = 6000  # states by which candidates are compared
 SEARCHED_MISSES = (3, 10, 30)  # of these, at which they are compared: the mean cost of the three counts
 TRACED_SLOTS = 20_000_000  # states x slots by which margins are priced
@@ -65,7 +65,7 @@ CLUSTER_SIZES = tuple(OPTIONS[0][1])
 def own_target(target: float) -> float:
     """The share that the model's own text is held to for a promise of `target` on other text.
 
-    It may miss a fifth of what is promised. docs/experiments.md has the measurements that the number comes from.
+    It may miss a tenth of what is promised. docs/experiments.md has the measurements that the number comes from.
     """
     return 1 - (1 - target) / STRICTNESS
 
@@ -261,7 +261,7 @@ def finish(
         lost = [a + b for a, b in zip(misses(need, torch.tensor(margins, dtype=torch.float32), rest), cut)]
     index = with_gates(index, margins, caps)
     index, seen = with_tail(index, data, weight, bias, seed, progress)  # of the head as it is written
-    frontier = [_frontier_point(t, need, data, traced, f) for t in FRONTIER]
+    frontier = [_frontier_point(t, need, data, traced, f) for t in sorted({*FRONTIER, target})]
     texts = [_text_record(g, s, m, target) for g, s, m in zip(data.groups, data.sources, lost)]
     worst = min(texts, key=lambda t: t["top1_agreement"])
     row_size = 2 * index.hidden_size

@@ -22,6 +22,13 @@ from flashhead_edge.progress import Progress, silent
 
 WINDOW = 512  # tokens that a text is read in at a time
 SAMPLE_LENGTH = 128  # tokens of one sample of the model's own text
+# beginnings of kinds of text that a random token seldom leads to: data, code, markup, lists, other languages and scripts
+OPENERS = (
+    *('{"', '[{"', '{\n  "', "id,", "<?xml ", "---\n", "| "),
+    *("def ", "import ", "class ", "function ", "#include <", "SELECT ", "$ "),
+    *("<div ", "\\begin{", "# ", "- ", "1. ", '"'),
+    *("Der ", "La ", "El ", "O ", "В ", "在", "この", "यह ", "في "),
+)
 READ_ROWS = 8  # samples that are read again at a time
 USER_TURN = (4, 48)  # tokens of a user's turn, at least and at most, in a chat that the model writes
 BATCH_BYTES = 1 << 30  # of keys, values and logits in one batch of samples
@@ -185,11 +192,11 @@ def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int,
 
     Most samples are drawn at temperature 1, some at 1.4 (`MIXTURE`): what a model writes when it is pushed off its path
     is nearer to text that it does not know. Those are also read a second time, each after itself: the states in which
-    a model copies rare words from its context, which given text has and sampled text lacks. Two thirds of the samples
-    begin with a random token (after the family's first token, if it has one) and one third are chats, where there is a
-    template: the model writes a user's turn of random length, and then the answer. End tokens are never sampled, so
-    that every sample is full; that the model wanted one is still seen in the state. What all samples begin with is no
-    part of them.
+    a model copies rare words from its context, which given text has and sampled text lacks. One third of the samples
+    are chats, where there is a template: the model writes a user's turn of random length, and then the answer. The
+    others begin, after the family's first token, if it has one, with a random token or with one of `OPENERS`, half of
+    them each. End tokens are never sampled, so that every sample is full; that the model wanted one is still seen in
+    the state. What all chats begin with is no part of them.
 
     Returns:
         `Source` of about `positions` states (whole samples).
@@ -202,15 +209,19 @@ def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int,
     ordinary[[i for i in set(tokenizer.all_special_ids) if i < vocab_size]] = 0
     first_id = tokenizer.bos_token_id
     begin = [first_id] if first_id is not None and tokenizer("a").input_ids[:1] == [first_id] else []
+    openers = [ids for ids in (tokenizer(text, add_special_tokens=False).input_ids for text in OPENERS) if ids]
     starts: list[tuple[str, Part, Tensor, Tensor]] = []
     for part in MIXTURE:
         n = max(1, round(rows * part.share))
         chats = n // 3 if frame else 0
         first = torch.multinomial(ordinary, n - chats, replacement=True, generator=generator)
-        starts.append(("own text", part, torch.tensor([begin + [t] for t in first.tolist()]), torch.full((n - chats, SAMPLE_LENGTH), -1)))
+        openings = [[t] for t in first.tolist()]
+        if openers:
+            openings[1::2] = [openers[i] for i in torch.randint(len(openers), (len(openings) // 2,), generator=generator).tolist()]
+        starts.append(("own text", part, torch.tensor([[*begin, o[0]] for o in openings]), _forced([(0, o[1:]) for o in openings])))
         if chats and frame:
             turns = torch.randint(USER_TURN[0], USER_TURN[1] + 1, (chats,), generator=generator).tolist()
-            starts.append(("own chats", part, torch.tensor([frame.before]).expand(chats, -1), _turned(turns, frame.after)))
+            starts.append(("own chats", part, torch.tensor([frame.before]).expand(chats, -1), _forced([(n, frame.after) for n in turns])))
     ends = end_ids(model, tokenizer, vocab_size)
     states, ids, done, total = [], [], 0, sum(len(s) for _, _, s, _ in starts)
     for message, part, start, forced in starts:
@@ -243,11 +254,11 @@ def _second_reading(model: Any, ids: Tensor, progress: Progress) -> Tensor:
     return torch.cat(parts).flatten(0, 1)
 
 
-def _turned(turns: list[int], after: list[int]) -> Tensor:
-    """What is not sampled in chats whose user's turns have these lengths: `after`, -1 elsewhere, [n, SAMPLE_LENGTH]."""
-    forced = torch.full((len(turns), SAMPLE_LENGTH), -1)
-    for row, n in zip(forced, turns):
-        row[n : n + len(after)] = torch.tensor(after[: SAMPLE_LENGTH - n], dtype=torch.int64)
+def _forced(given: list[tuple[int, list[int]]]) -> Tensor:
+    """What is not sampled, [n, SAMPLE_LENGTH] int64, -1 elsewhere: a row's tokens, from the place on where they stand."""
+    forced = torch.full((len(given), SAMPLE_LENGTH), -1)
+    for row, (place, ids) in zip(forced, given):
+        row[place : place + len(ids)] = torch.tensor(ids[: SAMPLE_LENGTH - place], dtype=torch.int64)
     return forced
 
 

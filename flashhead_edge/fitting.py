@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashhead_edge.codes import Coded
 from flashhead_edge.coding import decode, encode, encode_bits, to_torch
-from flashhead_edge.index import ERROR_STEPS, Gate
+from flashhead_edge.index import ERROR_STEPS
 from flashhead_edge.progress import Progress, silent
 from flashhead_edge.reference import settled
 
@@ -191,15 +191,15 @@ def fit_centroids(coordinates: Coordinates, moments: Moments, table: np.ndarray,
     gram = torch.stack([lift.T @ s @ lift for s in moments.second])
     target = torch.stack([lift.T @ b for b in moments.best[size]])  # [2, r, K]
 
-    def fit(g: Tensor, b: Tensor, which: int) -> tuple[Coded, Tensor]:
+    def fit(g: Tensor, b: Tensor) -> tuple[Coded, Tensor]:
         ridge = RIDGE_CENTROIDS * g.diagonal()[1:].mean() * torch.eye(r, dtype=g.dtype, device=g.device)
         ridge[0, 0] = 1e-6 * g[0, 0]
         fitted = mean + torch.linalg.solve(g + ridge, b - g @ mean.T).T
-        coded = encode(fitted.float(), code, seed=seed + which)
+        coded = encode(fitted.float(), code, seed=seed)
         return coded, widen(decode(to_torch(coded, lift.device)), r)
 
-    coded, values = fit(gram.sum(0), target.sum(0), 0)
-    folds = torch.stack([fit(gram[1 - f], target[1 - f], 0)[1] for f in (0, 1)])
+    coded, values = fit(gram.sum(0), target.sum(0))
+    folds = torch.stack([fit(gram[1 - f], target[1 - f])[1] for f in (0, 1)])
     square = torch.zeros(len(table), dtype=torch.float64, device=lift.device)
     for f in (0, 1):
         c = folds[f].double()
@@ -246,8 +246,3 @@ def coded_errors(error: Tensor) -> tuple[np.ndarray, float, Tensor]:
     unit = float(np.float32(floor))
     steps = ((error / unit).log2() * ERROR_STEPS).round().clamp(0, 255)
     return steps.to(torch.uint8).cpu().numpy(), unit, unit * torch.exp2(steps / ERROR_STEPS)
-
-
-def open_gate(n: int) -> Gate:
-    """A gate that everything passes."""
-    return Gate(np.zeros(n, np.uint8), 1.0, float("inf"), n)

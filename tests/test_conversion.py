@@ -9,7 +9,7 @@ from small_checkpoints import content, save_model, save_tokenizer
 from small_models import VOCAB, small_model
 
 from flashhead_edge.calibration import FIRST, describe, own_target
-from flashhead_edge.capture import SAMPLE_LENGTH, _sample, _turned, capture_ids, capture_text, chat_frame, recording, sample_own_text
+from flashhead_edge.capture import SAMPLE_LENGTH, _forced, _sample, capture_ids, capture_text, chat_frame, recording, sample_own_text
 from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index, read_published
 from flashhead_edge.conversion import calibrate, convert
 from flashhead_edge.costs import bytes_per_step
@@ -232,7 +232,7 @@ def test_own_chats_hold_a_turn_and_an_answer(model):
     assert tokenizer.decode(frame.after).split() == ["t4", "t5"]
     turns = [4, 7, SAMPLE_LENGTH - 1]
     start = torch.tensor([frame.before]).expand(3, -1)
-    states, ids = _sample(runner, start, _turned(turns, frame.after), 127, [], torch.Generator().manual_seed(0), 1.0, lambda share: None)
+    states, ids = _sample(runner, start, _forced([(n, frame.after) for n in turns]), 127, [], torch.Generator().manual_seed(0), 1.0, lambda share: None)
     for i, (row, n) in enumerate(zip(ids.tolist(), turns)):
         after = row[1 + n :][: len(frame.after)]  # the first id is the last of `before`
         assert after == frame.after[: len(after)]

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from small_heads import everything_open, few_probes, gate
+from small_heads import everything_open, few_probes
 
 from flashhead_edge.coding import decode, to_torch
 from flashhead_edge.index import own_error
@@ -159,7 +159,3 @@ def test_dtypes_and_no_rows(weight):
         h = torch.randn(3, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
         assert torch.equal(head.step(h).token, dense_logits(weight, None, h, 131).argmax(1))
     assert dense_tokens(weight, None, torch.zeros(0, 16), 131).shape == (0,)
-
-
-def test_the_gate_helper_is_open():
-    assert gate(4).cap == 4

@@ -19,7 +19,10 @@ from flashhead_edge.cli.display import shown_progress
 def calibrate(
     out: Path, texts: tuple[str, ...], target: float | None, positions: int, device_model: str | None, seed: int, trust_remote_code: bool, as_json: bool
 ) -> None:
-    """Calibrate the checkpoint OUT again, in place, without clustering again."""
+    """Calibrate the checkpoint OUT again, in place, without clustering again.
+
+    Texts that it was held to before are to be given again.
+    """
     with answer_only() as stdout:
         with shown_progress("loading") as progress:
             from flashhead_edge.conversion import calibrate as run

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flashhead_edge.capture import check_finite
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.exact import Record
 from flashhead_edge.integrations.hf import output_head
@@ -116,6 +117,7 @@ class Body:
                 del self.module.__dict__["forward"]
             else:
                 self.module.__dict__["forward"] = before
+        check_finite(tapped[0])
         return tapped[0]
 
     @property

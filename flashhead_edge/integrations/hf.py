@@ -40,6 +40,8 @@ class FlashHead:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> FlashHead:
         """Read the head of a FlashHead checkpoint. The rows are not read: `attach` takes the model's.
 
+        Whether the index was made for the rows is checked when they are first there, in `attach` or at the first step.
+
         Args:
             device: where a head that is not attached computes; an attached one computes where its model's head is.
         Raises:
@@ -61,9 +63,10 @@ class FlashHead:
         if self._alone is None:
             if self.folder is None:
                 raise SettingsError("FlashHead: no model is attached and the index came from no folder, expected one of them; attach a model first")
-            from flashhead_edge.checkpoint import open_source, read_head
+            from flashhead_edge.checkpoint import open_source, read_head, read_index
 
             weights = read_head(open_source(self.folder))
+            read_index(self.folder, weights)  # an index for other weights is refused here
             bias = None if weights.bias is None else weights.bias.to(self.device)
             self._alone = torch_head(self.index, weights.weight.to(self.device), bias)
         return self._alone

@@ -70,7 +70,7 @@ def _promise(document: Mapping[str, Any]) -> str:
     p99 = document["bytes_per_step_p99"]
     target = s["target_agreement"]
     promise = (
-        f"Promised: at {percent(target, 1)} of all steps, on text that it was never calibrated on, the head returns the very token that the dense head returns."
+        f"Promised: at {100 * target:g} % of all steps, on text that it was never calibrated on, the head returns the very token that the dense head returns."
         if target is not None
         else "No share of steps was promised when this head was made; what follows is what was measured."
     )

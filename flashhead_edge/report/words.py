@@ -52,7 +52,7 @@ def verdict(document: Mapping[str, Any]) -> tuple[str, str]:
         return "none", f"The head was not calibrated to a target. It kept the dense head's token in {where}."
     if lowest >= target:
         sure = "" if ends[0] >= target else f" The 95 % interval starts at {percent(ends[0])}: more positions would make it sure."
-        return "kept", f"The promise of {percent(target, 1)} was kept: {where}.{sure}"
+        return "kept", f"The promise of {100 * target:g} % was kept: {where}.{sure}"
     if ends[1] >= target:
-        return "close", f"The promise of {percent(target, 1)} was not reached, by less than chance explains: {where}."
-    return "missed", f"The promise of {percent(target, 1)} was not kept: {where}."
+        return "close", f"The promise of {100 * target:g} % was not reached, by less than chance explains: {where}."
+    return "missed", f"The promise of {100 * target:g} % was not kept: {where}."
