@@ -114,10 +114,25 @@ class Fitted:
     item_cost: list[float]
 
 
-def fit(plan: Plan, table: np.ndarray, coordinates: Coordinates, moments: Moments, device: Device | None, row_size: int, seed: int) -> Fitted:
-    """Fit and code everything that `plan` names; `row_size` is the cost of an exact row in bytes."""
-    centroids = fit_centroids(coordinates, moments, table, plan.centroids, seed)
-    layers = fit_layers(coordinates, centroids.values, table, plan.codes, seed)
+def fit(
+    plan: Plan,
+    table: np.ndarray,
+    coordinates: Coordinates,
+    moments: Moments,
+    device: Device | None,
+    row_size: int,
+    seed: int,
+    near: Fitted | None = None,
+) -> Fitted:
+    """Fit and code everything that `plan` names.
+
+    Args:
+        row_size: cost of an exact row in bytes.
+        near: another plan, fitted to the same states: where the two agree, its parts are taken over.
+    """
+    shared = near if near is not None and (near.table is table and near.coordinates is coordinates and near.plan.centroids == plan.centroids) else None
+    centroids = shared.centroids if shared else fit_centroids(coordinates, moments, table, plan.centroids, seed)
+    layers = shared.layers if shared and shared.plan.codes == plan.codes else fit_layers(coordinates, centroids.values, table, plan.codes, seed)
     probe_bytes, probe_unit, probe_error = coded_errors(centroids.error)
     gates, stored = [(probe_bytes, probe_unit)], []
     for layer in layers:
@@ -205,7 +220,7 @@ def search(
             progress(f"searching: {describe(plan)}", len(tried) / total)
             if plan.rotation_bits not in made:
                 made[plan.rotation_bits] = fit_coordinates(weight, bias, moments, plan.rotation_bits)
-            f = fit(plan, tables[plan.cluster_size], made[plan.rotation_bits], moments, device, row_size, seed)
+            f = fit(plan, tables[plan.cluster_size], made[plan.rotation_bits], moments, device, row_size, seed, tried[best][1] if best in tried else None)
             need = needs_of(f, data, at, lambda m, s: progress(f"searching: {describe(plan)}", len(tried) / total))
             traced = traced_of(f, data, loosest(need), seed)
             counts = np.mean([mean_counts(traced, choose_margins(need, group, traced, f.item_cost)) for group in groups], 0)
