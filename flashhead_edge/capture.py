@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_edge.checkpoint import fresh_cache
+from flashhead_edge.checkpoint import cache_arguments
 from flashhead_edge.errors import CheckpointError, SettingsError, UnsupportedModelError
 from flashhead_edge.progress import Progress, silent
 
@@ -287,9 +287,11 @@ def _sample(
     Returns:
         States [n * length, d], from that of the last start token on, and the ids that they are of, [n, length].
     """
+    from transformers import DynamicCache
+
     parts: list[Tensor] = []
     step_ids, written = ids, [ids[:, -1:]]
-    _, cached = fresh_cache(model)
+    cached = cache_arguments(model, DynamicCache(config=model.config))
     with torch.inference_mode(), recording(model, compute=True) as seen:
         while True:
             out = model(input_ids=step_ids, **cached)

@@ -182,7 +182,7 @@ def test_summary_is_json_and_says_what_was_chosen(converted):
     text = json.dumps(summary)
     assert "searched" in text
     assert summary["chosen"].startswith("clusters of ")
-    assert [p["target_agreement"] for p in summary["frontier"]] == [0.98, 0.99, 0.995, 0.998, 0.999, 0.9995]
+    assert [p["target_agreement"] for p in summary["frontier"]] == sorted({0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, summary["target_agreement"]})
     assert describe(FIRST).count("bits") >= 2
 
 

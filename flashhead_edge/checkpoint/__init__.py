@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashhead_edge.checkpoint.assets import PublishedClusters, read_index, read_published
-    from flashhead_edge.checkpoint.loading import fresh_cache, load_model
+    from flashhead_edge.checkpoint.loading import cache_arguments, load_model
     from flashhead_edge.checkpoint.source import Source, open_source
     from flashhead_edge.checkpoint.tokenizer import load_tokenizer
     from flashhead_edge.checkpoint.weights import HeadWeights, fingerprint, read_head
@@ -20,7 +20,7 @@ _HOME = {
     "PublishedClusters": "assets",
     "read_index": "assets",
     "read_published": "assets",
-    "fresh_cache": "loading",
+    "cache_arguments": "loading",
     "load_model": "loading",
     "load_tokenizer": "tokenizer",
     "Source": "source",
@@ -39,7 +39,7 @@ __all__ = [
     "Source",
     "check_output",
     "fingerprint",
-    "fresh_cache",
+    "cache_arguments",
     "load_model",
     "load_tokenizer",
     "open_source",

@@ -61,9 +61,12 @@ def _contract(name: str, index: HeadIndex) -> str:
     if "top1_agreement" in s:
         interval = s.get("top1_agreement_interval")
         about = f" (95 % interval {_share(interval[0])} to {_share(interval[1])})" if interval else ""
-        worst = min(s.get("texts") or [{"positions": s.get("positions", 0)}], key=lambda t: t.get("top1_agreement", 1.0))
-        at = f" over the {int(worst['positions']):,} positions of {worst.get('name', 'the text')}" if worst["positions"] else ""
-        lines.append(f"- Measured agreement on held-out positions of the calibration, where it is lowest: {_share(s['top1_agreement'])}{about}{at}.")
+        measured = [t for t in s.get("texts") or [] if isinstance(t, Mapping) and "top1_agreement" in t]
+        worst = min(measured, key=lambda t: t["top1_agreement"], default=None)
+        found = worst or s
+        at = f" over {int(found['positions']):,} positions" if "positions" in found else ""
+        at += f" of {worst['name']}" if worst else ""
+        lines.append(f"- Measured agreement on held-out positions of the calibration: {_share(s['top1_agreement'])}{about}{at}.")
     else:
         lines.append("- Agreement with the dense head was not measured: run `flashhead calibrate` or `flashhead evaluate`.")
     if "bytes_per_step" in s and "dense_bytes_per_step" in s:

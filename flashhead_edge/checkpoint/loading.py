@@ -82,16 +82,13 @@ def load_model(
     return model.eval() if scheme is not None and getattr(model, "hf_quantizer", None) is not None else model.to(device).eval()
 
 
-def fresh_cache(model: Any) -> tuple[Any, dict[str, Any]]:
-    """An empty cache of keys and values, and the arguments with which `model` uses it.
+def cache_arguments(model: Any, cache: Any) -> dict[str, Any]:
+    """The arguments with which `model` goes on from a cache of keys and values and adds to it.
 
     transformers names the argument `cache` from 5.24 on; earlier versions, and code that models bring along, `past_key_values`.
     """
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return cache, {name: cache, "use_cache": True}
+    return {name: cache, "use_cache": True}
 
 
 def _check_dtype(stored: torch.dtype, dtype: torch.dtype, name: str) -> None:

@@ -203,13 +203,14 @@ def dense_text(model: Any, judge: Dense, prompts: Tensor, new_tokens: int, progr
         The states that its tokens come from, [k * new_tokens, d], and the tokens, [k, new_tokens] int64.
     """
     import torch
+    from transformers import DynamicCache
 
     from flashhead_edge.capture import recording
-    from flashhead_edge.checkpoint import fresh_cache
+    from flashhead_edge.checkpoint import cache_arguments
 
     device = model.get_output_embeddings().weight.device
     states, tokens, ids = [], [], prompts.to(device)
-    _, cached = fresh_cache(model)
+    cached = cache_arguments(model, DynamicCache(config=model.config))
     with torch.inference_mode(), recording(model, compute=False) as seen:
         for i in range(new_tokens):
             model(input_ids=ids, **cached)

@@ -91,16 +91,18 @@ class Body:
     """The model without its head: tokens go in, the hidden state that would reach the head comes out."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from flashhead_edge.checkpoint import fresh_cache
+        from transformers import DynamicCache
 
         self.model = model
         self.module = output_head(model)
-        self.cache, self.cached = fresh_cache(model)
+        self.cache = DynamicCache(config=model.config)
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     @torch.no_grad()
     def feed(self, ids: Sequence[int]) -> Tensor:
         """Run tokens after what the cache holds: hidden state of the last one, [1, d]."""
+        from flashhead_edge.checkpoint import cache_arguments
+
         tapped: list[Tensor] = []
 
         def tap(hidden: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class Body:
         self.module.__dict__["forward"] = tap
         try:
             tokens = torch.tensor([list(ids)], device=self.module.weight.device)  # type: ignore[union-attr]
-            self.model(input_ids=tokens, **self.cached, **self.options)
+            self.model(input_ids=tokens, **cache_arguments(self.model, self.cache), **self.options)
         finally:
             if before is None:
                 del self.module.__dict__["forward"]
