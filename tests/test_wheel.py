@@ -70,7 +70,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path, source: Path) ->
     assert {n for n in names if n.endswith(".py")} == want
     assert "flashhead_edge/py.typed" in names
     kernels = {f"flashhead_edge/kernels/sources/{p.name}" for p in (source / "plugins_trt/kernels").iterdir()}
-    assert kernels and {n for n in names if n.endswith((".cu", ".h"))} == kernels
+    assert kernels and {n for n in names if n.endswith((".cu", ".cuh", ".h"))} == kernels
     assert {n.split("/")[0].split("-")[0].removesuffix(".dist") for n in names} == {"flashhead_edge"}
 
 

@@ -38,7 +38,7 @@ def compiled(source: str, architecture: str) -> bytes:
     except ImportError as error:
         raise DeviceError(f"CUDA kernels: {error.name} is not installed, expected it beside torch; pip install 'flashhead-edge[cuda]'") from error
     folder = sources_folder()
-    headers = sorted(folder.glob("*.h"))
+    headers = sorted([*folder.glob("*.h"), *folder.glob("*.cuh")])
     digest = hashlib.sha256(repr((source, architecture, nvrtc.nvrtcVersion())).encode())
     for file in [folder / source, *headers]:
         digest.update(file.read_bytes())
