@@ -11,16 +11,15 @@ from __future__ import annotations
 import json
 import re
 import resource
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from torch import Tensor
 
+from flashhead_edge.bench.provenance import command, commit
 from flashhead_edge.clustering import ITERATIONS, Clusters, cluster
 from flashhead_edge.errors import FlashHeadError, SettingsError
 
@@ -56,7 +55,7 @@ def main(shape: str, model: str | None, size: int, iterations: int, seed: int, e
     except FlashHeadError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
-    record = {"model": model, "shape": [*rows.shape], "real_weights": model is not None, **record, "commit": _commit(), "command": _command()}
+    record = {"model": model, "shape": [*rows.shape], "real_weights": model is not None, **record, "commit": commit(), "command": command("clustering")}
     if as_json:
         click.echo(json.dumps(record))
     else:
@@ -123,18 +122,6 @@ def _parse(shape: str) -> tuple[int, int]:
 def _peak_memory() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
-
-
-def _command() -> str:
-    return " ".join(["python -m flashhead_edge.bench.clustering", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

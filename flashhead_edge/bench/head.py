@@ -15,10 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -26,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashhead_edge.bench.provenance import command, commit
 from flashhead_edge.caps import with_gates
 from flashhead_edge.cases import CAP_SHARES, PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES, SHAPES, Case, made_index
 from flashhead_edge.costs import bytes_per_step, dense_bytes
@@ -162,7 +161,13 @@ def measure_shape(name: str, batches: Sequence[int], bandwidth: float, seed: int
                 **{"microseconds": median, "microseconds_p99": float(np.percentile(times, 99)), "tokens_per_second": batch / median * 1e6},
                 **{"bytes_per_step": bytes_read, "bytes_per_step_p99": None, "dense_bytes_per_step": dense_bytes(v, d), "floor_microseconds": floor},
                 **{"top1_agreement": None, "top1_agreement_interval": None, "ratio_to_dense": median / dense},
-                **{"spread": float(np.median(np.abs(times - median))), "bandwidth": bandwidth, "counts": counts, "commit": _commit(), "command": _command()},
+                **{
+                    "spread": float(np.median(np.abs(times - median))),
+                    "bandwidth": bandwidth,
+                    "counts": counts,
+                    "commit": commit(),
+                    "command": command("head"),
+                },
             }
         )
         click.echo(row_text(out[-1]), err=True)
@@ -215,18 +220,6 @@ def main(shapes: tuple[str, ...], batches: tuple[int, ...], as_json: bool) -> No
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
     click.echo(json.dumps(records) if as_json else "\n".join(row_text(r) for r in records))
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
-
-
-def _command() -> str:
-    return " ".join(["python -m flashhead_edge.bench.head", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
