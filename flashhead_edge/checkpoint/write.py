@@ -63,7 +63,8 @@ def check_output(source: Source | None, out: str | Path, overwrite: bool = False
             )
     above = next(p for p in path.parents if p.exists())
     try:
-        Path(tempfile.mkdtemp(prefix=".flashhead-", dir=above)).rmdir()
+        with tempfile.TemporaryFile(dir=above):  # it has no name, so that a killed run leaves nothing
+            pass
     except OSError as error:
         raise CheckpointError(
             f"{path}: {above} cannot be written ({error.strerror}), expected a folder where a checkpoint may be made; choose another"
