@@ -28,7 +28,10 @@ from flashhead_edge.progress import Progress, silent
 from flashhead_edge.reference import run_stages, torch_head
 from flashhead_edge.search import Group, Prepared, Traced, choose_margins, mean_counts, misses, needs, trace
 
-STRICTNESS = 10  # own text may miss a tenth of what is promised for other text: see own_target
+STRICTNESS = 15  # own text may miss a fifteenth of what is promised for other text: see own_target
+POSITIONS = 60_000  # of own text, unless more are needed: see default_positions
+MOST_POSITIONS = 4 * POSITIONS
+LEAST_MISSES = 2  # that own text shall be able to afford: margins that one state sets are a matter of luck
 SEARCHED_STATES = 6000  # states by which candidates are compared
 SEARCHED_MISSES = (3, 10, 30)  # of these, at which they are compared: the mean cost of the three counts
 TRACED_SLOTS = 20_000_000  # states x slots by which margins are priced
@@ -48,13 +51,13 @@ class Plan:
     state_power: float
 
 
-FIRST = Plan(32, 4.0, "product24", ("product12", "bits48", "bits128"), 0.25)
+FIRST = Plan(32, 4.0, "product24", ("product12", "bits48", "bits128"), 0.5)
 OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("cluster_size", (32, 64)),
     ("centroids", ("product16", "product24")),
     (
         "codes",
-        (("product12", "bits48", "bits128"), ("product8", "bits40", "bits96"), ("product8", "bits32", "bits64", "bits128")),
+        (("product12", "bits48", "bits128"), ("product8", "bits40", "bits96"), ("product8", "bits40", "bits72", "bits128")),
     ),
     ("rotation_bits", (3.5, 4.0)),
     ("state_power", (0.25, 0.5)),
@@ -65,7 +68,7 @@ CLUSTER_SIZES = tuple(OPTIONS[0][1])
 def own_target(target: float) -> float:
     """The share that the model's own text is held to for a promise of `target` on other text.
 
-    It may miss a tenth of what is promised. docs/experiments.md has the measurements that the number comes from.
+    It may miss a fifteenth of what is promised. docs/experiments.md has the measurements that the number comes from.
     """
     return 1 - (1 - target) / STRICTNESS
 
@@ -95,6 +98,12 @@ def gather(sources: Sequence[Source], winners: Tensor, target: float) -> Data:
 def least_positions(target: float) -> int:
     """Positions of own text at which not one miss still shows a promise of `target`: with fewer it cannot be reached."""
     return least_trials(own_target(target))
+
+
+def default_positions(target: float) -> int:
+    """Positions of own text for a promise of `target`: POSITIONS, or as many times that as LEAST_MISSES need, at most MOST_POSITIONS."""
+    choices = range(POSITIONS, MOST_POSITIONS, POSITIONS)
+    return next((n for n in choices if allowed_misses(n, own_target(target)) >= LEAST_MISSES), MOST_POSITIONS)
 
 
 @dataclass(frozen=True, eq=False)

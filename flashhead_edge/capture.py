@@ -29,6 +29,7 @@ OPENERS = (
     *("<div ", "\\begin{", "# ", "- ", "1. ", '"'),
     *("Der ", "La ", "El ", "O ", "В ", "在", "この", "यह ", "في "),
 )
+DATASET_CHARACTERS = 2_000_000  # read of a data set at most
 READ_ROWS = 8  # samples that are read again at a time
 USER_TURN = (4, 48)  # tokens of a user's turn, at least and at most, in a chat that the model writes
 BATCH_BYTES = 1 << 30  # of keys, values and logits in one batch of samples
@@ -117,9 +118,8 @@ def seen_width(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[1])
 
 
-def capture_text(model: Any, tokenizer: Any, name: str, positions: int, progress: Progress = silent) -> Source:
-    """Hidden states of the first `positions` tokens of a text: a file, or ``datasets:NAME[/CONFIG][:SPLIT[:COLUMN]]``."""
-    text = read_text(name)
+def capture_text(model: Any, tokenizer: Any, name: str, text: str, positions: int, progress: Progress = silent) -> Source:
+    """Hidden states of the first `positions` tokens of a text, which is called by the end of `name`."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[:positions], dtype=torch.int64)
     if len(ids) == 0:
         raise SettingsError(f"calibration text {name}: no tokens found, expected at least one; give a file with text in it")
@@ -127,40 +127,49 @@ def capture_text(model: Any, tokenizer: Any, name: str, positions: int, progress
     return Source(Path(name).name, compact(states), False, digest_of(ids))
 
 
-def need_datasets(name: str) -> Any:
-    """The package datasets, which a data set's `name` needs."""
+def read_text(name: str) -> str:
+    """A text by its name: a UTF-8 file, or ``datasets:NAME[/CONFIG][:SPLIT[:COLUMN]]``, a data set on the hub.
+
+    Raises:
+        SettingsError: there is no such text, or it cannot be read as one.
+    """
+    if name.startswith("datasets:"):
+        return _read_dataset(name)
+    path = Path(name)
+    if not path.is_file():
+        found = "it is a folder" if path.is_dir() else "no such file"
+        raise SettingsError(f"calibration text {name}: {found}, expected a text file or datasets:NAME; check the path")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"calibration text {name}: byte {error.start} is not UTF-8, expected UTF-8 text; convert the file") from error
+
+
+def _read_dataset(name: str) -> str:
+    """The first rows of a data set, joined."""
     try:
         import datasets
     except ImportError as error:
         raise SettingsError(f"{name}: the package datasets is not installed, expected for a data set's name; pip install datasets, or give a file") from error
-    return datasets
-
-
-def read_text(name: str) -> str:
-    """The text of a file, or of a data set by its name on the hub."""
-    if name.startswith("datasets:"):
-        datasets = need_datasets(name)
-        path, *rest = name.removeprefix("datasets:").split(":")
-        parts = path.split("/")
-        # OWNER/NAME or OWNER/NAME/CONFIG; a name without owner has no slash
-        configuration = parts[2] if len(parts) > 2 else None
-        table = datasets.load_dataset("/".join(parts[:2]), configuration, split=rest[0] if rest else "train", streaming=True)
-        column = rest[1] if len(rest) > 1 else "text"
-        pieces: list[str] = []
-        size = 0
-        for row in table:
-            pieces.append(str(row[column]))
-            size += len(pieces[-1])
-            if size > 2_000_000:
-                break
-        return "\n\n".join(pieces)
-    path_ = Path(name)
-    if not path_.is_file():
-        raise SettingsError(f"calibration text {name}: no such file, expected a text file or datasets:NAME; check the path")
+    path, *rest = name.removeprefix("datasets:").split(":")
+    parts = path.split("/")
+    # OWNER/NAME or OWNER/NAME/CONFIG; a name without owner has no slash
+    configuration = parts[2] if len(parts) > 2 else None
+    column = rest[1] if len(rest) > 1 else "text"
     try:
-        return path_.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"calibration text {name}: byte {error.start} is not UTF-8, expected UTF-8 text; convert the file") from error
+        rows = datasets.load_dataset("/".join(parts[:2]), configuration, split=rest[0] if rest else "train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{name}: the data set cannot be opened ({' '.join(str(error).split())}), check its name, split and the network") from error
+    pieces: list[str] = []
+    size = 0
+    for row in rows:
+        if column not in row:
+            raise SettingsError(f"{name}: no column {column}, its columns are {', '.join(row)}; name one of them: datasets:NAME:SPLIT:COLUMN")
+        pieces.append(str(row[column]))
+        size += len(pieces[-1])
+        if size > DATASET_CHARACTERS:
+            break
+    return "\n\n".join(pieces)
 
 
 def digest_of(ids: Tensor) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge import calibration
-from flashhead_edge.capture import Source, capture_text, end_ids, need_datasets, read_text, sample_own_text
+from flashhead_edge.capture import Source, capture_text, end_ids, read_text, sample_own_text
 from flashhead_edge.checkpoint import (
     HeadWeights,
     PublishedClusters,
@@ -54,7 +54,7 @@ def convert(
     head: str = "fitted",
     target: float = 0.995,
     texts: Sequence[str] = (),
-    positions: int = 60_000,
+    positions: int | None = None,
     device_model: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -68,7 +68,7 @@ def convert(
         head: ``fitted`` (calibrated) or ``published`` (clusters, unit centroids and exact rows; needs no calibration).
         target: share of steps that keep the dense head's token, 0.5 to below 1.
         texts: files or ``datasets:NAME`` to calibrate on beside the model's own text, each held to the target.
-        positions: states of own text, and at most of each text given.
+        positions: states of own text, and at most of each text given; unless told, `calibration.default_positions` of the target.
         device_model: a name in `devices.DEVICES`, to count cost in its time instead of bytes.
     Returns:
         The summary that the checkpoint keeps.
@@ -77,13 +77,14 @@ def convert(
     """
     if head not in HEADS:
         raise SettingsError(f"head is {head!r}, expected one of {', '.join(HEADS)}; leave it out for the default")
+    positions = calibration.default_positions(target) if positions is None else positions
     calibration.check_settings(target, positions)
     priced = device_named(device_model)
     if head == "published" and texts:
         raise SettingsError("head published: it is calibrated on nothing, expected no calibration text; leave the texts out, or convert to the fitted head")
     source = open_source(model, trust_remote_code=trust_remote_code)
     check_output(source, out, overwrite)
-    _check_texts(texts)
+    given = _read_texts(texts)
     if head == "fitted":
         _warn_of_few_positions(target, positions)
     progress("reading the head", None)
@@ -96,7 +97,7 @@ def convert(
         return index.summary
     progress("loading the model", None)
     runner, tokenizer = load_model(source, device=device_of_work()), load_tokenizer(source)
-    sources = capture(runner, tokenizer, weights.vocab_size, texts, positions, seed, progress)
+    sources = capture(runner, tokenizer, weights.vocab_size, given, positions, seed, progress)
     ends = end_ids(runner, tokenizer, weights.vocab_size)
     del runner
     rows = in_state_metric(weight, sources)
@@ -117,7 +118,7 @@ def calibrate(
     *,
     target: float | None = None,
     texts: Sequence[str] = (),
-    positions: int = 60_000,
+    positions: int | None = None,
     device_model: str | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -127,14 +128,15 @@ def calibrate(
 
     Arguments, returned summary and errors as in `convert`; without a target the checkpoint keeps the one that it has.
     """
-    calibration.check_settings(0.995 if target is None else target, positions)
+    calibration.check_settings(0.995 if target is None else target, calibration.POSITIONS if positions is None else positions)
     priced = device_named(device_model)
     folder = Path(folder)
     source = open_source(folder, trust_remote_code=trust_remote_code)
-    _check_texts(texts)
+    given = _read_texts(texts)
     weights = read_head(source)
     before = read_index(folder, weights)
     target = before.summary.get("target_agreement", 0.995) if target is None else target
+    positions = calibration.default_positions(target) if positions is None else positions
     if before.rotation is None:
         raise CheckpointError(
             f"{folder}: a published head, which is calibrated on nothing, expected a fitted one; convert the model again without --head published"
@@ -144,7 +146,7 @@ def calibrate(
     weight, bias = _on_device(weights)
     progress("loading the model", None)
     runner, tokenizer = load_model(source, device=device_of_work(), trust_remote_code=trust_remote_code), load_tokenizer(source)
-    sources = capture(runner, tokenizer, weights.vocab_size, texts, positions, seed, progress)
+    sources = capture(runner, tokenizer, weights.vocab_size, given, positions, seed, progress)
     ends = end_ids(runner, tokenizer, weights.vocab_size)
     del runner
     index, data = calibrated(weights, weight, bias, sources, {before.cluster_size: before.token_table}, target, ends, priced, seed, progress)
@@ -152,14 +154,13 @@ def calibrate(
     return index.summary
 
 
-def _check_texts(texts: Sequence[str]) -> None:
-    """Find a file that is missing, empty or no text, or a missing package, before minutes of work."""
-    for name in texts:
-        if name.startswith("datasets:"):
-            need_datasets(name)
-            continue
-        if not read_text(name).strip():
-            raise SettingsError(f"calibration text {name}: the file is empty, expected text; give another file or leave it out")
+def _read_texts(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Each name with its text. A text that is missing, empty or none is found here, before minutes of work."""
+    given = [(name, read_text(name)) for name in names]
+    for name, text in given:
+        if not text.strip():
+            raise SettingsError(f"calibration text {name}: it is empty, expected text; give another one or leave it out")
+    return given
 
 
 def _warn_of_few_positions(target: float, positions: int) -> None:
@@ -179,10 +180,10 @@ def _on_device(weights: HeadWeights) -> tuple[Tensor, Tensor | None]:
     return weights.weight[: weights.vocab_size].to(device), bias
 
 
-def capture(model: Any, tokenizer: Any, vocab_size: int, texts: Sequence[str], positions: int, seed: int, progress: Progress) -> list[Source]:
-    """States of the model's own text and of each text given."""
+def capture(model: Any, tokenizer: Any, vocab_size: int, texts: Sequence[tuple[str, str]], positions: int, seed: int, progress: Progress) -> list[Source]:
+    """States of the model's own text and of each text given, (name, text)."""
     own = sample_own_text(model, tokenizer, vocab_size, positions, seed, progress)
-    return [own, *(capture_text(model, tokenizer, name, positions, progress) for name in texts)]
+    return [own, *(capture_text(model, tokenizer, name, text, positions, progress) for name, text in texts)]
 
 
 def in_state_metric(weight: Tensor, sources: Sequence[Source]) -> Tensor:

@@ -9,7 +9,7 @@ from small_checkpoints import content, save_model, save_tokenizer
 from small_models import VOCAB, small_model
 
 from flashhead_edge.calibration import FIRST, describe, own_target
-from flashhead_edge.capture import SAMPLE_LENGTH, _forced, _sample, capture_ids, capture_text, chat_frame, recording, sample_own_text
+from flashhead_edge.capture import SAMPLE_LENGTH, _forced, _sample, capture_ids, chat_frame, recording, sample_own_text
 from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index, read_published
 from flashhead_edge.conversion import calibrate, convert
 from flashhead_edge.costs import bytes_per_step
@@ -135,11 +135,13 @@ def test_settings_out_of_range(model, tmp_path, options, words):
 
 def test_empty_and_binary_texts(model, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(SettingsError, match="the file is empty"):
+    with pytest.raises(SettingsError, match="it is empty"):
         convert(model, tmp_path / "out", texts=[str(tmp_path / "empty.txt")])
     (tmp_path / "binary.txt").write_bytes(b"ab\xff\xfe")
     with pytest.raises(SettingsError, match="byte 2 is not UTF-8"):
-        capture_text(None, None, str(tmp_path / "binary.txt"), 10)
+        convert(model, tmp_path / "out", texts=[str(tmp_path / "binary.txt")])
+    with pytest.raises(SettingsError, match="it is a folder, expected a text file"):
+        convert(model, tmp_path / "out", texts=[str(model)])
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
 
 

@@ -17,7 +17,7 @@ from flashhead_edge.cli.display import shown_progress
 @json_option
 @common_options
 def calibrate(
-    out: Path, texts: tuple[str, ...], target: float | None, positions: int, device_model: str | None, seed: int, trust_remote_code: bool, as_json: bool
+    out: Path, texts: tuple[str, ...], target: float | None, positions: int | None, device_model: str | None, seed: int, trust_remote_code: bool, as_json: bool
 ) -> None:
     """Calibrate the checkpoint OUT again, in place, without clustering again.
 

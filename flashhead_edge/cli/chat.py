@@ -53,8 +53,6 @@ def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, torch_
                     ids = prompt_ids(engine, messages)
                     run = exact_stream(engine, ids, max_new_tokens) if exact else stream(engine, ids, max_new_tokens, sampling)
                 except SettingsError as error:  # too long: the conversation goes on without the message
-                    if len(messages) == len(start) + 1:
-                        raise
                     messages.pop()
                     click.echo(f"flashhead: {error}", err=True)
                     continue

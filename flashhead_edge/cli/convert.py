@@ -25,7 +25,7 @@ def convert(
     texts: tuple[str, ...],
     target: float | None,
     head: str,
-    positions: int,
+    positions: int | None,
     device_model: str | None,
     seed: int,
     overwrite: bool,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def evaluate(
     """Measure the head of the checkpoint OUT against the dense head, beside other heads, on each text."""
     if html is not None and not html.absolute().parent.is_dir():
         raise click.BadParameter(f"the folder {html.absolute().parent} does not exist.", param_hint="--html")
+    if html is not None and not os.access(html if html.exists() else html.absolute().parent, os.W_OK):
+        raise click.BadParameter(f"{html} cannot be written.", param_hint="--html")
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("loading") as progress:
