@@ -1,8 +1,8 @@
 """The cheapest margins that keep a promise: what each state needs of each gate, and what margins cost.
 
 A state's *need* of a gate is the margin, in units, at which its dense winner just passes. Margins are chosen for all
-gates at once: starting from what every state needs, the gate whose next tightening saves most bytes a miss gives way,
-until no group of states may miss more.
+gates at once: how they differ from each other follows from what a unit of each costs, their common level from the
+states that may be missed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TAIL_RATE = 1.6  # the share of states that need more than a margin falls to a fifth a unit: measured, see docs/experiments.md
+MOST_OFFSET = 1.0  # units that a gate's margin may differ from the mean of all
+STEP = 0.25  # units by which a margin is moved to see what it costs
+ROUNDS = 5  # level and differences depend on each other
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What the gates of one candidate need to score states; errors as they will be stored."""
 
     size: int
-    folds: Tensor  # [2, K, r] float32 centroids for the states of each fold
+    folds: Tensor  # [2, K, r] float32 centroids that the states of each fold open clusters by
+    centroids: Tensor  # [K, r] float32, as stored: what the layers add to
     probe_error: Tensor  # [K] float32
     layers: tuple[tuple[Tensor, Tensor], ...]  # values [slots, columns] float32, error [slots] float32
     filled: Tensor  # [slots] bool
@@ -44,7 +50,7 @@ def gate_gaps(p: Prepared, z: Tensor, fold: int) -> list[Tensor]:
     unit = z[:, 1:].square().mean(1, keepdim=True).sqrt() ** p.state_power
     scores = z @ p.folds[fold].T
     out = [(scores.amax(1, keepdim=True) - scores) / (p.probe_error * unit)]
-    total = scores.repeat_interleave(p.size, 1)
+    total = (z @ p.centroids.T).repeat_interleave(p.size, 1)
     total[:, ~p.filled] = -torch.inf
     for values, error in p.layers:
         total = torch.addmm(total, z[:, : values.shape[1]], values.T)
@@ -58,7 +64,7 @@ def needs(p: Prepared, z: Tensor, fold: int, slots: Tensor) -> Tensor:
     clusters = slots // p.size
     scores = z @ p.folds[fold].T
     out = [(scores.amax(1) - scores.gather(1, clusters[:, None])[:, 0]) / (p.probe_error[clusters] * unit)]
-    total = scores.repeat_interleave(p.size, 1)
+    total = (z @ p.centroids.T).repeat_interleave(p.size, 1)
     total[:, ~p.filled] = -torch.inf
     for values, error in p.layers:
         total.addmm_(z[:, : values.shape[1]], values.T)
@@ -112,42 +118,41 @@ def misses(need: Tensor, margins: Tensor, groups: Sequence[Group]) -> list[int]:
 
 
 def choose_margins(need: Tensor, groups: Sequence[Group], traced: Traced, item_cost: Sequence[float]) -> list[float]:
-    """The margins of least mean cost at which no group misses more than it may.
+    """Margins at which no group misses more than it may, at a low mean cost.
+
+    The states that decide are few, so that each gate's own worst states say little about text that was not seen. The
+    gates share one law instead: the share of states that need more falls by e^TAIL_RATE a unit, at every gate alike.
+    Then the cost is least where tightening any gate saves as much a miss: the more a unit of a gate costs, the lower
+    its margin. The level of all together is read from the states.
 
     Args:
         need: [n, gates]; groups index its rows.
         traced: states that the cost is the mean of.
         item_cost: cost of a slot that each code scores, then of an exact row, [gates].
     Returns:
-        A margin for each gate. Tightening one goes from one state's need to the next lower one of the worst states.
+        A margin for each gate.
     """
-    gates = need.shape[1]
-    bound = sum(max(g.allowed, 0) for g in groups)
-    deepest = min(len(need) - 1, bound)
-    ladder = sorted({min(deepest, round(1.35**i) - 1 if i < 6 else round(1.2 ** (i + 2))) for i in range(60)})
-    worst = need.topk(deepest + 1, dim=0).values  # [deepest + 1, gates], descending
-    rungs = worst[ladder].double() * (1 + 1e-5)  # a need must pass at its own margin, after rounding too
+    offset = torch.zeros(need.shape[1], dtype=torch.float64)
+    for _ in range(ROUNDS):
+        slope = _cost_of_a_unit(traced, (_level(need, offset, groups) + offset).tolist(), item_cost).log()
+        offset = (offset + ((slope.mean() - slope) / TAIL_RATE).clamp(-MOST_OFFSET, MOST_OFFSET)) / 2
+    return ((_level(need, offset, groups) + offset) * (1 + 1e-5)).tolist()  # a need must pass at its own margin, after rounding too
 
-    def cost(at: list[int]) -> float:
-        counts = mean_counts(traced, [float(rungs[a, j]) for j, a in enumerate(at)])
-        return sum(n * price for n, price in zip(counts[1:], item_cost))
 
-    def fits(at: list[int]) -> int | None:
-        lost = misses(need, torch.tensor([float(rungs[a, j]) for j, a in enumerate(at)], dtype=torch.float32), groups)
-        return sum(lost) if all(m <= max(g.allowed, 0) for m, g in zip(lost, groups)) else None
+def _level(need: Tensor, offset: Tensor, groups: Sequence[Group]) -> float:
+    """The lowest level at which margins of `offset` about it lose no more of any group than it may."""
+    above = (need.double() - offset).amax(1)
+    return max(float(above[g.start : g.stop].topk(min(max(g.allowed, 0), g.stop - g.start - 1) + 1).values[-1]) for g in groups)
 
-    at, here, lost = [0] * gates, cost([0] * gates), 0
-    while True:
-        moves = []
-        for j in range(gates):
-            for hop in (1, 3):
-                if at[j] + hop < len(ladder):
-                    there = [a + hop * (i == j) for i, a in enumerate(at)]
-                    more = fits(there)
-                    if more is not None:
-                        price_there = cost(there)
-                        moves.append(((here - price_there) / max(more - lost, 0.3), price_there, there, more))
-        best = max(moves, default=None)
-        if best is None or best[0] <= 0:
-            return [float(rungs[a, j]) for j, a in enumerate(at)]
-        _, here, at, lost = best
+
+def _cost_of_a_unit(traced: Traced, margins: Sequence[float], item_cost: Sequence[float]) -> Tensor:
+    """What a unit of each gate's margin costs, [gates] float64."""
+
+    def cost(margins: Sequence[float]) -> float:
+        return sum(n * price for n, price in zip(mean_counts(traced, margins)[1:], item_cost))
+
+    out = []
+    for j in range(len(margins)):
+        low, high = ([m + step * (i == j) for i, m in enumerate(margins)] for step in (-STEP, STEP))
+        out.append(max(cost(high) - cost(low), 1e-6) / (2 * STEP))
+    return torch.tensor(out, dtype=torch.float64)

@@ -33,7 +33,7 @@ from flashhead_edge.intervals import allowed_misses
 from flashhead_edge.reference import dense_tokens
 from flashhead_edge.search import choose_margins, mean_counts, needs, trace
 
-STRICTNESS = (1, 2, 3, 4, 5, 7, 10, 15, 20)
+STRICTNESS = (1, 2, 3, 4, 5, 7, 10, 12, 15, 20)
 LETTERS = (("vi", "[ạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹđ]"), ("tr", "[ğışİ]"), ("ro", "[ășțţşîâ]"))
 
 
