@@ -2,7 +2,8 @@
 
 The promise is `target`: the share of steps that keep the dense head's token, on text that was never calibrated on.
 Own text flatters itself, so it is held to a stricter share (`own_target`); texts given are held to the target each.
-Every state is measured once with centroids fitted without it: two folds, those of one measured on the other. docs/experiments.md has the why.
+Every state opens clusters by centroids that were fitted without it: two folds, those of one measured on the other (row
+codes are fitted to the rows, not to states). docs/experiments.md has the why.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def lifted(f: Fitted, states: Tensor) -> Tensor:
 
 
 def needs_of(f: Fitted, data: Data, at: Tensor, progress: Progress = silent, message: str = "held-out margins") -> Tensor:
-    """What the states `at` [n] need of each gate, [n, gates] float32 on the CPU, each by the centroids of the other fold."""
+    """What the states `at` [n] need of each gate, [n, gates] float32 on the CPU, the probe by the centroids of the other fold."""
     device = f.coordinates.lift.device
     out = torch.empty(len(at), 1 + len(f.layers))
     done = 0
@@ -248,7 +249,7 @@ def search(
 
 
 def loosest(need: Tensor) -> list[float]:
-    """A margin for each gate that no choice of margins goes beyond."""
+    """A margin for each gate that is beyond what any state needs, and beyond where margins are tried about that."""
     return [float(need.max()) + MOST_OFFSET + STEP] * need.shape[1]
 
 

@@ -221,8 +221,8 @@ def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int,
     openers = [ids for ids in (tokenizer(text, add_special_tokens=False).input_ids for text in OPENERS) if ids]
     starts: list[tuple[str, Part, Tensor, Tensor]] = []
     for part in MIXTURE:
-        n = max(1, round(rows * part.share))
-        chats = n // 3 if frame else 0
+        n = 2 * max(1, round(rows * part.share / 2))
+        chats = n // 6 * 2 if frame else 0
         first = torch.multinomial(ordinary, n - chats, replacement=True, generator=generator)
         openings = [[t] for t in first.tolist()]
         if openers:
@@ -235,7 +235,9 @@ def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int,
     states, ids, done, total = [], [], 0, sum(len(s) for _, _, s, _ in starts)
     for message, part, start, forced in starts:
         batches = -(-len(start) // _batch_rows(model, SAMPLE_LENGTH + start.shape[1]))
-        for opened, given in zip(start.chunk(batches), forced.chunk(batches)):
+        # an even number of samples each: folds alternate from sample to sample, and a second reading stays in the fold of its first
+        pairs = -(-len(start) // 2 // batches)
+        for opened, given in zip(start.split(2 * pairs), forced.split(2 * pairs)):
 
             def said(share: float, done: int = done, n: int = len(opened), message: str = message) -> None:
                 progress(f"sampling {message}", (done + n * share) / total)
@@ -277,7 +279,7 @@ def _batch_rows(model: Any, length: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * heads * size * length * 4 + 3 * 4 * config.vocab_size
-    return max(1, min(256, BATCH_BYTES // each))
+    return max(2, min(256, BATCH_BYTES // each))
 
 
 def end_ids(model: Any, tokenizer: Any, vocab_size: int) -> list[int]:

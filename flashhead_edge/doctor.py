@@ -47,7 +47,9 @@ def examine() -> dict[str, Any]:
         gpu,
         torch_cuda,
         lambda: library("CUDA driver", "cuda", "running kernels on an NVIDIA GPU"),
-        lambda: library("CUDA NVRTC", "nvrtc", f"compiling kernels without a toolchain: {LATER}", packages=("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")),
+        lambda: library(
+            "CUDA NVRTC", "nvrtc", "flashhead_edge.kernels: compiling them without a toolchain", packages=("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+        ),
         lambda: library("TensorRT", "nvinfer", f"TensorRT engines: {LATER}", packages=("tensorrt", "tensorrt-cu12", "tensorrt-cu13")),
         lambda: package("vllm", f"serving: {LATER}"),
         onnxruntime,

@@ -8,12 +8,14 @@ import torch
 from small_checkpoints import content, save_model, save_tokenizer
 from small_models import VOCAB, small_model
 
-from flashhead_edge.calibration import FIRST, describe, own_target
-from flashhead_edge.capture import SAMPLE_LENGTH, _forced, _sample, capture_ids, chat_frame, recording, sample_own_text
+from flashhead_edge.calibration import FIRST, default_positions, describe, own_target
+from flashhead_edge.caps import with_gates
+from flashhead_edge.capture import SAMPLE_LENGTH, _forced, _sample, _second_reading, capture_ids, chat_frame, recording, sample_own_text
 from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index, read_published
 from flashhead_edge.conversion import calibrate, convert
 from flashhead_edge.costs import bytes_per_step
 from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
+from flashhead_edge.fitting import fold_of
 from flashhead_edge.reference import dense_tokens, torch_head
 
 
@@ -42,12 +44,14 @@ def test_the_promise_holds_on_fresh_own_text(converted):
 
 
 def test_no_step_reads_more_than_the_summary_says(converted):
-    """States unlike any text, long ones among them, run into the caps, and the caps hold."""
+    """Margins three times as wide, on states unlike any text, run into the caps, and the caps hold."""
     out, summary = converted
     head = read_head(out)
     index = read_index(out, head)
     hidden = torch.randn(512, index.hidden_size, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1.5, 512)[:, None]
-    step = torch_head(index, head.weight).step(hidden)
+    gates = [index.probe, *(s.gate for s in index.stages)]
+    wide = with_gates(index, [3 * g.margin for g in gates], [g.cap for g in gates])
+    step = torch_head(wide, head.weight).step(hidden)
     read = bytes_per_step(index, step.counts.numpy(), 2 * index.hidden_size)
     assert step.capped.any()
     assert read.max() <= summary["most_bytes_per_step"]
@@ -223,6 +227,40 @@ def test_own_text_is_seeded_and_full(model):
     assert a.digest == b.digest != c.digest
     assert torch.equal(a.states, b.states)
     assert len(a.states) == 8 * SAMPLE_LENGTH
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5, 256])
+def test_a_second_reading_stays_in_the_fold_of_its_first(rows, model, monkeypatch):
+    """Whatever the batches: a state and its second reading are never held out from each other's centroids."""
+    monkeypatch.setattr("flashhead_edge.capture._batch_rows", lambda model, length: rows)
+    done, pairs = 0, []
+
+    def sample(*args):
+        nonlocal done
+        states, ids = _sample(*args)
+        done += len(states)
+        return states, ids
+
+    def again(model, ids, progress):
+        nonlocal done
+        states = _second_reading(model, ids, progress)
+        pairs.append((torch.arange(done - len(states), done), torch.arange(done, done + len(states))))
+        done += len(states)
+        return states
+
+    monkeypatch.setattr("flashhead_edge.capture._sample", sample)
+    monkeypatch.setattr("flashhead_edge.capture._second_reading", again)
+    own = sample_own_text(load_model(model), load_tokenizer(model), 127, 3000)
+    folds = fold_of(len(own.states))
+    assert done == len(own.states)
+    assert all(torch.equal(folds[first], folds[second]) for first, second in pairs)
+    assert len(pairs) >= 1
+    assert 0.4 < float(folds.float().mean()) < 0.6
+
+
+@pytest.mark.parametrize(("target", "positions"), [(0.9, 60_000), (0.995, 60_000), (0.999, 120_000), (0.9999, 240_000)])
+def test_deeper_targets_ask_for_more_positions(target, positions):
+    assert default_positions(target) == positions
 
 
 def test_own_chats_hold_a_turn_and_an_answer(model):

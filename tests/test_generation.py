@@ -379,6 +379,8 @@ def test_chats_go_through_the_template():
     for empty in ("", []):
         with pytest.raises(SettingsError, match="the prompt is empty"):
             generate(engine, empty, 8)
+    with pytest.raises(SettingsError, match="character 1 of the prompt is no UTF-8"):
+        generate(engine, "w\udcff", 8)
     with pytest.raises(SettingsError, match="exact mode was asked together with sampling settings"):
         generate(engine, "w4", 8, Sampling(temperature=1.0), exact=True)
     with pytest.raises(SettingsError, match="the engine has no tokenizer"):

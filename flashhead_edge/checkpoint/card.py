@@ -110,5 +110,5 @@ def _text(text: Any) -> str:
     if "top1_agreement" in text:
         parts.append(f"agreement {_share(text['top1_agreement'])}")
     if "sha256" in text:
-        parts.append(f"SHA-256 `{text['sha256']}`")
+        parts.append(f"SHA-256 of its tokens `{text['sha256']}...`")
     return ", ".join(parts)

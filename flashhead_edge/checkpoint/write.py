@@ -23,7 +23,7 @@ from flashhead_edge.checkpoint.assets import (
     index_settings,
     to_json,
 )
-from flashhead_edge.checkpoint.atomic import copy_file, link_or_copy, named_errors, regular, replacing, write_file
+from flashhead_edge.checkpoint.atomic import check_space, copy_file, link_or_copy, named_errors, regular, replacing, write_file
 from flashhead_edge.checkpoint.card import build_card, source_card
 from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.checkpoint.quiet import without_bars
@@ -46,6 +46,7 @@ def check_output(source: Source | None, out: str | Path, overwrite: bool = False
 
     Raises:
         CheckpointError: it exists and may not be overwritten, or it is, holds or lies in the source.
+        FlashHeadError: the disk has less room than the source takes.
     """
     path = Path(out).expanduser().resolve()
     if source is not None:
@@ -69,6 +70,8 @@ def check_output(source: Source | None, out: str | Path, overwrite: bool = False
         raise CheckpointError(
             f"{path}: {above} cannot be written ({error.strerror}), expected a folder where a checkpoint may be made; choose another"
         ) from error
+    if source is not None:  # at the least; what is written is checked again when it is known
+        check_space(above, sum(f.stat().st_size for f in ([source.gguf] if source.gguf else _source_files(source))), path)
     return path
 
 

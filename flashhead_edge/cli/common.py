@@ -42,7 +42,7 @@ def calibration_options(function: F) -> F:
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings along."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same command, seed and threads: same checkpoint."),
         click.option("--device", "device_model", metavar="NAME", help="Count cost as time on this device instead of bytes."),
-        click.option("--positions", type=click.IntRange(min=1), help="Positions to calibrate on.  [default: 60,000, more for targets above 99.8 %]"),
+        click.option("--positions", type=click.IntRange(min=1), help="Positions to calibrate on.  [default: 60,000, more for deeper targets than 99.8 %]"),
         click.option(
             "--calibration", "texts", multiple=True, metavar="FILE|datasets:NAME", help="Calibrate on this text too, and hold it to the target. Repeatable."
         ),

@@ -187,7 +187,7 @@ def prompt_ids(engine: Engine, prompt: str | Sequence[Mapping[str, str]], chat: 
         prompt: a text, or the messages of a chat: {"role": ..., "content": ...}.
         chat: whether a text becomes a user's message in the tokenizer's chat template; None: where there is one.
     Raises:
-        SettingsError: the prompt is empty, or a chat is asked of a tokenizer without a template.
+        SettingsError: the prompt is empty or not UTF-8, or a chat is asked of a tokenizer without a template.
     """
     tokenizer = engine.tokenizer
     if tokenizer is None:
@@ -201,5 +201,14 @@ def prompt_ids(engine: Engine, prompt: str | Sequence[Mapping[str, str]], chat: 
     if messages or chat or (chat is None and template):
         turns = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(prompt)["input_ids"])
+        return list(tokenizer(_checked(text), add_special_tokens=False)["input_ids"])
+    return list(tokenizer(_checked(prompt))["input_ids"])
+
+
+def _checked(text: Any) -> Any:
+    """The text; bytes that were no UTF-8 come from a command line as lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"generate: character {error.start} of the prompt is no UTF-8, expected UTF-8 text; convert it") from error
+    return text

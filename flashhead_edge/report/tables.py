@@ -114,7 +114,7 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
     own = f" (own text is held to {percent(summary['own_text_target'])})" if summary.get("own_text_target") else ""
     console.print(Text(f"target: {percent(summary['target_agreement'])} on text never calibrated on{own}"))
     if "chosen" in summary:
-        console.print(Text(f"taken: {summary['chosen']}; of its margins, the cheapest that reach the target"))
+        console.print(Text(f"taken: {summary['chosen']}; of its margins, those that reach the target"))
     mean, p99 = summary["bytes_per_step"], summary["bytes_per_step_p99"]
     share = f"{percent(mean / dense)} of the dense head's {megabytes(dense)}"
     console.print(Text(f"a step reads {megabytes(mean)} on average, {share}; 99 of 100 steps read at most {megabytes(p99)}"))
