@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,7 @@ def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int,
     the state. What all chats begin with is no part of them.
 
     Returns:
-        `Source` of about `positions` states (whole samples).
+        `Source` of at least `positions` states: whole samples, of each part an even number.
     """
     device = model.get_input_embeddings().weight.device
     rows = -(-positions // SAMPLE_LENGTH)
@@ -221,7 +222,7 @@ def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int,
     openers = [ids for ids in (tokenizer(text, add_special_tokens=False).input_ids for text in OPENERS) if ids]
     starts: list[tuple[str, Part, Tensor, Tensor]] = []
     for part in MIXTURE:
-        n = 2 * max(1, round(rows * part.share / 2))
+        n = 2 * math.ceil(rows * part.share / 2)
         chats = n // 6 * 2 if frame else 0
         first = torch.multinomial(ordinary, n - chats, replacement=True, generator=generator)
         openings = [[t] for t in first.tolist()]

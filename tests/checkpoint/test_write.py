@@ -242,7 +242,7 @@ def test_card_states_the_contract(model_folder: Path, tmp_path: Path) -> None:
         "99.71 % (95 % interval 99.66 % to 99.76 %) over 60,000 positions",
         "1.13 MB, 2.00 %",
         "own text, 60,000 positions",
-        "`ab12`",
+        "SHA-256 of its tokens `ab12...`",
         "more.txt",
     ):
         assert part in text
