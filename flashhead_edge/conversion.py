@@ -168,7 +168,7 @@ def _warn_of_few_positions(target: float, positions: int) -> None:
     least = calibration.least_positions(target)
     if positions < least:
         log.warning(
-            f"{positions:,} positions cannot show {100 * target:g} %, at least {least:,} can: the checkpoint will hold the best there is and say so; "
+            f"{positions:,} positions cannot show {100 * target:g} %, at least {least:,} can: margins will give up no held-out token; "
             "give more --positions or a lower target"
         )
 

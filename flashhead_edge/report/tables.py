@@ -122,7 +122,7 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
         lost = f"; the caps that see to it lose {summary['lost_to_caps']:,} held-out tokens, counted above" if summary["lost_to_caps"] else ""
         console.print(Text(f"no step reads more than {megabytes(summary['most_bytes_per_step'])}{lost}"))
     if not summary.get("reached", True):
-        console.print(Text("The target was not reached on every text: this is the best there is.", style="red"))
+        console.print(Text("The target was not reached on every text: margins give up none of its held-out tokens, more positions may reach it.", style="red"))
     if summary.get("extrapolated"):
         console.print(
             Text(
