@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flashhead_edge.caps import choose_caps, most_counts, with_gates
 from flashhead_edge.capture import Source
-from flashhead_edge.costs import bytes_per_step, dense_bytes, fixed_bytes
+from flashhead_edge.costs import ERROR_BYTES, TOKEN_BYTES, bytes_per_step, dense_bytes, fixed_bytes
 from flashhead_edge.devices import Device, row_price, table_price
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.fitting import Centroids, Coordinates, Layer, Moments, coded_errors, fit_centroids, fit_coordinates, fit_layers, fold_of
@@ -155,9 +155,9 @@ def fit(
     slot_of[flat[filled]] = filled.nonzero()[:, 0]
     prepared = Prepared(plan.cluster_size, centroids.folds, centroids.values, probe_error.float(), tuple(stored), filled, plan.state_power)
     rotation = coordinates.rotation
-    fixed = rotation.n * row_price(rotation, device) + len(table) * row_price(centroids.coded, device)
+    fixed = 4 * rotation.n + rotation.n * row_price(rotation, device) + len(table) * (row_price(centroids.coded, device) + ERROR_BYTES)
     fixed += sum(table_price(c, device) for c in (rotation, centroids.coded, *(x.coded for x in layers)))
-    item_cost = [row_price(x.coded, device) for x in layers] + [float(row_size)]
+    item_cost = [row_price(x.coded, device) + ERROR_BYTES for x in layers] + [float(row_size)]
     return Fitted(plan, table, coordinates, moments.mean, centroids, layers, prepared, slot_of, tuple(gates), fixed, item_cost)
 
 
@@ -222,7 +222,7 @@ def search(
     groups = [[Group("searched", 0, n, max(1, misses * n // SEARCHED_STATES))] for misses in SEARCHED_MISSES]
     made: dict[float, Coordinates] = {}
     tried: dict[Plan, tuple[float, Fitted]] = {}
-    row_size = 2 * weight.shape[1] + 4
+    row_size = 2 * weight.shape[1] + TOKEN_BYTES
     total = 1 + sum(len(choices) - 1 for name, choices in OPTIONS if name != "cluster_size") + len(tables) - 1
 
     def price(plan: Plan) -> float:

@@ -48,8 +48,8 @@ def row_operations(coded: Coded) -> int:
 
 
 def row_price(coded: Coded, device: Device | None) -> float:
-    """Cost of one row with its own error, in bytes."""
-    size = row_bytes(coded) + 1
+    """Cost of one row, its own error not counted, in bytes."""
+    size = row_bytes(coded)
     return float(size) if device is None else max(size, row_operations(coded) / device.operations)
 
 
