@@ -33,7 +33,7 @@ OPENERS = (
 DATASET_CHARACTERS = 2_000_000  # read of a data set at most
 READ_ROWS = 8  # samples that are read again at a time
 USER_TURN = (4, 48)  # tokens of a user's turn, at least and at most, in a chat that the model writes
-BATCH_BYTES = 1 << 30  # of keys, values and logits in one batch of samples
+BATCH_BYTES = {"cpu": 1 << 29, "cuda": 1 << 31}  # of keys, values and logits in one batch of samples: beyond it nothing gets faster
 
 
 @dataclass(frozen=True)
@@ -276,11 +276,12 @@ def _forced(given: list[tuple[int, list[int]]]) -> Tensor:
 
 def _batch_rows(model: Any, length: int) -> int:
     """Samples of `length` tokens in one batch: their keys, values and a step's logits stay within `BATCH_BYTES`."""
+    most = BATCH_BYTES["cpu" if model.get_input_embeddings().weight.device.type == "cpu" else "cuda"]
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * heads * size * length * 4 + 3 * 4 * config.vocab_size
-    return max(2, min(256, BATCH_BYTES // each))
+    return max(2, min(256, most // each))
 
 
 def end_ids(model: Any, tokenizer: Any, vocab_size: int) -> list[int]:

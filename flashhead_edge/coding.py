@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +63,7 @@ def decode(coded: TorchCoded, rows: Tensor | slice = slice(None)) -> Tensor:
     if coded.kind == "bits":
         return out * a["steps"] * scale
     # int: zero must be a value, so the grid is whole numbers; `bits` has its halves (mid-rise)
-    return ((out - 0.5).view(len(data), scale.shape[1], -1) * scale[:, :, None]).view(len(data), -1)
+    return (out - 0.5) * scale.repeat_interleave(coded.columns // scale.shape[1], 1)
 
 
 def _fields(data: Tensor, columns: int, runs: Sequence[tuple[int, int, int, int]]) -> Tensor:
@@ -159,12 +158,11 @@ def encode_bits(values: Tensor, bytes_per_row: int) -> Coded:
     return Coded("bits", used, _pack(whole, packed), scale=scale.cpu().numpy(), widths=packed, steps=steps.float().cpu().numpy())
 
 
-def encode_product(values: Tensor, bytes_per_row: int, weight: Tensor | None = None, iterations: int = 10, seed: int = 0, sample: int = 16384) -> Coded:
+def encode_product(values: Tensor, bytes_per_row: int, iterations: int = 10, seed: int = 0, sample: int = 16384) -> Coded:
     """Product code: leading columns in `bytes_per_row` groups that are owed about 8 bits each, 256 entries a group.
 
     Args:
         values: [n, columns]; later columns, owed no bits, are left out.
-        weight: [n] how much a row's error counts in the codebooks, or None.
         sample: rows that the codebooks are fitted on at most.
     """
     values = values.float()
@@ -185,13 +183,12 @@ def encode_product(values: Tensor, bytes_per_row: int, weight: Tensor | None = N
     ends.append(used)
     rows = torch.arange(n) if n <= sample else torch.randperm(n, generator=generator)[:sample].sort().values
     rows = rows.to(values.device)
-    w = torch.ones(len(rows), device=values.device) if weight is None else weight.float()[rows].to(values.device)
     book = torch.zeros(256, used, device=values.device)
     step, widths = torch.zeros(used, device=values.device), np.zeros(used, np.uint8)
     data = torch.empty(n, len(ends), dtype=torch.uint8, device=values.device)
     start = 0
     for g, end in enumerate(ends):
-        entries = _kmeans(values[rows, start:end], w, 256, iterations, generator)
+        entries = _kmeans(values[rows, start:end], 256, iterations, generator)
         left = values[rows, start:end] - entries[_nearest(values[rows, start:end], entries)]
         noise = ENTRY_NOISE * float(left.square().mean(0).sum())
         for width in range(1, 9):
@@ -226,20 +223,20 @@ def _nearest(values: Tensor, entries: Tensor) -> Tensor:
     return torch.cat([(part @ entries.T - half).argmax(1) for part in values.split(32768)])
 
 
-def _kmeans(values: Tensor, weight: Tensor, k: int, iterations: int, generator: torch.Generator) -> Tensor:
-    """Weighted Lloyd iterations from distinct random rows; an entry that wins no row starts again from a random one."""
+def _kmeans(values: Tensor, k: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """Lloyd iterations from distinct random rows; an entry that wins no row starts again from a random one."""
     first = torch.randperm(len(values), generator=generator)[:k].to(values.device)
     entries = values[first] if len(first) == k else torch.cat([values[first], torch.zeros(k - len(first), values.shape[1], device=values.device)])
     for _ in range(iterations):
         home = _nearest(values, entries)
-        mass = torch.zeros(k, device=values.device).index_add_(0, home, weight)
-        total = torch.zeros_like(entries).index_add_(0, home, values * weight[:, None])
+        mass = home.bincount(minlength=k)
+        total = torch.zeros_like(entries).index_add_(0, home, values)
         again = torch.randint(len(values), (k,), generator=generator).to(values.device)
-        entries = torch.where(mass[:, None] > 0, total / mass.clamp(min=1e-12)[:, None], values[again])
+        entries = torch.where(mass[:, None] > 0, total / mass.clamp(min=1)[:, None], values[again])
     return entries
 
 
-def encode(values: Tensor, code: str, seed: int = 0, **options: Any) -> Coded:
+def encode(values: Tensor, code: str, seed: int = 0) -> Coded:
     """Encode by a short name: ``float16``, ``int4/64`` (bits/group), ``bits96`` or ``product16`` (bytes a row)."""
     if code == "float16":
         return encode_float16(values)
@@ -248,4 +245,4 @@ def encode(values: Tensor, code: str, seed: int = 0, **options: Any) -> Coded:
         return encode_int(values, int(bits), int(group))
     if code.startswith("bits"):
         return encode_bits(values, int(code[4:]))
-    return encode_product(values, int(code.removeprefix("product")), seed=seed, **options)
+    return encode_product(values, int(code.removeprefix("product")), seed=seed)

@@ -17,7 +17,9 @@ from flashhead_edge.capture import Source, capture_text, end_ids, read_text, sam
 from flashhead_edge.checkpoint import (
     HeadWeights,
     PublishedClusters,
+    check_device,
     check_output,
+    check_update,
     load_model,
     load_tokenizer,
     open_source,
@@ -42,9 +44,9 @@ PUBLISHED_SIZE = 16  # tokens in a cluster of every released checkpoint
 HEADS = ("fitted", "published")
 
 
-def device_of_work() -> str:
-    """Where fitting and sampling run: the GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_of_work(named: str | None = None) -> str:
+    """Where fitting and sampling run: as named, else the GPU if there is one."""
+    return named or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def convert(
@@ -58,6 +60,8 @@ def convert(
     device_model: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    torch_device: str | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -70,6 +74,8 @@ def convert(
         texts: files or ``datasets:NAME`` to calibrate on beside the model's own text, each held to the target.
         positions: states of own text, and at most of each text given; unless told, `calibration.default_positions` of the target.
         device_model: a name in `devices.DEVICES`, to count cost in its time instead of bytes.
+        torch_device: where the model is run and the head is fitted; unless told, a GPU if there is one.
+        revision: branch, tag or commit of a hub name.
     Returns:
         The summary that the checkpoint keeps.
     Raises:
@@ -82,21 +88,24 @@ def convert(
     priced = device_named(device_model)
     if head == "published" and texts:
         raise SettingsError("head published: it is calibrated on nothing, expected no calibration text; leave the texts out, or convert to the fitted head")
-    source = open_source(model, trust_remote_code=trust_remote_code)
+    device = device_of_work(torch_device)
+    check_device(device)
+    source = open_source(model, trust_remote_code=trust_remote_code, revision=revision)
     check_output(source, out, overwrite)
     given = _read_texts(texts)
     if head == "fitted":
         _warn_of_few_positions(target, positions)
     progress("reading the head", None)
     weights = read_head(source)
-    weight, bias = _on_device(weights)
+    weight, bias = _on_device(weights, device)
     published = cluster_published(weight, seed, progress)
     if head == "published":
         index = published_head(published, weights)
         write_checkpoint(source, out, index, released(published, default_probes(len(published.token_table))), overwrite=overwrite)
+        _warn_of_a_large_head(index)
         return index.summary
     progress("loading the model", None)
-    runner, tokenizer = load_model(source, device=device_of_work()), load_tokenizer(source)
+    runner, tokenizer = load_model(source, device=device), load_tokenizer(source)
     sources = capture(runner, tokenizer, weights.vocab_size, given, positions, seed, progress)
     ends = end_ids(runner, tokenizer, weights.vocab_size)
     del runner
@@ -110,6 +119,7 @@ def convert(
     probes = probes_needed(released(published, 1), data, target)
     progress("writing the checkpoint", None)
     write_checkpoint(source, out, index, released(published, probes), overwrite=overwrite)
+    _warn_of_a_large_head(index)
     return index.summary
 
 
@@ -121,6 +131,7 @@ def calibrate(
     positions: int | None = None,
     device_model: str | None = None,
     seed: int = 0,
+    torch_device: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -130,8 +141,11 @@ def calibrate(
     """
     calibration.check_settings(0.995 if target is None else target, calibration.POSITIONS if positions is None else positions)
     priced = device_named(device_model)
+    device = device_of_work(torch_device)
+    check_device(device)
     folder = Path(folder)
     source = open_source(folder, trust_remote_code=trust_remote_code)
+    check_update(folder)
     given = _read_texts(texts)
     weights = read_head(source)
     before = read_index(folder, weights)
@@ -143,14 +157,15 @@ def calibrate(
         )
     published = read_published(folder)
     _warn_of_few_positions(target, positions)
-    weight, bias = _on_device(weights)
+    weight, bias = _on_device(weights, device)
     progress("loading the model", None)
-    runner, tokenizer = load_model(source, device=device_of_work(), trust_remote_code=trust_remote_code), load_tokenizer(source)
+    runner, tokenizer = load_model(source, device=device, trust_remote_code=trust_remote_code), load_tokenizer(source)
     sources = capture(runner, tokenizer, weights.vocab_size, given, positions, seed, progress)
     ends = end_ids(runner, tokenizer, weights.vocab_size)
     del runner
     index, data = calibrated(weights, weight, bias, sources, {before.cluster_size: before.token_table}, target, ends, priced, seed, progress)
     update_index(folder, index, probes_needed(published, data, target))
+    _warn_of_a_large_head(index)
     return index.summary
 
 
@@ -173,9 +188,15 @@ def _warn_of_few_positions(target: float, positions: int) -> None:
         )
 
 
-def _on_device(weights: HeadWeights) -> tuple[Tensor, Tensor | None]:
+def _warn_of_a_large_head(index: HeadIndex) -> None:
+    """Say of a head that is small anyway that nothing is gained."""
+    read, dense = index.summary["bytes_per_step"], index.summary["dense_bytes_per_step"]
+    if read >= dense:
+        log.warning(f"a step reads {read:,.0f} bytes, the dense head {dense:,}: on a head of {index.vocab_size:,} tokens FlashHead gains nothing")
+
+
+def _on_device(weights: HeadWeights, device: str) -> tuple[Tensor, Tensor | None]:
     """The rows that can be returned, where the work is done."""
-    device = device_of_work()
     bias = None if weights.bias is None else weights.bias[: weights.vocab_size].to(device)
     return weights.weight[: weights.vocab_size].to(device), bias
 

@@ -63,6 +63,9 @@ def accumulate(
     second = torch.zeros(2, 1 + d, 1 + d, dtype=torch.float64, device=device)
     best = {size: torch.zeros(2, 1 + d, len(t), dtype=torch.float64, device=device) for size, t in tables.items()}
     square = {size: torch.zeros(2, len(t), dtype=torch.float64, device=device) for size, t in tables.items()}
+    # made once: fresh memory of this size costs as much time as the sums
+    wide = torch.full((BLOCK, v + 1), -torch.inf, device=device)  # its last column stands for empty slots
+    gathered = torch.empty(BLOCK * max((len(s) for s in order.values()), default=0), device=device)
     count, done = [0, 0], 0
     winners = torch.empty(total, dtype=torch.int64)
     for states, place in zip(sources, torch.arange(total).split([len(s) for s in sources])):
@@ -70,13 +73,16 @@ def accumulate(
         for fold in (0, 1):
             for at in (folds == fold).nonzero()[:, 0].split(BLOCK):
                 h = states[at].to(device).float()
-                logits = h @ matrix if bias is None else torch.addmm(bias.float(), h, matrix)
-                winners[place[at]] = settled(weight, bias, h, logits).cpu()
-                logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+                logits = wide[: len(h)]
+                torch.mm(h, matrix, out=logits[:, :v])
+                if bias is not None:
+                    logits[:, :v] += bias.float()
+                winners[place[at]] = settled(weight, bias, h, logits[:, :v]).cpu()
                 x = torch.cat([torch.ones(len(h), 1, device=device), (h.double() - mean).float()], 1)
                 second[fold] += (x.T @ x).double()
                 for size, slots in order.items():
-                    top = logits.index_select(1, slots).view(len(h), -1, size).amax(2)
+                    slotted = gathered[: len(h) * len(slots)].view(len(h), -1)
+                    top = torch.index_select(logits, 1, slots, out=slotted).view(len(h), -1, size).amax(2)
                     best[size][fold] += (x.T @ top).double()
                     square[size][fold] += top.square().sum(0).double()
                 count[fold] += len(h)

@@ -153,7 +153,7 @@ def run_stages(head: TorchHead, hidden: Tensor) -> Trail:
     row, column = every.repeat_interleave(clusters.shape[1]), torch.arange(clusters.shape[1], device=z.device).repeat(n)
     passed, capped = keep(clusters.flatten(), row, column, head.probe, unit)
     counts = [row[passed].bincount(minlength=n)]
-    row, slot = opened_slots(head, passed.view(n, -1))
+    row, slot = opened_slots(head, passed.view(clusters.shape))
     score = clusters[row, slot // size]
     at = torch.arange(len(row), device=z.device)  # the items that are still alive
     for rows, gate in head.stages:
@@ -221,7 +221,7 @@ def packed(head: TorchHead, trail: Trail) -> Step:
     order = (row * head.index.vocab_size + token).argsort()
     row, token, logit = row[order], token[order], logit[order]
     place = places(row, n)
-    width = int(trail.counts[:, -1].max())
+    width = int(trail.counts[:, -1].max()) if n else 1
     ids = token.new_full((n, width), -1)
     values = logit.new_full((n, width), -torch.inf)
     ids[row, place], values[row, place] = token, logit

@@ -1,6 +1,7 @@
 """From a model folder to a checkpoint on a tiny real model: the promise holds, twice is the same, bad input leaves nothing."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from flashhead_edge.capture import SAMPLE_LENGTH, _forced, _sample, _second_read
 from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index, read_published
 from flashhead_edge.conversion import calibrate, convert
 from flashhead_edge.costs import bytes_per_step
-from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
+from flashhead_edge.errors import CheckpointError, DeviceError, FlashHeadError, SettingsError
 from flashhead_edge.fitting import fold_of
 from flashhead_edge.reference import dense_tokens, torch_head
 
@@ -165,6 +166,21 @@ def test_what_cannot_work_is_found_before_any_work(model, tmp_path, monkeypatch)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["binary.txt", "file"]
 
 
+def test_what_calibrate_cannot_do_is_found_before_any_work(model, converted, tmp_path, monkeypatch):
+    out, _ = converted
+    before = content(out)
+    monkeypatch.setattr("flashhead_edge.conversion.read_head", None)
+    with pytest.raises(CheckpointError, match="expected a FlashHead checkpoint; make one with flashhead convert"):
+        calibrate(model)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(FlashHeadError, match="MB are needed, 0 MB are free"):
+        calibrate(out)
+    monkeypatch.undo()
+    with pytest.raises(DeviceError, match="device banana: torch cannot use it"):
+        calibrate(out, torch_device="banana")
+    assert content(out) == before
+
+
 def test_damaged_body_is_said(tmp_path):
     """A NaN in a body's weight: no head can be calibrated on what such a model says."""
     runner = small_model("llama")
@@ -189,7 +205,7 @@ def test_summary_is_json_and_says_what_was_chosen(converted):
     assert "searched" in text
     assert summary["chosen"].startswith("clusters of ")
     assert [p["target_agreement"] for p in summary["frontier"]] == sorted({0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, summary["target_agreement"]})
-    assert describe(FIRST).count("bits") >= 2
+    assert describe(FIRST) == "clusters of 32, rotation 4 bits, centroids product24, rows product12 + bits48 + bits128, state power 0.5"
 
 
 def test_captured_states_give_the_models_own_logits():
@@ -280,7 +296,7 @@ def test_own_chats_hold_a_turn_and_an_answer(model):
         assert torch.allclose(states.view(3, SAMPLE_LENGTH, -1)[i], whole, atol=1e-5)  # float32 sums in another order
 
 
-def test_a_vocabulary_of_seven(tmp_path):
+def test_a_vocabulary_of_seven(tmp_path, caplog):
     """So few tokens that every step scores them all: there is no tail to fit, and nothing is missed but by margins."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -290,4 +306,5 @@ def test_a_vocabulary_of_seven(tmp_path):
     save_tokenizer(tmp_path / "model", 7)
     summary = convert(tmp_path / "model", tmp_path / "out", positions=1500, target=0.9)
     assert summary["reached"]
+    assert "on a head of 7 tokens FlashHead gains nothing" in caplog.text
     assert sorted(read_index(tmp_path / "out").token_table[read_index(tmp_path / "out").token_table >= 0].tolist()) == list(range(7))

@@ -361,7 +361,7 @@ def test_lowest_text_counts() -> None:
     ("content", "positions", "sentence"),
     [
         (None, 10, "no such file, expected a text file; check the path"),
-        (b"", 10, "no tokens found, expected at least one; give a file with text in it"),
+        (b" \n", 10, "it is empty, expected text; give another one"),
         (b"ab\xffcd", 10, "byte 2 is not UTF-8, expected UTF-8 text; convert the file"),
         (b"text", 0, "0 positions and 0 prompts, expected at least 1 and 0"),
     ],
@@ -372,6 +372,11 @@ def test_bad_texts(checkpoint: Path, tmp_path: Path, content: bytes | None, posi
         path.write_bytes(content)
     with pytest.raises(SettingsError, match=sentence):
         evaluate_checkpoint(checkpoint, [path], positions)
+
+
+def test_a_folder_is_no_text(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="it is a folder, expected a text file"):
+        evaluate_checkpoint(checkpoint, [tmp_path])
 
 
 def test_no_text(checkpoint: Path) -> None:

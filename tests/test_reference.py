@@ -159,3 +159,5 @@ def test_dtypes_and_no_rows(weight):
         h = torch.randn(3, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
         assert torch.equal(head.step(h).token, dense_logits(weight, None, h, 131).argmax(1))
     assert dense_tokens(weight, None, torch.zeros(0, 16), 131).shape == (0,)
+    assert head.step(torch.zeros(0, 16)).token.shape == (0,)
+    assert head.logits(torch.zeros(0, 16)).shape == (0, 131)

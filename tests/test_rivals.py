@@ -50,7 +50,8 @@ def test_coded_dense(weight: torch.Tensor, hidden: torch.Tensor, bits: int, grou
     assert (found.token == want.argmax(1)).all()
     assert coded.find(hidden, full=False).full is None
     assert coded.cost(None, 2).tolist() == [V * row] * 2
-    assert (found.token != (hidden @ weight[:V].T).argmax(1).numpy()).sum() >= (0 if bits == 8 else 1)
+    if bits == 4:  # coarse enough that it must show
+        assert (found.token != (hidden @ weight[:V].T).argmax(1).numpy()).any()
 
 
 def test_bias_counts(weight: torch.Tensor, hidden: torch.Tensor) -> None:

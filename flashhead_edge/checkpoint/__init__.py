@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashhead_edge.checkpoint.assets import PublishedClusters, read_index, read_published
-    from flashhead_edge.checkpoint.loading import cache_arguments, load_model
+    from flashhead_edge.checkpoint.loading import cache_arguments, check_device, load_model
     from flashhead_edge.checkpoint.source import Source, open_source
     from flashhead_edge.checkpoint.tokenizer import load_tokenizer
     from flashhead_edge.checkpoint.weights import HeadWeights, fingerprint, read_head
-    from flashhead_edge.checkpoint.write import check_output, update_index, write_checkpoint
+    from flashhead_edge.checkpoint.write import check_output, check_update, update_index, write_checkpoint
 
 _HOME = {
     "PublishedClusters": "assets",
     "read_index": "assets",
     "read_published": "assets",
     "cache_arguments": "loading",
+    "check_device": "loading",
     "load_model": "loading",
     "load_tokenizer": "tokenizer",
     "Source": "source",
@@ -29,6 +30,7 @@ _HOME = {
     "fingerprint": "weights",
     "read_head": "weights",
     "check_output": "write",
+    "check_update": "write",
     "update_index": "write",
     "write_checkpoint": "write",
 }
@@ -37,9 +39,11 @@ __all__ = [
     "HeadWeights",
     "PublishedClusters",
     "Source",
-    "check_output",
-    "fingerprint",
     "cache_arguments",
+    "check_device",
+    "check_output",
+    "check_update",
+    "fingerprint",
     "load_model",
     "load_tokenizer",
     "open_source",

@@ -171,7 +171,10 @@ def _read_ours(path: Path, settings: Mapping[str, Any]) -> HeadIndex:
         data, *others = (arrays.pop(f"{name}.{field}", None) for field in CODED)
         if data is None:
             raise CheckpointError(f"{path}: {name}.data is absent, expected uint8 [n, bytes]; {AGAIN}")
-        return Coded(kind=setting["kind"], columns=int(setting["columns"]), data=data, **dict(zip(CODED[1:], others)))
+        try:
+            return Coded(kind=setting["kind"], columns=int(setting["columns"]), data=data, **dict(zip(CODED[1:], others)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
 
     try:
         rotation, stages, summary = settings["rotation"], settings["stages"], settings["summary"]

@@ -21,7 +21,7 @@ NOT_STORED = ("zero_point", "qzeros", "g_idx")  # a symmetric scheme, or one in 
 OURS = ("flash_head", "flash_head_cache_dir", "flash_head_special_token_ids", "n_clusters", "n_probes")
 
 
-def _check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device) -> None:
     """Raise DeviceError where torch cannot compute on `device`."""
     import torch
 
@@ -51,7 +51,7 @@ def load_model(
     """
     import torch
 
-    _check_device(device)
+    check_device(device)
     source = open_source(source, trust_remote_code=trust_remote_code)
     dtype = torch.float32 if dtype is None else dtype
     if source.gguf is not None:

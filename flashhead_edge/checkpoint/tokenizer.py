@@ -33,6 +33,8 @@ def load_tokenizer(source: Source | str | Path, *, trust_remote_code: bool = Fal
     folder, trust = source.folder, source.trust_remote_code or trust_remote_code
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError, AttributeError, TypeError)):
+            raise  # the library tokenizers says with a plain Exception that its file is damaged
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); add the tokenizer's files to the folder") from error
     return tokenizer

@@ -63,6 +63,28 @@ def check_output(source: Source | None, out: str | Path, overwrite: bool = False
                 f"{path}: the folder is no FlashHead checkpoint, expected one, since only those are overwritten; choose another name or remove it yourself"
             )
     above = next(p for p in path.parents if p.exists())
+    _check_writable(above, path)
+    if source is not None:  # at the least; what is written is checked again when it is known
+        check_space(above, sum(f.stat().st_size for f in ([source.gguf] if source.gguf else _source_files(source))), path)
+    return path
+
+
+def check_update(folder: str | Path) -> Path:
+    """Whether a checkpoint's index may be replaced, before any work is done: its absolute path.
+
+    Raises:
+        CheckpointError: it was not written by us, or its folder cannot be written.
+        FlashHeadError: the disk has less room than another index takes.
+    """
+    path = Path(folder).expanduser().resolve()
+    assets = _our_assets(path, read_json(path / "config.json"))
+    _check_writable(path.parent, path)
+    check_space(path.parent, (assets / INDEX_FILE).stat().st_size if regular(assets / INDEX_FILE) else 0, path)
+    return path
+
+
+def _check_writable(above: Path, path: Path) -> None:
+    """Raise CheckpointError where nothing can be made in the folder `above`."""
     try:
         with tempfile.TemporaryFile(dir=above):  # it has no name, so that a killed run leaves nothing
             pass
@@ -70,9 +92,16 @@ def check_output(source: Source | None, out: str | Path, overwrite: bool = False
         raise CheckpointError(
             f"{path}: {above} cannot be written ({error.strerror}), expected a folder where a checkpoint may be made; choose another"
         ) from error
-    if source is not None:  # at the least; what is written is checked again when it is known
-        check_space(above, sum(f.stat().st_size for f in ([source.gguf] if source.gguf else _source_files(source))), path)
-    return path
+
+
+def _our_assets(path: Path, config: Any) -> Path:
+    """The asset folder of a checkpoint that we wrote."""
+    assets = asset_folder(path, config)
+    if not isinstance(config.get("flash_head"), dict) or assets != path / ASSETS:
+        raise CheckpointError(
+            f"{path}: the checkpoint was not written by flashhead convert, expected one that was, whose index can be replaced; convert the model"
+        )
+    return assets
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -228,12 +257,7 @@ def update_index(folder: str | Path, index: HeadIndex, n_probes: int | None = No
     """
     path = Path(folder).expanduser().resolve()
     config = read_json(path / "config.json")
-    assets = asset_folder(path, config)
-    ours = config.get("flash_head")
-    if not isinstance(ours, dict) or assets != path / ASSETS:
-        raise CheckpointError(
-            f"{path}: the checkpoint was not written by flashhead convert, expected one that was, whose index can be replaced; convert the model"
-        )
+    assets, ours = _our_assets(path, config), config["flash_head"]
     if ours.get("fingerprint") != index.fingerprint:
         found = f"{index.fingerprint[:19]}..., the checkpoint's head is {str(ours.get('fingerprint'))[:19]}..."
         raise CheckpointError(f"{path}: the new index was made for the head {found}; calibrate this checkpoint")

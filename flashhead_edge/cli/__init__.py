@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -57,12 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if settings.debug:
             raise
         _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # who read our output has gone: flashhead inspect OUT | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python would flush at its end has nowhere to go
+        sys.exit(1)
     except Exception as error:
         if settings.debug:
             raise
         missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         if missing in EXTRAS:
             _fail(f"{missing} is not installed; pip install 'flashhead-edge[{EXTRAS[missing]}]'", 1)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _fail(f"{error.filename or 'the output'}: the disk is full, expected room for the answer; free some space or write it elsewhere", 1)
         _fail(f"{type(error).__name__}: {error} (a defect or a broken machine: flashhead --debug shows where it happened)", 1)
 
 

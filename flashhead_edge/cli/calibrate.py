@@ -17,7 +17,15 @@ from flashhead_edge.cli.display import shown_progress
 @json_option
 @common_options
 def calibrate(
-    out: Path, texts: tuple[str, ...], target: float | None, positions: int | None, device_model: str | None, seed: int, trust_remote_code: bool, as_json: bool
+    out: Path,
+    texts: tuple[str, ...],
+    target: float | None,
+    positions: int | None,
+    device_model: str | None,
+    seed: int,
+    torch_device: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Calibrate the checkpoint OUT again, in place, without clustering again.
 
@@ -35,6 +43,7 @@ def calibrate(
                 positions=positions,
                 device_model=device_model,
                 seed=seed,
+                torch_device=torch_device,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )

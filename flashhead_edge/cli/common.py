@@ -41,7 +41,8 @@ def calibration_options(function: F) -> F:
     for option in (
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings along."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same command, seed and threads: same checkpoint."),
-        click.option("--device", "device_model", metavar="NAME", help="Count cost as time on this device instead of bytes."),
+        click.option("--torch-device", metavar="NAME", help="Where the model runs and the head is fitted.  [default: a GPU if there is one]"),
+        click.option("--device", "device_model", metavar="NAME", help="Choose settings by a step's time on this board (orin-nano, ...), not by its bytes."),
         click.option("--positions", type=click.IntRange(min=1), help="Positions to calibrate on.  [default: 60,000, more for deeper targets than 99.8 %]"),
         click.option(
             "--calibration", "texts", multiple=True, metavar="FILE|datasets:NAME", help="Calibrate on this text too, and hold it to the target. Repeatable."

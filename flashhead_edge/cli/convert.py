@@ -15,6 +15,7 @@ from flashhead_edge.cli.display import shown_progress
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--target-agreement", "target", type=float, help="Share of steps that keep the dense head's token.  [default: 0.995]")
 @click.option("--head", type=click.Choice(["fitted", "published"]), default="fitted", show_default=True, help="The calibrated head, or the published method's.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a hub name.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @calibration_options
 @json_option
@@ -29,6 +30,8 @@ def convert(
     device_model: str | None,
     seed: int,
     overwrite: bool,
+    torch_device: str | None,
+    revision: str | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -53,6 +56,8 @@ def convert(
                 positions=positions,
                 device_model=device_model,
                 seed=seed,
+                torch_device=torch_device,
+                revision=revision,
                 overwrite=overwrite,
                 trust_remote_code=trust_remote_code,
                 progress=progress,

@@ -11,6 +11,8 @@ from flashhead_edge.cli.common import answer_only, common_options, figures, fold
 from flashhead_edge.cli.display import shown_progress
 from flashhead_edge.cli.sampling import generation_options, take_sampling
 
+EXACT_FIGURES = ("rounds", "missed", "repeated_steps", "repeated_share")  # that say nothing without --exact
+
 
 @click.command(short_help="Answer a prompt.")
 @folder_argument
@@ -41,7 +43,7 @@ def generate(
             stdout.write(token.text)
             stdout.flush()
     text, summary = "".join(pieces), plain(run.summary)
-    figures("figures", summary)
+    figures("figures", {name: value for name, value in summary.items() if exact or name not in EXACT_FIGURES})
     if as_json:
         write_json({"prompt": prompt, "text": text, **summary}, stdout)
     else:

@@ -254,12 +254,16 @@ def _within(progress: Progress, name: str, i: int, n: int) -> Progress:
 def _read(path: Path) -> tuple[str, str]:
     """A text file and its SHA-256."""
     if not path.is_file():
-        raise SettingsError(f"evaluation text {path}: no such file, expected a text file; check the path")
+        found = "it is a folder" if path.is_dir() else "no such file"
+        raise SettingsError(f"evaluation text {path}: {found}, expected a text file; check the path")
     data = path.read_bytes()
     try:
-        return data.decode("utf-8"), hashlib.sha256(data).hexdigest()
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SettingsError(f"evaluation text {path}: byte {error.start} is not UTF-8, expected UTF-8 text; convert the file") from error
+    if not text.strip():
+        raise SettingsError(f"evaluation text {path}: it is empty, expected text; give another one")
+    return text, hashlib.sha256(data).hexdigest()
 
 
 def _tokens(tokenizer: Any, content: str, positions: int, name: str | Path) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,23 @@ def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert exit_code("--version") == 0
     assert capsys.readouterr().out == f"flashhead, version {flashhead_edge.__version__}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_behind_stdout_is_said(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-m", "flashhead_edge", "doctor", "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "flashhead: the output: the disk is full, expected room for the answer; free some space or write it elsewhere"
+
+
+def test_a_reader_that_goes_is_no_defect() -> None:
+    """flashhead doctor --json | true: nothing is said, and the exit code is not 0."""
+    run = [sys.executable, "-m", "flashhead_edge", "doctor", "--json"]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert all(line.endswith("looking") for line in said.splitlines())  # progress, and nothing of an error
