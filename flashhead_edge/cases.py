@@ -26,6 +26,13 @@ SHAPES = {
 # SmolLM2-135M's 99.5 % head, 40,000 positions of five texts: opened, scored by each code, exact, as shares of the vocabulary
 SHARES = (492.217675 * 32 / 49_152, 9_272.4862 / 49_152, 2_063.589775 / 49_152, 194.84445 / 49_152, 25.142975 / 49_152)
 CAP_SHARES = (832 * 32 / 49_152, 21_577 / 49_152, 9_888 / 49_152, 1_278 / 49_152, 167 / 49_152)
+# the same evaluation's middle and ends: half of all steps need at most p50; the head's own caps cut at p99 and p90 already
+SHARE_PERCENTILES = {
+    "p50": (486 * 32 / 49_152, 7_801 / 49_152, 1_204 / 49_152, 107 / 49_152, 16 / 49_152),
+    "p90": (832 * 32 / 49_152, 21_577 / 49_152, 5_328 / 49_152, 476 / 49_152, 60 / 49_152),
+    "p99": (832 * 32 / 49_152, 21_577 / 49_152, 9_888 / 49_152, 1_209 / 49_152, 130 / 49_152),
+}
+SHARES_SOURCE = "SmolLM2-135M-Instruct's 99.5 % head on 40,000 positions of five texts (WikiText-2, GSM8K, Python, German, Chinese), scaled by the vocabulary"
 PLAN = ("product8", "bits30", "bits64", "bits128")
 PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES = 16, 256
 
@@ -75,6 +82,46 @@ CASES = (
     Case("SmolLM2-135M", 49_152, 576),
     *(Case(name, *shape) for name, shape in SHAPES.items()),
 )
+
+
+@dataclass(frozen=True)
+class DenseCase:
+    """A dense head in whole numbers, and the states that it is asked about."""
+
+    vocab_size: int
+    hidden_size: int
+    bits: int
+    group: int  # columns that share a scale; 0: the row
+    states: str = "normal"  # as in `Case`
+
+    def __str__(self) -> str:
+        form = f"int{self.bits}, " + (f"groups of {self.group}" if self.group else "one scale a row")
+        return f"{self.vocab_size} x {self.hidden_size}, {form}" + ("" if self.states == "normal" else f", {self.states}")
+
+
+DENSE_FORMS = ((8, 0), (8, 32), (8, 128), (4, 32), (4, 128))
+DENSE_CASES = (
+    *(DenseCase(v, d, *form) for form in DENSE_FORMS for v, d in ((5_003, 256), (49_152, 576), (1, 256), (40, 3_072)) if not form[1] or d % form[1] == 0),
+    DenseCase(1_000, 40, 8, 0),
+    *(DenseCase(5_003, 256, *form, states) for form in ((8, 0), (4, 32)) for states in ("tied", "negative", "huge")),
+    *(DenseCase(*shape, *form) for form in DENSE_FORMS for shape in SHAPES.values()),
+)
+
+
+def made_dense(case: DenseCase, seed: int = 3) -> Coded:
+    """A dense head of random codes for a case, [V, d]."""
+    random = np.random.default_rng(seed)
+    v, d, bits = case.vocab_size, case.hidden_size, case.bits
+    fields = random.integers(0, 256, (v, d * bits // 8), dtype=np.uint8)
+    if case.states == "negative":
+        fields &= 0x7F if bits == 8 else 0x77  # fields below the middle are negative values
+    scale = random.uniform(0.5, 1.5, (v, d // case.group if case.group else 1)) * 0.05 / 2 ** (bits - 2)
+    if case.states == "huge":
+        scale[v // 3] *= 1_000
+    elif case.states == "tied":
+        for array in (fields, scale):
+            array[1::2] = array[0 : len(array) // 2 * 2 : 2]
+    return Coded("int", d, fields, scale.astype(np.float16), np.full(d, bits, np.uint8))
 
 
 def made_index(case: Case, seed: int = 0) -> HeadIndex:
@@ -171,7 +218,7 @@ def made_rows(case: Case, seed: int = 1) -> np.ndarray:
     return rows
 
 
-def made_states(case: Case, n: int, seed: int = 2) -> np.ndarray:
+def made_states(case: Case | DenseCase, n: int, seed: int = 2) -> np.ndarray:
     """Hidden states for a case, [n, d] float32."""
     states = np.random.default_rng(seed).standard_normal((n, case.hidden_size), dtype=np.float32)
     return np.abs(states) if case.states == "negative" else states

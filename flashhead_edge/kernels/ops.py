@@ -12,6 +12,7 @@ from flashhead_edge.kernels.build import check, function
 from flashhead_edge.kernels.packing import THREADS, Arguments, Layout
 
 HALVES = (torch.float16, torch.bfloat16)
+DENSE_ROWS, DENSE_THREADS, DENSE_WORKSPACE = 32, 512, 8 * 33  # dense_head.h: states of a launch, threads, bytes
 
 
 def head_step_out(hidden: Tensor, stages: int, candidates: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -76,6 +77,82 @@ def head_step(
 def _(hidden, weight, bias, image, workspace, layout, shared_bytes, architecture):  # type: ignore[no-untyped-def]
     plan = layout_of(layout)
     return head_step_out(hidden, plan.stages, plan.candidates)
+
+
+@torch.library.custom_op("flashhead::dense_head", mutates_args={"workspace"}, device_types="cuda")
+def dense_head(
+    hidden: Tensor, codes: Tensor, scales: Tensor, workspace: Tensor, vocab_size: int, bits: int, group: int, blocks: int, architecture: str
+) -> tuple[Tensor, Tensor]:
+    """Greedy tokens of a dense head in whole numbers.
+
+    Args:
+        hidden: [N, d] float16 or bfloat16, 1 to 32 states, after the final norm.
+        codes: [tiles, chunks, 1024] uint8, scales: float16, from `dense.packed_rows`; vocab_size, bits, group of the same head.
+        workspace: [264] uint8, zero before the first launch; one stream at a time.
+        blocks: of the launch, best the device's multiprocessors; architecture: the kernel is compiled for, such as ``sm_90``.
+    Returns:
+        token [N] int64, the smaller id on ties; its logit [N] float32.
+    """
+    check_dense(hidden, codes, scales, workspace, vocab_size, bits, group)
+    token, logit = dense_head_out(hidden)
+    if not len(hidden):
+        return token, logit
+    from cuda.bindings import driver
+
+    device, (rows, shared_bytes) = hidden.device.index, dense_plan(len(hidden), hidden.shape[1], bits, group)
+    form = f"int{bits}_{group or 'row'}_{rows}"
+    pointers = tuple(t.data_ptr() for t in (codes, scales, hidden, workspace, token, logit))
+    numbers = (len(hidden), hidden.shape[1], vocab_size, int(hidden.dtype == torch.bfloat16))
+    with torch.cuda.device(device):
+        handle = function("dense_head.cu", f"flashhead_dense_{form}", device, architecture)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        arguments = (pointers + numbers, (ctypes.c_void_p,) * 6 + (ctypes.c_int,) * 4)
+        check(driver.cuLaunchKernel(handle, blocks, 1, 1, DENSE_THREADS, 1, 1, shared_bytes, stream, arguments, 0))
+    return token, logit
+
+
+def dense_head_out(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty outputs: token, logit."""
+    return hidden.new_empty(len(hidden), dtype=torch.int64), hidden.new_empty(len(hidden), dtype=torch.float32)
+
+
+@dense_head.register_fake
+def _(hidden, codes, scales, workspace, vocab_size, bits, group, blocks, architecture):  # type: ignore[no-untyped-def]
+    return dense_head_out(hidden)
+
+
+def dense_columns(hidden_size: int, bits: int, group: int) -> int:
+    """Columns of a packed row: d filled up to whole chunks and groups, as in dense_head.h."""
+    unit = max(512 // bits, group)
+    return -(-hidden_size // unit) * unit
+
+
+def dense_plan(n: int, hidden_size: int, bits: int, group: int) -> tuple[int, int]:
+    """Rows of the kernel and bytes of shared memory for n states, as `fh_dense_head_make_plan`."""
+    rows = 8 if n <= 8 else 16 if n <= 16 else 32
+    return rows, rows * 2 * (dense_columns(hidden_size, bits, group) + 32)
+
+
+def check_dense(hidden: Tensor, codes: Tensor, scales: Tensor, workspace: Tensor, vocab_size: int, bits: int, group: int) -> None:
+    """Raise SettingsError or DeviceError on the first argument that the kernel cannot read."""
+
+    def want(ok: bool, what: str, found: object, expected: str) -> None:
+        if not ok:
+            raise SettingsError(f"dense_head: {what} is {found}, expected {expected}; see flashhead_edge.kernels.ops.dense_head")
+
+    fits = hidden.ndim == 2 and hidden.dtype in HALVES and len(hidden) <= DENSE_ROWS and hidden.shape[1] % 8 == 0
+    want(fits, "hidden", f"{hidden.dtype} {list(hidden.shape)}", f"float16 or bfloat16 [N, d], N at most {DENSE_ROWS}, d a multiple of 8")
+    columns, tiles = dense_columns(hidden.shape[1], bits, group), -(-vocab_size // 16)
+    shape = (tiles, columns * bits // 512, 1024)
+    want(codes.shape == shape and codes.dtype == torch.uint8, "codes", f"{codes.dtype} {list(codes.shape)}", f"uint8 {list(shape)}")
+    many = tiles * 16 * (columns // group if group else 1)
+    want(scales.numel() == many and scales.dtype == torch.float16, "scales", f"{scales.dtype} of {scales.numel()} numbers", f"float16 of {many}")
+    want(workspace.numel() >= DENSE_WORKSPACE, "workspace", f"{workspace.numel()} bytes", f"{DENSE_WORKSPACE} bytes")
+    for name, tensor in (("hidden", hidden), ("codes", codes), ("scales", scales), ("workspace", workspace)):
+        aligned = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+        want(aligned, name, f"strides {tensor.stride()} at {tensor.data_ptr():#x}", "contiguous and 16-byte aligned")
+        if tensor.device != hidden.device:
+            raise DeviceError(f"dense_head: {name} is on {tensor.device}, expected {hidden.device}; move it there")
 
 
 def layout_of(words: list[int]) -> Layout:
