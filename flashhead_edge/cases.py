@@ -124,6 +124,50 @@ def made_dense(case: DenseCase, seed: int = 3) -> Coded:
     return Coded("int", d, fields, scale.astype(np.float16), np.full(d, bits, np.uint8))
 
 
+@dataclass(frozen=True)
+class DecodeCase:
+    """Settings of a draw (those of `decoding.Sampling`), and the candidates that it is made from."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    candidates: int = 134  # of a row at most; rows have fewer by turns
+    logits: str = "normal"  # normal, tied (many are equal), masked (most are -inf), flat (all are equal), negative
+
+    def __str__(self) -> str:
+        cuts = [f"{name} {value:g}" for name, value, off in (("k", self.top_k, 0), ("p", self.top_p, 1), ("min-p", self.min_p, 0)) if value != off]
+        return ", ".join([f"T {self.temperature:g}", *cuts, f"{self.candidates} {self.logits}"])
+
+
+DECODE_CASES = (
+    *(DecodeCase(t) for t in (0.0, 0.001, 0.7, 1.0, 3.0)),
+    *(DecodeCase(t, logits=kind) for t in (0.0, 1.0) for kind in ("tied", "masked", "flat", "negative")),
+    *(DecodeCase(0.8, top_k=k, logits=kind) for k in (1, 5, 133, 134, 500) for kind in ("normal", "tied")),
+    *(DecodeCase(1.2, top_p=p, logits=kind) for p in (1e-6, 0.1, 0.5, 0.93, 0.9999) for kind in ("normal", "tied", "masked")),
+    *(DecodeCase(0.9, min_p=p, logits=kind) for p in (0.02, 0.3, 1.0) for kind in ("normal", "tied")),
+    *(DecodeCase(0.7, 40, 0.9, 0.05, n, kind) for n in (1, 2, 64, 65, 900, 5_000, 8_192) for kind in ("normal", "tied")),
+    DecodeCase(5.0, 0, 0.95, 0.0, 3_000),
+)
+
+
+def made_candidates(case: DecodeCase, n: int, seed: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidates of n rows: ids [n, C] int64 in no order, logits [n, C] float32, count [n] int64; what lies behind a row's count is garbage."""
+    random = np.random.default_rng(seed)
+    c = case.candidates
+    ids = np.stack([random.choice(262_144, c, replace=False) for _ in range(n)])
+    logits = (3 * random.standard_normal((n, c)) + 12).astype(np.float32)
+    if case.logits == "tied":
+        logits = np.round(logits / 2) * 2
+    elif case.logits == "masked":
+        logits[:, 1:][random.random((n, c - 1)) < 0.9] = -np.inf
+    elif case.logits == "flat":
+        logits[:] = 7.25
+    elif case.logits == "negative":
+        logits -= 60
+    return ids, logits, np.maximum(1, c - np.arange(n) % 4 * (c // 8)).astype(np.int64)
+
+
 def made_index(case: Case, seed: int = 0) -> HeadIndex:
     """A head of random codes for a case, its margins 0: `with_shares` sets them."""
     random = np.random.default_rng(seed)

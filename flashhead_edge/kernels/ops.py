@@ -13,6 +13,8 @@ from flashhead_edge.kernels.packing import THREADS, Arguments, Layout
 
 HALVES = (torch.float16, torch.bfloat16)
 DENSE_ROWS, DENSE_THREADS, DENSE_WORKSPACE = 32, 512, 8 * 33  # dense_head.h: states of a launch, threads, bytes
+DECODE_THREADS, DECODE_CANDIDATES = 256, 8_192  # decode.h
+DECODE_SETTINGS = ("temperature", "top_p", "min_p", "top_k", "seed", "step")
 
 
 def head_step_out(hidden: Tensor, stages: int, candidates: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -153,6 +155,93 @@ def check_dense(hidden: Tensor, codes: Tensor, scales: Tensor, workspace: Tensor
         want(aligned, name, f"strides {tensor.stride()} at {tensor.data_ptr():#x}", "contiguous and 16-byte aligned")
         if tensor.device != hidden.device:
             raise DeviceError(f"dense_head: {name} is on {tensor.device}, expected {hidden.device}; move it there")
+
+
+class DecodeArguments(ctypes.Structure):
+    """FlashHeadDecode of plugins_trt/kernels/decode.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("ids", "logits", "count", *DECODE_SETTINGS, "token", "logprob", "best_ids", "best_logprobs")),
+        *((name, ctypes.c_int) for name in ("rows", "width", "count_stride", "best")),
+    ]
+
+
+@torch.library.custom_op("flashhead::decode", mutates_args=(), device_types="cuda")
+def decode(
+    ids: Tensor,
+    logits: Tensor,
+    count: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    top_k: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    best: int,
+    architecture: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The next token of each row from its candidates, as `decoding.choose` defines it. Settings are read when the kernel runs: a graph follows them.
+
+    Args:
+        ids: [N, C] int64, distinct in a row; logits [N, C] float32, after scale, masks, bias and penalties; C at most 8,192.
+        count: [N] int64, any stride: how many of a row are candidates, the first ones, in any order (`head_step`'s counts[:, -1]).
+        temperature, top_p, min_p: [N] float64; top_k, seed (its 64 bits), step: [N] int64; values as in `decoding.Sampling`, not checked here.
+        best: how many of the best candidates to return with their log-probabilities; 0 is none, and no log-probability is computed.
+        architecture: the kernel is compiled for, such as ``sm_90``.
+    Returns:
+        token [N] int64, -1 where every logit is -inf; logprob [N] float32, the token's; best_ids [N, best] int64, best_logprobs [N, best] float32:
+        log softmax of the logits over the candidates, before temperature and cuts, -1 and -inf beyond their number.
+    """
+    settings = (temperature, top_p, min_p, top_k, seed, step)
+    check_decode(ids, logits, count, settings, best)
+    out = decode_out(ids, best)
+    if not len(ids):
+        return out
+    from cuda.bindings import driver
+
+    device, width = ids.device.index, ids.shape[1]
+    pointers = [t.data_ptr() for t in (ids, logits, count, *settings, *out)]
+    arguments = DecodeArguments(*pointers, len(ids), width, count.stride(0), best)
+    with torch.cuda.device(device):
+        handle = function("decode.cu", "flashhead_decode", device, architecture)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        shared_bytes = 8 * max(64, 1 << (width - 1).bit_length())
+        check(driver.cuLaunchKernel(handle, len(ids), 1, 1, DECODE_THREADS, 1, 1, shared_bytes, stream, ctypes.addressof(parameters), 0))
+    return out
+
+
+def decode_out(ids: Tensor, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty outputs: token, logprob, best_ids, best_logprobs."""
+    n = len(ids)
+    return ids.new_empty(n), ids.new_empty(n, dtype=torch.float32), ids.new_empty(n, best), ids.new_empty(n, best, dtype=torch.float32)
+
+
+@decode.register_fake
+def _(ids, logits, count, temperature, top_p, min_p, top_k, seed, step, best, architecture):  # type: ignore[no-untyped-def]
+    return decode_out(ids, best)
+
+
+def check_decode(ids: Tensor, logits: Tensor, count: Tensor, settings: tuple[Tensor, ...], best: int) -> None:
+    """Raise SettingsError or DeviceError on the first argument that the kernel cannot read."""
+
+    def want(ok: bool, what: str, found: object, expected: str) -> None:
+        if not ok:
+            raise SettingsError(f"decode: {what} is {found}, expected {expected}; see flashhead_edge.kernels.ops.decode")
+
+    n = len(ids)
+    fits = ids.ndim == 2 and 1 <= ids.shape[1] <= DECODE_CANDIDATES
+    want(fits and ids.dtype == torch.int64, "ids", f"{ids.dtype} {list(ids.shape)}", f"int64 [N, C], C from 1 to {DECODE_CANDIDATES}")
+    want(logits.shape == ids.shape and logits.dtype == torch.float32, "logits", f"{logits.dtype} {list(logits.shape)}", f"float32 {list(ids.shape)}")
+    want(best >= 0, "best", best, "0 or more")
+    for name, tensor in zip(("count", *DECODE_SETTINGS), (count, *settings)):
+        dtype = torch.float64 if name in ("temperature", "top_p", "min_p") else torch.int64
+        want(tensor.shape == (n,) and tensor.dtype == dtype, name, f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} [{n}]")
+    for name, tensor in zip(("ids", "logits", *DECODE_SETTINGS), (ids, logits, *settings)):
+        want(tensor.is_contiguous(), name, f"strides {tensor.stride()}", "contiguous")
+    for name, tensor in zip(("logits", "count", *DECODE_SETTINGS), (logits, count, *settings)):
+        if tensor.device != ids.device:
+            raise DeviceError(f"decode: {name} is on {tensor.device}, expected {ids.device}; move it there")
 
 
 def layout_of(words: list[int]) -> Layout:
