@@ -1,41 +1,149 @@
-"""Time one step of the output head on a GPU: dense bf16, the published method at 256 probes, and the fitted head.
+"""Time one step of the output head on a GPU: dense in 16, 8 and 4 bits, the published method at 256 probes, the fitted head, and `auto`.
 
-    python -m flashhead_edge.bench.head
-    python -m flashhead_edge.bench.head --shape Llama-3.2-1B --batch 1 --batch 4 --json
+    flashhead bench head
+    flashhead bench head --shape Llama-3.2-1B --batch 1 --batch 4 --json
 
 Timed: steps one after the other in a CUDA graph, over copies of the head that together pass the L2 cache more than
 twice, so every step reads from memory; the gap between two launches is in the figure. Checked first: each step against
-the reference in float64. Not timed: making the index, Python's launch outside a graph. The heads are made, since random
-codes cost what real ones cost; how many clusters open and how many rows each code scores are the means of SmolLM2-135M's
-evaluation by share of the vocabulary, printed, and once more with every cap full ("at the cap").
+the reference in float64. Not timed: making the index, Python's launch outside a graph. The dense head in 16 bits is
+torch's product and argmax. Without a checkpoint the heads are made, since random codes cost what real ones cost; how many
+clusters open and how many rows each code scores are the means of SmolLM2-135M's evaluation by share of the vocabulary,
+printed, and once more with every cap full ("at the cap"). With a checkpoint they are its own, on hidden states of a text.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashhead_edge.bench.provenance import command, commit
-from flashhead_edge.caps import with_gates
-from flashhead_edge.cases import CAP_SHARES, PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES, SHAPES, Case, made_index
+from flashhead_edge.bench.provenance import commit
+from flashhead_edge.caps import most_counts, with_gates
+from flashhead_edge.cases import (
+    CAP_SHARES,
+    PUBLISHED_CLUSTER_SIZE,
+    PUBLISHED_PROBES,
+    SHAPES,
+    SHARE_PERCENTILES,
+    SHARES_SOURCE,
+    Case,
+    DecodeCase,
+    DenseCase,
+    made_candidates,
+    made_dense,
+    made_index,
+    mean_counts,
+)
+from flashhead_edge.coding import decode as decoded
+from flashhead_edge.coding import to_torch
 from flashhead_edge.costs import bytes_per_step, dense_bytes
-from flashhead_edge.errors import DeviceError, FlashHeadError
+from flashhead_edge.decoding import Sampling, choose
+from flashhead_edge.errors import DeviceError, SettingsError
 from flashhead_edge.index import HeadIndex
-from flashhead_edge.kernels.head import CudaHead, cuda_head
+from flashhead_edge.kernels.crossover import store_crossover
+from flashhead_edge.kernels.dense import CudaDense, cuda_dense
+from flashhead_edge.kernels.head import MOST_ROWS, CudaHead, cuda_head
+from flashhead_edge.kernels.ops import decode
+from flashhead_edge.progress import Progress, silent
 from flashhead_edge.reference import coordinates, probe, run_stages, state_unit, torch_head
 
 REPLAYS = 200
 CHECKED = 8  # states of each head that are compared with the reference before it is timed
 MOST_COPIES = 64
+BATCHES = (1, 4, 16, 32)
+DENSE_RIVALS = ((8, 0), (8, 32), (4, 32), (4, 128))  # bits, columns that share a scale (0: the row)
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches at which the dense and the flash head are compared
+CROSSOVER_REPLAYS = 40
+DRAW = DecodeCase(0.8, 50, 0.95, 0.05)  # what a draw is timed with; the number of candidates is the shape's
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What one set of records is about."""
+
+    name: str
+    weight: Tensor  # [V or more, d]
+    bias: Tensor | None
+    states: Tensor  # [n, d], at least 16
+    heads: Sequence[tuple[str, HeadIndex, int]]  # label, index, states that give its mean counts; the one that `auto` chooses for is named "fitted"
+    real_weights: bool
+    command: str
+
+
+def bench_shapes(shapes: Sequence[str], batches: Sequence[int], command: str, progress: Progress = silent) -> dict[str, Any]:
+    """Time made heads of known shapes.
+
+    Args:
+        shapes: names in `cases.SHAPES`, none is all of them; batches: 1 to 64, none is 1, 4, 16 and 32.
+        command: the command line, for the records.
+    Returns:
+        One JSON document: `device`, `bandwidth` (bytes a second), `counts` (what opens, by shape, and where that comes from), `crossovers`, `records`.
+    Raises:
+        SettingsError: a shape is not known. DeviceError: no GPU, or a kernel disagrees with the reference.
+    """
+    for name in shapes:
+        if name not in SHAPES:
+            raise SettingsError(f"bench head: shape {name} is not known, expected one of {', '.join(SHAPES)}; name one of them")
+    out = new_document()
+    for name in shapes or SHAPES:
+        progress(f"{name}: making heads", None)
+        measure(made_subject(name, command), batches or BATCHES, out, progress)
+    return out
+
+
+def bench_checkpoint(
+    folder: Path, text: str, batches: Sequence[int], command: str, progress: Progress = silent, *, store: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Time the head of a checkpoint on hidden states of a text; with `store` keep its crossover for `cuda_head(choice="auto")`.
+
+    Returns:
+        As `bench_shapes`; with `store`, `stored` names the file.
+    Raises:
+        CheckpointError, SettingsError: the folder or the text cannot be read. DeviceError: as `bench_shapes`, or a code without a kernel.
+    """
+    from flashhead_edge.capture import capture_text, read_text
+    from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head, read_index
+
+    out = new_document()
+    content = read_text(text)
+    progress("loading the model", None)
+    source = open_source(folder, trust_remote_code=trust_remote_code)
+    index = read_index(source.folder, read_head(source))
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    model: Any = load_model(source, device="cuda", trust_remote_code=trust_remote_code)
+    module = model.get_output_embeddings()
+    bias = getattr(module, "bias", None)
+    states = capture_text(model, tokenizer, text, content, 512, progress).states
+    if len(states) < 16:
+        raise SettingsError(f"bench head: {text} has {len(states)} tokens, expected at least 16; give a longer text")
+    weight = module.weight.detach()
+    subject = Subject(
+        source.name, weight, None if bias is None else bias.detach(), states.to("cuda", weight.dtype), [("fitted", index, len(states))], True, command
+    )
+    crossover = measure(subject, batches or BATCHES, out, progress)
+    if store:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        measured = out["crossovers"][-1]["measured"]
+        out["stored"] = str(store_crossover(torch.cuda.get_device_name(), index, dtype, crossover, measured, command))
+    return out
+
+
+def new_document() -> dict[str, Any]:
+    """The device and its bandwidth, and room for the rest.
+
+    Raises:
+        DeviceError: there is no NVIDIA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise DeviceError("bench head: no NVIDIA GPU was found, expected one that torch can use; run it on a machine with a GPU")
+    return {"device": torch.cuda.get_device_name(), "bandwidth": copy_bandwidth(), "counts": [], "crossovers": [], "records": []}
 
 
 def with_shares(index: HeadIndex, weight: Tensor, states: Tensor, shares: Sequence[float], caps: Sequence[int] | None = None) -> HeadIndex:
@@ -117,10 +225,11 @@ def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS) -> np.n
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written a second by a large copy on the device."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    """Bytes read and written a second by the faster of two large copies on the device: the driver's, and an elementwise kernel's."""
+    source = torch.empty(1 << 28, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / (float(np.median(timed([lambda: target.copy_(source)], 20))) * 1e-6)
+    copies: tuple[Callable[[], object], ...] = (lambda: target.copy_(source), lambda: torch.add(source, 1, out=target))
+    return 8 * source.numel() / (min(float(np.median(timed([copy], 20))) for copy in copies) * 1e-6)
 
 
 def copies_of(bytes_read: float) -> int:
@@ -134,93 +243,192 @@ def twin(head: CudaHead) -> CudaHead:
     return dataclasses.replace(head, image=head.image.clone(), plans={})
 
 
-def fitted_steps(head: CudaHead, states: Tensor, batch: int, bytes_read: float) -> list[Callable[[], object]]:
+def steps_of(head: CudaHead, states: Tensor, batch: int, bytes_read: float) -> list[Callable[[], object]]:
     """One step for each copy of a head, each on its own states."""
     heads = [twin(head) for _ in range(copies_of(bytes_read * batch))]
     parts = [states[(i * batch + torch.arange(batch)) % len(states)].contiguous() for i in range(len(heads))]
     for h, part in zip(heads, parts):
-        h.launch(part)  # makes the plan and its workspace, which a capture may not
-    return [lambda h=h, part=part: h.launch(part) for h, part in zip(heads, parts)]  # type: ignore[misc]
+        h.token(part)  # makes the plan and its workspace, which a capture may not
+    return [lambda h=h, part=part: h.token(part) for h, part in zip(heads, parts)]  # type: ignore[misc]
 
 
-def measure_shape(name: str, batches: Sequence[int], bandwidth: float, seed: int = 0) -> list[dict[str, Any]]:
-    """Records of all heads at one shape."""
+def dense_steps(subject: Subject, vocab_size: int, batch: int) -> list[Callable[[], object]]:
+    """The dense head on four batches: torch's product and argmax in the rows' own precision."""
+    weight, bias = subject.weight[:vocab_size].T, None if subject.bias is None else subject.bias[:vocab_size]
+    parts = [subject.states[(i * batch + torch.arange(batch)) % len(subject.states)].contiguous() for i in range(4)]
+    return [lambda h=h: (h @ weight if bias is None else torch.addmm(bias, h, weight)).argmax(1) for h in parts]  # type: ignore[misc]
+
+
+def coded_steps(head: CudaDense, states: Tensor, batch: int) -> list[Callable[[], object]]:
+    """One step for each copy of a dense head in whole numbers."""
+    copies = [
+        dataclasses.replace(head, codes=head.codes.clone(), scales=head.scales.clone(), workspace=head.workspace.clone())
+        for _ in range(copies_of(head.bytes_per_step))
+    ]
+    parts = [states[(i * batch + torch.arange(batch)) % len(states)].contiguous() for i in range(len(copies))]
+    return [lambda h=h, part=part: h.token(part) for h, part in zip(copies, parts)]  # type: ignore[misc]
+
+
+def find_crossover(head: CudaHead, subject: Subject, bytes_read: float) -> tuple[int | None, list[dict[str, Any]]]:
+    """The smallest batch at which the dense head is faster than the flash head, and what was measured.
+
+    Upwards over LADDER until the dense head is faster, then by halves down to one batch; None where it never is.
+    """
+    measured: list[dict[str, Any]] = []
+
+    def dense_wins(batch: int) -> bool:
+        dense = float(np.median(timed(dense_steps(subject, head.index.vocab_size, batch), CROSSOVER_REPLAYS)))
+        flash = float(np.median(timed(steps_of(head, subject.states, batch, bytes_read), CROSSOVER_REPLAYS)))
+        measured.append({"batch": batch, "dense": dense, "flash": flash})
+        return flash > dense
+
+    below, found = 0, None
+    for batch in LADDER:
+        if dense_wins(batch):
+            found = batch
+            break
+        below = batch
+    while found is not None and found - below > 1:
+        middle = (below + found) // 2
+        below, found = (below, middle) if dense_wins(middle) else (middle, found)
+    return found, measured
+
+
+def check_dense(head: CudaDense, values: Tensor, states: Tensor) -> None:
+    """Compare tokens with float64 wherever the best logits lie further apart than float32 sums may be wrong.
+
+    Args:
+        values: [V, d] the decoded rows.
+    Raises:
+        DeviceError: a token differs.
+    """
+    want, size = states.double() @ values.double().T, states.double().abs() @ values.double().abs().T
+    best = want.topk(min(2, want.shape[1]), dim=1)
+    clear = best.values[:, 0] - best.values[:, -1] > 2 * (values.shape[1] + 8) * 2.0**-23 * size.amax(1)
+    wrong = int((head.token(states) != best.indices[:, 0])[clear].sum())
+    if wrong:
+        raise DeviceError(f"dense_head: {wrong} of {int(clear.sum())} tokens are not those of float64, expected none; do not use this kernel")
+
+
+def made_subject(name: str, command: str, seed: int = 0) -> Subject:
+    """Made heads at a known shape: published, fitted, and fitted with every cap full."""
     v, d = SHAPES[name]
     generator = torch.Generator("cuda").manual_seed(seed)
     weight = torch.randn(v, d, device="cuda", dtype=torch.bfloat16, generator=generator) * 0.05
-    states = torch.randn(max(64, max(batches) * 4), d, device="cuda", dtype=torch.bfloat16, generator=generator)
-    out: list[dict[str, Any]] = []
-
-    def record(head: str, batch: int, times: np.ndarray, bytes_read: float, counts: Sequence[float] | None, settings: dict[str, Any]) -> None:
-        median, floor = float(np.median(times)), bytes_read / bandwidth * 1e6
-        dense = next((r["microseconds"] for r in out if r["head"] == "dense bf16" and r["batch"] == batch), median)
-        out.append(
-            {
-                **{"model": name, "shape": [v, d], "real_weights": False, "batch": batch, "context": None, "head": head, "settings": settings},
-                **{"backend": "cuda", "backend_version": torch.version.cuda, "device": torch.cuda.get_device_name(), "threads": None},
-                **{"microseconds": median, "microseconds_p99": float(np.percentile(times, 99)), "tokens_per_second": batch / median * 1e6},
-                **{"bytes_per_step": bytes_read, "bytes_per_step_p99": None, "dense_bytes_per_step": dense_bytes(v, d), "floor_microseconds": floor},
-                **{"top1_agreement": None, "top1_agreement_interval": None, "ratio_to_dense": median / dense},
-                **{
-                    "spread": float(np.median(np.abs(times - median))),
-                    "bandwidth": bandwidth,
-                    "counts": counts,
-                    "commit": commit(),
-                    "command": command("head"),
-                },
-            }
-        )
-        click.echo(row_text(out[-1]), err=True)
-
-    for batch in batches:
-        parts = [states[i * batch : (i + 1) * batch] for i in range(4)]
-        steps = [lambda h=h: (h @ weight.T).argmax(1) for h in parts]
-        record("dense bf16", batch, timed(steps, 50), dense_bytes(v, d), None, {})
+    states = torch.randn(256, d, device="cuda", dtype=torch.bfloat16, generator=generator)
     case = Case(name, v, d)
-    made, shares = made_index(case, seed), list(case.shares)
-    mean = with_shares(made, weight, states[:16], shares)
+    made = made_index(case, seed)
+    mean = with_shares(made, weight, states[:16], case.shares)
     caps = [mean.probe.cap, *(s.gate.cap for s in mean.stages)]
     full = with_shares(made, weight, states[:16], [min(1.2 * s, 0.99) for s in CAP_SHARES], caps)
     published = made_index(Case(name, v, d, PUBLISHED_CLUSTER_SIZE, (), "float16", (math.inf,), (1.0,), always=0, state_power=0.0), seed)
     published = with_gates(published, [math.inf], [PUBLISHED_PROBES])
-    for label, index in (("published", published), ("fitted", mean), ("fitted, at the cap", full)):
-        head = cuda_head(index, weight)
-        counts = check_head(head, states[:CHECKED]).mean(0) if label != "fitted" else check_head(head, states[:16]).mean(0)
-        one = float(bytes_per_step(index, np.round(counts)[None].astype(np.int64), 2 * d)[0])
-        fixed = float(bytes_per_step(index, np.zeros((1, len(counts)), np.int64), 2 * d)[0])
+    return Subject(name, weight, None, states, [("published", published, CHECKED), ("fitted", mean, 16), ("fitted, at the cap", full, CHECKED)], False, command)
+
+
+def measure(subject: Subject, batches: Sequence[int], out: dict[str, Any], progress: Progress) -> int | None:
+    """Add the records of all heads of a subject to a document, with the crossover of its fitted head, which is returned."""
+    index = next(index for label, index, _ in subject.heads if label == "fitted")
+    v, d, states = index.vocab_size, index.hidden_size, subject.states
+    bandwidth, records = out["bandwidth"], []
+    dense_name = "dense bf16" if subject.weight.dtype == torch.bfloat16 else "dense fp16"
+
+    def record(head: str, batch: int, times: np.ndarray, bytes_read: float, counts: np.ndarray | None = None, **settings: Any) -> None:
+        median, floor = float(np.median(times)), bytes_read / bandwidth * 1e6
+
+        def against(other: str) -> float | None:
+            return next((median / r["microseconds"] for r in records if r["head"] == other and r["batch"] == batch), None)
+
+        records.append(
+            {
+                **{"model": subject.name, "shape": [v, d], "real_weights": subject.real_weights, "batch": batch, "context": None, "head": head},
+                **{"settings": settings, "backend": "cuda", "backend_version": torch.version.cuda, "device": out["device"], "threads": None},
+                **{"microseconds": median, "microseconds_p99": float(np.percentile(times, 99)), "tokens_per_second": batch / median * 1e6},
+                **{"bytes_per_step": bytes_read, "bytes_per_step_p99": None, "dense_bytes_per_step": dense_bytes(v, d), "floor_microseconds": floor},
+                **{"top1_agreement": None, "top1_agreement_interval": None, "ratio_to_dense": 1.0 if head == dense_name else against(dense_name)},
+                **{"ratio_to_published": 1.0 if head == "published" else against("published"), "bandwidth": bandwidth},
+                **{"spread": float(np.median(np.abs(times - median))), "counts": None if counts is None else [round(float(c), 1) for c in counts]},
+                **{"commit": commit(), "command": subject.command},
+            }
+        )
+
+    def step_bytes(head: HeadIndex, counts: np.ndarray, batch: int) -> float:
+        one, fixed = (float(bytes_per_step(head, np.round(c)[None].astype(np.int64), 2 * d)[0]) for c in (counts, np.zeros_like(counts)))
+        return fixed + batch * (one - fixed)
+
+    for batch in batches:
+        progress(f"{subject.name}: {dense_name}", None)
+        record(dense_name, batch, timed(dense_steps(subject, v, batch), 50), dense_bytes(v, d))
+    for bits, group in DENSE_RIVALS:
+        if group and d % group:
+            continue
+        progress(f"{subject.name}: dense int{bits}", None)
+        rows = made_dense(DenseCase(v, d, bits, group))
+        coded = cuda_dense(rows)
+        check_dense(coded, decoded(to_torch(rows, "cuda")), states[:CHECKED])
         for batch in batches:
-            read = fixed + batch * (one - fixed)
-            record(label, batch, timed(fitted_steps(head, states, batch, one)), read, [round(float(c), 1) for c in counts], {"copies": copies_of(one * batch)})
+            name = f"dense int{bits}, " + (f"groups of {group}" if group else "one scale a row")
+            record(name, batch, timed(coded_steps(coded, states, batch)), coded.bytes_per_step * -(-batch // MOST_ROWS), codes="random")
+        del coded
+    crossover = None
+    for label, one, counted in subject.heads:
+        progress(f"{subject.name}: {label}", None)
+        head = cuda_head(one, subject.weight, subject.bias)
+        counts = check_head(head, states[:counted]).mean(0)
+        for batch in batches:
+            times = timed(steps_of(head, states, batch, step_bytes(one, counts, 1)))
+            record(label, batch, times, step_bytes(one, counts, batch), counts)
+        if label == "fitted":
+            progress(f"{subject.name}: crossover", None)
+            crossover, measured = find_crossover(head, subject, step_bytes(one, counts, 1))
+            out["crossovers"].append({"model": subject.name, "shape": [v, d], "crossover": crossover, "measured": measured})
+            auto = dataclasses.replace(head, dense_from=crossover)
+            for batch in batches:
+                is_dense = auto.takes_dense(batch)
+                times = timed(steps_of(auto, states, batch, dense_bytes(v, d) if is_dense else step_bytes(one, counts, 1)))
+                read = dense_bytes(v, d) if is_dense else step_bytes(one, counts, batch)
+                record("auto", batch, times, read, takes="dense" if is_dense else "flash")
+            time_draw(head, counts, batches, record)
+            out["counts"].append(expected_counts(subject, one, counts))
         del head
         torch.cuda.empty_cache()
-    return out
+    out["records"] += records
+    return crossover
 
 
-def row_text(r: dict[str, Any]) -> str:
-    counts = "" if r["counts"] is None else "  " + " ".join(f"{c:g}" for c in r["counts"])
-    us, floor = r["microseconds"], r["floor_microseconds"]
-    return (
-        f"{r['model']:13} {r['head']:19} N {r['batch']:>2} {r['bytes_per_step'] / 1e6:8.2f} MB {floor:7.2f} floor {us:7.2f} us "
-        f"(p99 {r['microseconds_p99']:.2f}) {us / floor:6.2f}x floor {1 / r['ratio_to_dense']:6.2f}x dense{counts}"
-    )
+def expected_counts(subject: Subject, index: HeadIndex, counts: np.ndarray) -> dict[str, Any]:
+    """What a step of the fitted head opens and scores: the measured mean, every cap full, and for a made head what it is made after."""
+    rows: dict[str, Any] = {}
+    source = f"this head on {len(subject.states)} states of the text"
+    if not subject.real_weights:
+        case = Case(subject.name, index.vocab_size, index.hidden_size)
+        rows = {"mean": mean_counts(case, case.shares).tolist(), **{name: mean_counts(case, s).tolist() for name, s in SHARE_PERCENTILES.items()}}
+        source = SHARES_SOURCE
+    caps = [index.probe.cap, *(s.gate.cap for s in index.stages)]
+    rows |= {"at the cap": most_counts(index, caps).tolist(), "measured mean": counts.tolist()}
+    return {"model": subject.name, "source": source, "clusters": index.n_clusters, "counts": rows}
 
 
-@click.command(help="Time one step of the output head: dense, the published method, and the fitted head, on made heads.")
-@click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), help="One model's shape; repeat for more. All by default.")
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 32), help="Rows of a step; 1, 4, 16 and 32 by default.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def main(shapes: tuple[str, ...], batches: tuple[int, ...], as_json: bool) -> None:
-    try:
-        if not torch.cuda.is_available():
-            raise DeviceError("bench head: no NVIDIA GPU was found, expected one; run it on a machine with a GPU")
-        bandwidth = copy_bandwidth()
-        click.echo(f"{torch.cuda.get_device_name()}, copy bandwidth {bandwidth / 1e12:.2f} TB/s", err=True)
-        records = [r for name in shapes or SHAPES for r in measure_shape(name, batches or (1, 4, 16, 32), bandwidth)]
-    except FlashHeadError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(error.exit_code)
-    click.echo(json.dumps(records) if as_json else "\n".join(row_text(r) for r in records))
+def time_draw(head: CudaHead, counts: np.ndarray, batches: Sequence[int], record: Callable[..., None]) -> None:
+    """Record a seeded draw from as many candidates as a step of the fitted head has.
 
+    Raises:
+        DeviceError: a token is not that of the definition.
+    """
+    case = dataclasses.replace(DRAW, candidates=max(2, round(float(counts[-1]))))
+    for batch in batches:
+        ids, logits, _ = made_candidates(case, batch)
+        floats = [torch.full((batch,), x, dtype=torch.float64, device="cuda") for x in (case.temperature, case.top_p, case.min_p)]
+        whole = [torch.full((batch,), x, dtype=torch.int64, device="cuda") for x in (case.top_k, 1, 0)]
+        count = torch.full((batch,), case.candidates, dtype=torch.int64, device="cuda")
+        on_device = torch.from_numpy(ids).cuda(), torch.from_numpy(logits).cuda(), count
 
-if __name__ == "__main__":
-    main()
+        def draw(values: Sequence[Tensor] = (*on_device, *floats, *whole)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return decode(*values, 0, head.architecture)
+
+        sampling = Sampling(case.temperature, case.top_k, case.top_p, case.min_p, seed=1)
+        wrong = int((draw()[0].cpu().numpy() != choose(ids, logits, sampling, np.zeros(batch, np.int64))).sum())
+        if wrong:
+            raise DeviceError(f"decode: {wrong} of {batch} tokens are not those of the definition, expected none; do not use this kernel")
+        settings = {"temperature": case.temperature, "top_k": case.top_k, "top_p": case.top_p, "min_p": case.min_p, "candidates": case.candidates}
+        record("draw from the candidates", batch, timed([draw] * 20), batch * case.candidates * 12, **settings)

@@ -15,7 +15,7 @@ from flashhead_edge.cli.common import Settings, common_options
 from flashhead_edge.errors import FlashHeadError
 
 EXTRAS = {"torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch"}
-VERBS = ("convert", "calibrate", "evaluate", "generate", "chat", "inspect", "doctor")
+VERBS = ("convert", "calibrate", "evaluate", "generate", "chat", "inspect", "doctor", "bench")
 
 
 class Verbs(click.Group):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.index import HeadIndex
+from flashhead_edge.kernels.crossover import stored_crossover
 from flashhead_edge.kernels.ops import HALVES, head_step
 from flashhead_edge.kernels.packing import Packed, Plan, pack, plan
 from flashhead_edge.reference import TorchHead, torch_head
 
 MOST_ROWS = 32  # of one launch; more are split
 STATIC_SHARED = 8 << 10  # shared memory that the kernel declares itself, at most
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +35,7 @@ class CudaHead:
     multiprocessors: int
     shared_bytes: int  # dynamic shared memory that a block may have
     architecture: str
+    dense_from: int | None = None  # batch from which on the dense head is taken; None: never
     plans: dict[int, tuple[Plan, Tensor]] = field(default_factory=dict)  # by rows: launch plan and its workspace
 
     def launch(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -41,9 +47,28 @@ class CudaHead:
         made, workspace = self.plans[rows]
         return head_step(hidden, self.weight, self.bias, self.image, workspace, made.words(), made.shared_bytes, self.architecture)
 
+    def token(self, hidden: Tensor) -> Tensor:
+        """Greedy tokens [N] int64 alone, of any number of states; captured by CUDA graphs as `launch` is."""
+        hidden = hidden if hidden.dtype in HALVES else hidden.to(self.weight.dtype)
+        if self.takes_dense(len(hidden)):
+            return self.dense_logits(hidden).argmax(1)
+        tokens = [self.launch(part.contiguous())[0] for part in hidden.split(MOST_ROWS)]
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
     def step(self, hidden: Tensor) -> Step:
         hidden = hidden if hidden.dtype in HALVES else hidden.to(self.weight.dtype)
+        if self.takes_dense(len(hidden)):
+            return dense_step(self.dense_logits(hidden), 2 + len(self.index.stages))
         return joined([packed_step(*self.launch(part.contiguous())) for part in hidden.split(MOST_ROWS)])
+
+    def takes_dense(self, batch: int) -> bool:
+        """Whether a step of this batch is the dense head's."""
+        return self.dense_from is not None and batch >= self.dense_from
+
+    def dense_logits(self, hidden: Tensor) -> Tensor:
+        """The dense head as the model computes it, in the rows' own precision: [N, V]."""
+        v, hidden = self.index.vocab_size, hidden.to(self.weight.dtype)
+        return hidden @ self.weight[:v].T if self.bias is None else torch.addmm(self.bias[:v], hidden, self.weight[:v].T)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.wide.logits(hidden)
@@ -65,14 +90,20 @@ def cuda_head(
     multiprocessors: int | None = None,
     shared_bytes: int | None = None,
     architecture: str | None = None,
+    choice: Literal["flash", "auto"] = "flash",
 ) -> CudaHead:
     """Put `index` on the GPU of `weight` [V or more, d], the model's own matrix in float16 or bfloat16.
 
     Args:
+        choice: ``auto`` takes the dense head for batches at or above the crossover that `flashhead bench head OUT --store` kept for this device and head,
+            and says so in the log; where none is kept it takes the flash head for every batch, and says that.
         multiprocessors, shared_bytes, architecture: a smaller device to plan and compile for; by default those found.
     Raises:
         DeviceError: the index holds a code without a kernel, or the kernel does not fit the device.
+        SettingsError: another choice, or a damaged file of the crossover.
     """
+    if choice not in ("flash", "auto"):
+        raise SettingsError(f"cuda_head: choice is {choice!r}, expected 'flash' or 'auto'; call again with one of them")
     properties = torch.cuda.get_device_properties(weight.device)
     packed = pack(index)
     return CudaHead(
@@ -84,7 +115,33 @@ def cuda_head(
         multiprocessors=multiprocessors or properties.multi_processor_count,
         shared_bytes=shared_bytes or properties.shared_memory_per_block_optin - STATIC_SHARED,
         architecture=architecture or f"sm_{properties.major}{properties.minor}",
+        dense_from=chosen_crossover(properties.name, index, weight) if choice == "auto" else None,
     )
+
+
+def chosen_crossover(device: str, index: HeadIndex, weight: Tensor) -> int | None:
+    """The crossover that is kept for a head on a device, said in the log; None is the flash head at every batch."""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    stored = stored_crossover(device, index, dtype)
+    shape = f"{index.vocab_size:,} x {index.hidden_size:,} ({dtype}) on {device}"
+    if stored is None:
+        LOG.warning("auto: the flash head at every batch: no crossover is kept for this head of %s; flashhead bench head OUT --store measures one", shape)
+        return None
+    crossover: int | None = stored["crossover"]
+    if crossover is None:
+        LOG.info("auto: the flash head at every batch: faster than the dense head wherever it was measured, %s", shape)
+    else:
+        LOG.info("auto: the dense head for batches of %d and more, the flash head below, %s", crossover, shape)
+    return crossover
+
+
+def dense_step(logits: Tensor, counted: int) -> Step:
+    """A step of the dense head: every token is a candidate."""
+    n, v = logits.shape
+    counts = torch.zeros(n, counted, dtype=torch.int64, device=logits.device)
+    counts[:, -1] = v
+    ids = torch.arange(v, device=logits.device).expand(n, v)
+    return Step(logits.argmax(1), ids, logits.float(), counts, torch.zeros(n, dtype=torch.bool, device=logits.device))
 
 
 def packed_step(token: Tensor, counts: Tensor, capped: Tensor, ids: Tensor, logits: Tensor) -> Step:

@@ -20,10 +20,19 @@ def write_html(document: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         FlashHeadError: the file cannot be written.
     """
+    write_page(page(document), path)
+
+
+def write_page(text: str, path: str | Path) -> None:
+    """Write a page: whole, or not at all.
+
+    Raises:
+        FlashHeadError: the file cannot be written.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(page(document), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -32,18 +41,25 @@ def write_html(document: Mapping[str, Any], path: str | Path) -> None:
 
 def page(document: Mapping[str, Any]) -> str:
     """The whole page as text."""
-    name = f"FlashHead report: {document['model']}"
-    style = (files("flashhead_edge.report") / "report.css").read_text(encoding="utf-8")
     sections = [_promise(document), _agreement(document), _texts(document), _reads(document), _language(document), _worst(document), _how(document)]
+    about = (
+        f"How faithful its {escape(document['head'])} head is to the dense head, and what it reads. "
+        f"{document['shape'][0]:,} tokens, hidden size {document['shape'][1]:,}."
+    )
+    return whole_page(f"FlashHead report: {document['model']}", str(document["model"]), about, sections)
+
+
+def whole_page(title: str, heading: str, about: str, sections: Sequence[str]) -> str:
+    """A self-contained page around its sections, which like `about` are HTML already."""
+    style = (files("flashhead_edge.report") / "report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>{escape(name)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n'
-        f"<h1>{escape(str(document['model']))}</h1>\n<p class='soft'>How faithful its {escape(document['head'])} head is to the dense head, and what it reads. "
-        f"{document['shape'][0]:,} tokens, hidden size {document['shape'][1]:,}.</p>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
+        f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n'
+        f"<h1>{escape(heading)}</h1>\n<p class='soft'>{about}</p>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def _table(name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], ours: int | None = None) -> str:
+def html_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], ours: int | None = None) -> str:
     """A table whose cells are HTML already; `ours` is the row that stands out."""
     head = "".join(f'<th scope="col">{c}</th>' for c in columns)
     body = ""
@@ -119,7 +135,7 @@ def _agreement(document: Mapping[str, Any]) -> str:
                 percent(r["bytes_share"]),
             ]
         )
-    table = _table("Heads", ["head", "agreement", "lowest text", "coverage", "a step reads", "of dense"], rows, 0)
+    table = html_table("Heads", ["head", "agreement", "lowest text", "coverage", "a step reads", "of dense"], rows, 0)
     return f"<section><h2>Agreement against bytes</h2>{_figure(plot, plots.legend(names, True), caption)}{table}</section>"
 
 
@@ -146,7 +162,7 @@ def _texts(document: Mapping[str, Any]) -> str:
         )  # fmt: skip
     columns = ["text", "positions", "agreement", "95 % interval", "coverage", "bytes, of dense", "p99 of bytes"]
     note = "Agreement: the same token as the dense head. Coverage: the dense head’s token was among those scored exactly."
-    return f"<section><h2>Text by text</h2>{_table('Texts', columns, rows)}<p class='note-line'>{note}</p></section>"
+    return f"<section><h2>Text by text</h2>{html_table('Texts', columns, rows)}<p class='note-line'>{note}</p></section>"
 
 
 def _reads(document: Mapping[str, Any]) -> str:
@@ -182,7 +198,7 @@ def _reads(document: Mapping[str, Any]) -> str:
         capped = DASH if r["capped_steps"] is None else f"{r['capped_steps']:,} ({percent(r['capped_share'])})"
         rows.append([escape(name), quantiles(r["clusters_opened"]), *scored, quantiles(r["exact_rows"]), capped])
     columns = ["text", "clusters", *[f"rows by code {i + 1}" for i in range(codes)], "exact rows", "capped steps"]
-    return f"<section>{''.join(parts)}{_table('Counts', columns, rows)}<p class='note-line'>p50 / p90 / p99 over steps.</p></section>"
+    return f"<section>{''.join(parts)}{html_table('Counts', columns, rows)}<p class='note-line'>p50 / p90 / p99 over steps.</p></section>"
 
 
 def _language(document: Mapping[str, Any]) -> str:
@@ -205,7 +221,7 @@ def _language(document: Mapping[str, Any]) -> str:
         "TV: total variation between the two sampling distributions at temperature 1, 0 where they are equal, 1 where they share nothing. "
         "Same greedy text: tokens that free-running text stays identical to the dense head’s, mean (median)."
     )
-    return f"<section><h2>As a language model</h2>{_table('Language', columns, rows)}<p class='note-line'>{note}</p></section>"
+    return f"<section><h2>As a language model</h2>{html_table('Language', columns, rows)}<p class='note-line'>{note}</p></section>"
 
 
 def _worst(document: Mapping[str, Any]) -> str:
@@ -216,7 +232,7 @@ def _worst(document: Mapping[str, Any]) -> str:
         [f"<code>{escape(visible(w['text']))}</code>", f"{w['id']:,}", f"{w['missed']:,}", f"{w['of']:,}", percent(w["missed"] / w["of"], 1)] for w in worst
     ]
     columns = ["the dense head’s token", "id", "missed", "times it was the winner", "share missed"]
-    return f"<section><h2>Tokens missed most often</h2>{_table('Worst tokens', columns, rows)}</section>"
+    return f"<section><h2>Tokens missed most often</h2>{html_table('Worst tokens', columns, rows)}</section>"
 
 
 def _how(document: Mapping[str, Any]) -> str:

@@ -165,6 +165,20 @@ def agreement_plot(series: Sequence[Series], target: float | None) -> str:
     return frame("agreement", "Agreement with the dense head against bytes read", words, "".join(body))
 
 
+def lines_plot(name: str, title: str, series: Sequence[Series], x_name: str, y_name: str) -> str:
+    """Lines with marks over two logarithmic axes; x is labelled where there are points."""
+    points = [p for s in series for p in s.points]
+    xs, ys = sorted({p.x for p in points}), [p.y for p in points]
+    x = Axis(xs[0] / 1.15, xs[-1] * 1.15, LEFT, WIDTH - RIGHT, log=True)
+    y = Axis(min(ys) / 1.2, max(ys) * 1.2, HEIGHT - BOTTOM, TOP, log=True)
+    body = [axes(x, y, [(v, f"{v:g}") for v in xs], log_ticks(y.low, y.high, lambda v: f"{v:g}"), x_name, y_name)]
+    for i, s in reversed(list(enumerate(series))):
+        path = "M" + "L".join(f"{x.at(p.x):.1f} {y.at(p.y):.1f}" for p in s.points)
+        body.append(f'<path d="{path}" fill="none" stroke="{colour(i)}" stroke-width="2" stroke-linejoin="round"/>')
+        body += [f"<g><title>{escape(p.label)}</title>{mark(MARKS[i % len(MARKS)], x.at(p.x), y.at(p.y), 5, colour(i))}</g>" for p in s.points]
+    return frame(name, title, "; ".join(p.label for p in points), "".join(body))
+
+
 def histogram_plot(
     name: str, title: str, edges: Sequence[float], steps: Sequence[float], marks: Sequence[tuple[float, str]], x_name: str, label: Callable[[float], str]
 ) -> str:

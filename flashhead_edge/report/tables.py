@@ -15,7 +15,7 @@ from flashhead_edge.report.words import DASH, interval, megabytes, number, perce
 COLOURS = {"kept": "green", "close": "yellow", "missed": "red", "none": "default"}
 
 
-def _table(title: str, columns: Sequence[str], caption: str | None = None) -> Table:
+def new_table(title: str, columns: Sequence[str], caption: str | None = None) -> Table:
     """The first column is text, the others are numbers."""
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", title_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
@@ -28,7 +28,7 @@ def show_evaluation(document: Mapping[str, Any], console: Console) -> None:
     texts = document["texts"]
     rows = [(t["text"], t) for t in texts] + ([("all texts", document)] if len(texts) > 1 else [])
     head = f"{document['head']} head of {document['model']}, V {document['shape'][0]:,}, d {document['shape'][1]:,}"
-    table = _table(head, ["text", "positions", "agreement", "95 % interval", "coverage", "MB a step", "of dense", "p99 of dense"])
+    table = new_table(head, ["text", "positions", "agreement", "95 % interval", "coverage", "MB a step", "of dense", "p99 of dense"])
     for name, r in rows:
         p99 = r["bytes_per_step_p99"] / r["dense_bytes_per_step"]
         table.add_row(
@@ -37,13 +37,13 @@ def show_evaluation(document: Mapping[str, Any], console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     codes = max(len(r["rows_scored"]) for _, r in rows)
-    table = _table("what a step reads (p50 / p90 / p99)", ["text", "clusters", *[f"code {i + 1}" for i in range(codes)], "exact rows", "capped steps"])
+    table = new_table("what a step reads (p50 / p90 / p99)", ["text", "clusters", *[f"code {i + 1}" for i in range(codes)], "exact rows", "capped steps"])
     for name, r in rows:
         scored = [quantiles(s) for s in r["rows_scored"]] + [DASH] * (codes - len(r["rows_scored"]))
         capped = DASH if r["capped_steps"] is None else f"{r['capped_steps']:,} ({percent(r['capped_share'])})"
         table.add_row(Text(name), quantiles(r["clusters_opened"]), *scored, quantiles(r["exact_rows"]), capped)
     console.print(table)
-    table = _table(
+    table = new_table(
         "as a language model (this head : dense head)",
         ["text", "perplexity", "of covered", "TV mean", "TV p99", "TV candidates", "same greedy text"],
         "TV: total variation of the sampling distributions at temperature 1. Greedy text: mean (median) tokens until the first that differs.",
@@ -71,7 +71,7 @@ def show_evaluation(document: Mapping[str, Any], console: Console) -> None:
 
 def show_rivals(document: Mapping[str, Any], console: Console) -> None:
     """The head beside its rivals, on all texts together and on the text where each did worst."""
-    table = _table("beside other heads, all texts", ["head", "agreement", "lowest text", "coverage", "MB a step", "of dense", "TV mean", "same greedy text"])
+    table = new_table("beside other heads, all texts", ["head", "agreement", "lowest text", "coverage", "MB a step", "of dense", "TV mean", "same greedy text"])
     for i, r in enumerate([document, *document["rivals"]]):
         each = [t["top1_agreement"] if i == 0 else t["rivals"][i - 1]["top1_agreement"] for t in document["texts"]]
         free = r["free_running"]
@@ -88,7 +88,7 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
     if "target_agreement" not in summary:
         show_inspection(summary, console)
         return
-    table = _table("calibrated on", ["text", "positions", "required", "held-out agreement", "95 % interval", "misses", "reached"])
+    table = new_table("calibrated on", ["text", "positions", "required", "held-out agreement", "95 % interval", "misses", "reached"])
     for t in summary.get("texts", []):
         table.add_row(
             Text(str(t["name"])), f"{t['positions']:,}", percent(t["required"]), percent(t["top1_agreement"]), interval(t.get("top1_agreement_interval")),
@@ -99,7 +99,7 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
     if frontier:
         dense, target = summary["dense_bytes_per_step"], summary["target_agreement"]
         device = summary.get("device")
-        table = _table(
+        table = new_table(
             "frontier", ["", "target", "held-out agreement", f"microseconds on {device}" if device else "bytes a step", "" if device else "of dense", "reached"]
         )
         for point in frontier:

@@ -1,0 +1,68 @@
+"""flashhead bench: measured comparisons on this machine"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import click
+
+from flashhead_edge.cli.common import Settings, answer_only, common_options, json_option, person, write_json
+from flashhead_edge.cli.display import shown_progress
+
+
+@click.group(short_help="Measure speed on this machine.")
+@common_options
+def bench() -> None:
+    """Measure speed on this machine."""
+
+
+@bench.command(short_help="Time a step of the output head on a GPU, beside its rivals.")
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option("--text", metavar="FILE", help="Text whose hidden states the head of OUT is timed on.")
+@click.option("--store", is_flag=True, help="Keep the batch from which on the dense head is faster than OUT's, for cuda_head(choice='auto').")
+@click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made head, such as Llama-3.2-1B. Repeatable.  [default: all known]")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 64), help="Rows of a step. Repeatable.  [default: 1, 4, 16, 32]")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page with plots to this file.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along.")
+@json_option
+@common_options
+@click.pass_obj
+def head(
+    settings: Settings,
+    out: Path | None,
+    text: str | None,
+    store: bool,
+    shapes: tuple[str, ...],
+    batches: tuple[int, ...],
+    plot: Path | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Time one step of the output head on an NVIDIA GPU: dense, int8, int4, published, fitted, and `auto`.
+
+    With the checkpoint OUT its own head is timed, else made heads of known shapes that open as many clusters as a real one.
+    """
+    if out is None and (text is not None or store):
+        raise click.UsageError("--text and --store are about a checkpoint: name its folder.")
+    if out is not None and (text is None or shapes):
+        raise click.UsageError("a checkpoint has its own shape and is timed on a text: give --text FILE, and no --shape.")
+    if plot is not None and not (plot.absolute().parent.is_dir() and os.access(plot if plot.exists() else plot.absolute().parent, os.W_OK)):
+        raise click.BadParameter(f"{plot} cannot be written.", param_hint="--plot")
+    command = shlex.join(["flashhead", *settings.arguments])
+    with answer_only() as stdout:
+        with shown_progress("looking for a GPU") as progress:
+            from flashhead_edge.bench.head import bench_checkpoint, bench_shapes
+            from flashhead_edge.report.heads import show_heads, write_heads
+
+            if out is None or text is None:
+                document = bench_shapes(shapes, batches, command, progress)
+            else:
+                document = bench_checkpoint(out, text, batches, command, progress, store=store, trust_remote_code=trust_remote_code)
+        show_heads(document, person(stdout, as_json))
+        if as_json:
+            write_json(document, stdout)
+        if plot is not None:
+            write_heads(document, plot)
+            click.echo(f"plots: {plot}", err=True)
