@@ -1,0 +1,133 @@
+"""flashhead bench head: what it says without a GPU and to wrong calls, and its table and page of a document."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_tools import one_document
+from rich.console import Console
+
+from flashhead_edge.bench import head as bench
+from flashhead_edge.errors import FlashHeadError
+from flashhead_edge.report.heads import show_heads, write_heads
+
+NO_GPU = "flashhead: bench head: no NVIDIA GPU was found, expected one that torch can use; run it on a machine with a GPU"
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize("arguments", [(), ("--json",), ("--shape", "Llama-3.2-1B"), ("somewhere", "--text", "x", "--store")], ids=" ".join)
+def test_without_a_gpu_it_is_one_sentence(inside: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    result = inside("bench", "head", *arguments)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1] == NO_GPU
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--store",), "--text and --store are about a checkpoint"),
+        (("--text", "x"), "--text and --store are about a checkpoint"),
+        (("out",), "give --text FILE, and no --shape"),
+        (("out", "--text", "x", "--shape", "Qwen3-0.6B"), "give --text FILE, and no --shape"),
+        (("--batch", "65"), "65 is not in the range 1<=x<=64"),
+        (("--plot", "nowhere/x.html"), "nowhere/x.html cannot be written"),
+        (("--shape", "GPT-2"), "shape GPT-2 is not known, expected one of Llama-3.2-1B"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_calls_are_refused_before_a_gpu_is_looked_for(inside: Callable[..., Any], arguments: tuple[str, ...], words: str) -> None:
+    result = inside("bench", "head", *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+
+
+def document() -> dict[str, Any]:
+    """What a run over two batches returns, with invented figures."""
+    records = []
+    for head, us in (
+        ("dense bf16", 220.0),
+        ("dense int4, groups of 32", 58.0),
+        ("published", 40.0),
+        ("fitted", 37.0),
+        ("auto", 37.0),
+        ("draw from the candidates", 4.0),
+    ):
+        for batch in (1, 8):
+            time = us * (batch if us < 41 else 1)
+            settings = {"takes": "dense" if batch > 4 else "flash"} if head == "auto" else {}
+            records.append(
+                {
+                    **{"model": "Llama-3.2-1B", "shape": [128_256, 2_048], "batch": batch, "head": head, "settings": settings, "microseconds": time},
+                    **{"microseconds_p99": time + 1, "bytes_per_step": 4e6, "floor_microseconds": 1.5, "ratio_to_dense": time / 220},
+                    **{"ratio_to_published": None if head.startswith("dense") else time / (40 * batch), "command": "flashhead bench head"},
+                }
+            )
+    counts = {"mean": [1284.2, 41_111.9, 24_195.1, 5_384.6, 508.4, 65.6], "measured mean": [1284.0, 41_112.0, 24_195.0, 5_385.0, 508.0, 66.0]}
+    return {
+        "device": "NVIDIA H100 80GB HBM3", "bandwidth": 3.01e12, "records": records,
+        "counts": [{"model": "Llama-3.2-1B", "source": "an evaluation", "clusters": 4_008, "counts": counts}],
+        "crossovers": [{"model": "Llama-3.2-1B", "crossover": 5, "measured": [{"batch": 8, "dense": 220.0, "flash": 296.0}]}],
+    }  # fmt: skip
+
+
+def test_the_table_names_heads_counts_and_the_crossover() -> None:
+    stream = io.StringIO()
+    show_heads(document() | {"stored": "/cache/x.json"}, Console(file=stream, width=160))
+    text = stream.getvalue()
+    for words in (
+        "NVIDIA H100 80GB HBM3, copy bandwidth 3.01 TB/s",
+        "from an evaluation",
+        "24,195",
+        "auto (dense)",
+        "the dense head is faster from a batch of 5 on; auto takes it there",
+        "kept in /cache/x.json",
+    ):
+        assert words in text
+    (line,) = [row for row in text.splitlines() if row.strip().startswith("fitted") and " 1 " in row]
+    assert "5.95" in line and "1.08" in line  # times as fast as dense and as published
+    never = document()
+    never["crossovers"][0]["crossover"] = None
+    stream = io.StringIO()
+    show_heads(never, Console(file=stream, width=160))
+    assert "the flash head is faster than the dense head at every batch measured, up to 8" in stream.getvalue()
+
+
+def test_the_page_is_whole_and_self_contained(tmp_path: Path) -> None:
+    write_heads(document(), tmp_path / "plot.html")
+    page = (tmp_path / "plot.html").read_text(encoding="utf-8")
+    assert page.count("<svg class") == 1 and "fitted, batch 8: 296.00 us" in page
+    assert "http" not in page.replace("http-equiv", "") and "<script" not in page
+    with pytest.raises(FlashHeadError, match="cannot be written"):
+        write_heads(document(), tmp_path / "nowhere/plot.html")
+
+
+def test_json_is_the_document_alone(inside: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "bench_shapes", lambda *arguments: document())
+    result = inside("bench", "head", "--json", "--plot", tmp_path / "plot.html")
+    assert result.returncode == 0
+    assert one_document(result.stdout) == document()
+    assert (tmp_path / "plot.html").exists()
+    assert "auto (flash)" in result.stderr
+
+
+@pytest.mark.gpu
+def test_a_run_measures_every_head(inside: Callable[..., Any], tmp_path: Path) -> None:
+    result = inside("bench", "head", "--shape", "Qwen3-0.6B", "--batch", "1", "--json", "--plot", tmp_path / "plot.html")
+    assert result.returncode == 0, result.stderr
+    found = one_document(result.stdout)
+    heads = [r["head"] for r in found["records"]]
+    assert heads[0] == "dense bf16" and {"published", "fitted", "fitted, at the cap", "auto", "dense int8, one scale a row", "dense int4, groups of 32"} < set(
+        heads
+    )
+    assert all(r["microseconds"] > r["floor_microseconds"] / 2 for r in found["records"])
