@@ -510,6 +510,7 @@ __device__ u64 score_items(const FlashHeadArguments& a, const FlashHeadStage& st
         }
 #pragma unroll 1
         for (int way = lanes >> 1; way; way >>= 1) sum += __shfl_xor_sync(~0u, sum, way);
+        __syncwarp();  // all lanes of a row have read its item: a shuffle does not order memory
         if (i < n && own == 0) {
             const float score = __uint_as_float(items[i].y) + (stage.table >= 0 ? sum : sum * from16(scale, false));
             items[i] = make_uint2(slot | error << 24, __float_as_uint(score));
@@ -559,6 +560,7 @@ __device__ __noinline__ u64 select_clusters(const FlashHeadArguments& a, const u
     __syncthreads();
     opened = 0, widest = 0;
     for (int w = 0; w < 16; w++) opened += numbers[w], widest = fmaxf(widest, __uint_as_float(numbers[16 + w]));
+    __syncthreads();  // all have read the numbers, which are written again from here on, by the caller too
     cut = opened > (unsigned)L.probe_cap;
     if (!cut) return 1;
     opened = L.probe_cap;
