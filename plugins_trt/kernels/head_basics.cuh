@@ -1,0 +1,68 @@
+// head_basics.cuh: what every part of the head step is written in: 16-bit floats, ordered keys, loads and copies, sums over a block.
+#pragma once
+#include "head_step.h"
+
+typedef unsigned long long u64;
+
+__device__ __forceinline__ float from16(unsigned bits, bool bf16) {
+    if (bf16) return __uint_as_float(bits << 16);
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)bits));
+    return value;
+}
+
+// Floats as unsigned numbers of the same order.
+__device__ __forceinline__ unsigned ordered(float value) {
+    const unsigned bits = __float_as_uint(value);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float unordered(unsigned key) {
+    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+__device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+__device__ __forceinline__ u64 load_relaxed(const u64* address) {
+    u64 value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+// 16 bytes from global to shared memory, past the L1 cache, without waiting.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
+// Waits for the thread's own copies; a block's barrier must follow before others read them.
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// The block's sum, in a tree fixed by the block's size; `scratch` [16] float.
+__device__ float block_sum(float value, float* scratch) {
+    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(~0u, value, step);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = value;
+    __syncthreads();
+    float total = 0;
+#pragma unroll 1
+    for (int i = 0; i < FLASHHEAD_THREADS / 32; i++) total += scratch[i];
+    return total;
+}
+
+// The warp's largest key, in every lane.
+__device__ __forceinline__ u64 warp_max(u64 key) {
+    const unsigned high = __reduce_max_sync(~0u, (unsigned)(key >> 32));
+    const unsigned low = __reduce_max_sync(~0u, (unsigned)(key >> 32) == high ? (unsigned)key : 0u);
+    return (u64)high << 32 | low;
+}
+
+__device__ __forceinline__ u64 block_max(u64 key, u64* scratch) {
+    key = warp_max(key);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = key;
+    __syncthreads();
+    return warp_max(scratch[threadIdx.x & 15]);
+}
+
+// Items compare by score, then by the smaller number.
+__device__ __forceinline__ u64 item_key(float score, unsigned number) { return (u64)ordered(score) << 32 | (0xffffffffu - number); }
