@@ -46,7 +46,7 @@ class Case:
     hidden_size: int
     cluster_size: int = 32
     rows: tuple[str, ...] = PLAN
-    centroids: str = "product24"  # or float16: the published head
+    centroids: str = "product24"  # product, bits, or float16: the published head
     shares: tuple[float, ...] = SHARES  # opened, then what each code's gate keeps, as shares of the vocabulary
     caps: tuple[float, ...] = CAP_SHARES
     states: str = "normal"  # normal, negative (all logits), huge (one row), tied (rows come in equal pairs)
@@ -68,6 +68,10 @@ CASES = (
     _small("two codes", rows=("product12", "bits24"), shares=(0.3, 0.1, 0.02), caps=(1.0, 1.0, 1.0)),
     _small("one code of bits", rows=("bits16",), shares=(0.3, 0.02), caps=(1.0, 1.0)),
     _small("no codes", rows=(), shares=(0.05,), caps=(1.0,)),
+    _small("bits alone", centroids="bits48", rows=("bits100",), shares=(0.3, 0.02), caps=(1.0, 1.0)),
+    _small("bits alone, caps hit", centroids="bits20", rows=("bits36", "bits50"), shares=(0.4, 0.1, 0.02), caps=(0.2, 0.05, 0.01)),
+    _small("centroids of bits, rows of products", centroids="bits64", rows=("product10", "bits33"), shares=(0.3, 0.1, 0.02), caps=(1.0, 1.0, 1.0)),
+    _small("centroids of bits, no codes", centroids="bits80", rows=(), shares=(0.05,), caps=(1.0,)),
     _small("every cap hit", caps=tuple(s / 2 for s in SHARES)),
     _small("caps of one", caps=(0.0,) * 5),
     _small("everything open", shares=(math.inf,) * 5, caps=(1.0,) * 5),
@@ -188,13 +192,10 @@ def made_index(case: Case, seed: int = 0) -> HeadIndex:
     if published:
         centroids = Coded("float16", d, random.standard_normal((k, d)).astype(np.float16).view(np.uint8))
     else:
-        centroids = made_product(random, k, int(case.centroids.removeprefix("product")), coordinates, coordinates, 1.0)
+        centroids = made_code(random, k, case.centroids, coordinates, coordinates, 1.0)
     stages = []
     for code, cap, spread in zip(case.rows, case.caps[1:], (1.0, 0.5, 0.3, 0.15)):
-        if code.startswith("product"):
-            rows = made_product(random, k * size, int(code.removeprefix("product")), min(114, coordinates), coordinates, spread)
-        else:
-            rows = made_bits(random, k * size, int(code.removeprefix("bits")), coordinates, spread)
+        rows = made_code(random, k * size, code, min(114, coordinates), coordinates, spread)
         if case.states == "tied":  # neighbours in a cluster have the same codes
             for array in (rows.data, rows.scale):
                 if array is not None:
@@ -215,6 +216,13 @@ def made_index(case: Case, seed: int = 0) -> HeadIndex:
         fingerprint="made",
         state_power=case.state_power,
     )
+
+
+def made_code(random: np.random.Generator, n: int, code: str, product_columns: int, coordinates: int, spread: float) -> Coded:
+    """A random code by its short name, ``product24`` or ``bits96``."""
+    if code.startswith("product"):
+        return made_product(random, n, int(code.removeprefix("product")), product_columns, coordinates, spread)
+    return made_bits(random, n, int(code.removeprefix("bits")), coordinates, spread)
 
 
 def made_bits(random: np.random.Generator, n: int, size: int, coordinates: int, spread: float) -> Coded:

@@ -67,7 +67,7 @@ def test_bits_of_a_record_add_up_to_the_row(size):
     z = random.standard_normal(coded.columns)
     weights = bit_weights(coded)
     half, coordinate = np.ascontiguousarray(weights[:, 0]).view(np.float32).astype(float), weights[:, 1].astype(int)
-    bits = np.unpackbits(records[:, : len(weights) // 8], axis=1, bitorder="little")
+    bits = np.unpackbits(records[:, : len(weights) // 8], axis=1, bitorder="little", count=len(weights))
     found = ((2.0 * bits - 1) * half * z[coordinate]).sum(1) * coded.scale[:, 0]
     assert np.allclose(found, decoded(coded) @ z, rtol=1e-6, atol=1e-6)
 

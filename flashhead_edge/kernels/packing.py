@@ -23,8 +23,10 @@ BATCH_CHUNKS = 4
 HISTOGRAM = 2052
 PASSES = 7
 MAX_SLOTS = 1 << 20
+MAX_BITS_BYTES = 256  # 16 lanes hold four words each
+MAX_CLUSTERS = 32 * THREADS  # a thread keeps a bit for each that it looks at
 PART_COLUMNS = 256  # columns of a codebook group that share a part: their sums meet at one address
-PHASES = MAX_STAGES + 3  # that have a message: the probe, each code, the first once more after a cap, the exact rows
+PHASES = MAX_STAGES + 1  # that have a message: each code, the exact rows
 STATE_BYTES = 256  # of RowState, rounded up
 
 I, U, F = ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
@@ -40,7 +42,7 @@ class Stage(ctypes.Structure):
     """`FlashHeadStage` of head_step.h."""
 
     _fields_ = [
-        *[("table", I), ("rows_at", U), ("stride", I), ("bytes", I), ("error_at", U), ("error_stride", I)],
+        *[("table", I), ("rows_at", U), ("stride", I), ("interleaved", I), ("bytes", I), ("error_at", U), ("error_byte", I)],
         *[("words", I), ("lanes", I), ("shared_table", I), ("margin", F), ("cap", I)],
     ]
 
@@ -53,11 +55,11 @@ class Layout(ctypes.Structure):
         *[("token_table_at", U), ("filled_at", U), ("least_filled", I), ("always_at", U), ("chunks", I)],
         *[(n, U) for n in ("rotation_at", "virtual_at", "mean_at", "row_scale_at")],
         *[("bound_slope", F), ("bound_base", F), ("state_power", F)],
-        *[("centroids_at", U), ("centroid_stride", I), ("cluster_error_at", U)],
+        ("centroid", Stage),
         *[("probe_margin", F), ("probe_cap", I), ("candidates", I), ("parts", I), ("capacity", I)],
         *[("bits", I), ("small_at", U), ("small_bytes", I), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
-        *[(n, I) for n in ("blocks", "shared_z", "shared_x", "shared_state", "shared_work")],
-        *[(n, I) for n in ("shared_items", "shared_clusters", "shared_small", "shared_products")],
+        *[(n, I) for n in ("blocks", "chunks_a_block", "clusters_a_block", "shared_z", "shared_x", "shared_state", "shared_work")],
+        *[(n, I) for n in ("shared_items", "shared_clusters", "shared_errors", "shared_small")],
         *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_histograms", "row_items")],
         ("table", Table * MAX_TABLES),
         ("stage", Stage * MAX_STAGES),
@@ -143,7 +145,7 @@ def pack(index: HeadIndex) -> Packed:
     filled = (index.token_table >= 0).sum(1)
     layout.filled_at, layout.least_filled = image.add(filled.astype(np.uint8)), int(filled.min())
     layout.always_at = image.add(slot_of_token(index)[index.always_scored].astype(np.int32))
-    layout.cluster_error_at = image.add(index.probe.error)
+    layout.centroid.error_at, layout.centroid.error_byte = image.add(index.probe.error), -1
     columns = np.zeros((0, 4), np.int64)
     if index.rotation is not None:
         assert index.mean is not None and index.rotation.scale is not None
@@ -151,8 +153,8 @@ def pack(index: HeadIndex) -> Packed:
         layout.chunks = len(columns)
         layout.mean_at, layout.row_scale_at = image.add(index.mean), image.add(index.rotation.scale)
         layout.virtual_at = image.add(_pairs(columns.reshape(-1), factors(index.rotation, columns)))
-    products = [index.centroids, *(s.rows for s in index.stages)]
-    products = [c for c in products if c.kind == "product"]
+    codes = [index.centroids, *(s.rows for s in index.stages)]
+    products = [c for c in codes if c.kind == "product"]
     layout.tables = len(products)
     part = 0
     books = []
@@ -163,18 +165,19 @@ def pack(index: HeadIndex) -> Packed:
         part += len(names)
         books.append((t, book))
         t.columns_at = image.add(where)
-    weights = [bit_weights(stage.rows) for stage in index.stages if stage.rows.kind == "bits"]
+    weights = [bit_weights(c) for c in codes if c.kind == "bits"]
     layout.bits = sum(map(len, weights))
     small = [inverse_errors(g).view(np.uint32) for g in (index.probe, *(stage.gate for stage in index.stages))]
     small += [w.reshape(-1) for w in weights]
     layout.small_at, layout.small_bytes = image.add(np.concatenate(small)), 4 * sum(map(len, small))
+    table = 0
     if index.rotation is not None:  # centroids are read whole and at once, as small arrays are; float16 ones are streamed
-        layout.centroids_at = image.add(index.centroids.data)
+        table = pack_code(image, layout.centroid, index.centroids, None, table)
     layout.prefetch_bytes = image.size - layout.prefetch_at
-    layout.parts, layout.centroid_stride = part, index.centroids.data.shape[1]
+    layout.parts = part
 
     if index.rotation is None:
-        layout.centroids_at = image.add(index.centroids.data)
+        layout.centroid.rows_at = image.add(index.centroids.data)
     else:
         layout.rotation_at = image.add(rotation)
         layout.bound_slope, layout.bound_base = 0.0, 1e-6
@@ -184,21 +187,36 @@ def pack(index: HeadIndex) -> Packed:
     for t, book in books:
         t.book_at = image.add(book)
     layout.token_table_at = image.add(index.token_table)
-    table = 1
-    for stage, s in zip(index.stages, layout.stage):
-        rows, s.margin, s.cap = stage.rows, stage.gate.margin, stage.gate.cap
-        records, s.bytes, inside = row_records(rows, stage.gate.error)
-        s.stride, s.words = records.shape[1], -(-s.bytes // 4)
-        s.rows_at = image.add(records)
-        s.error_at, s.error_stride = (s.rows_at + inside, s.stride) if inside else (image.add(stage.gate.error), 1)
-        if rows.kind == "product":
-            s.table, s.lanes, table = table, 1, table + 1
-        else:
-            s.table, s.lanes = -1, 2 if s.words <= 8 else 1 << (min(s.words, 32) - 1).bit_length()
+    for i, (stage, s) in enumerate(zip(index.stages, layout.stage)):
+        s.margin, s.cap = stage.gate.margin, stage.gate.cap
+        table = pack_code(image, s, stage.rows, stage.gate.error, table, index.cluster_size if i == 0 else 0)
     if image.size >= 1 << 31:
         raise DeviceError(f"head index: {image.size} bytes for the kernel, expected less than 2 GiB; use the torch backend")
     layout.image_bytes = image.size
     return Packed(np.concatenate(image.parts), layout)
+
+
+def pack_code(image: _Image, stage: Stage, coded: Coded, error: np.ndarray | None, table: int, interleave: int = 0) -> int:
+    """Lay out the records of a code.
+
+    Args:
+        error: [n] uint8 own errors, or None where they lie elsewhere already.
+        table: number of the next product code; the one after it is returned.
+        interleave: slots of a cluster whose records are interleaved word by word, as is best for a code that scores whole clusters; 0: none.
+    """
+    records, stage.bytes, inside = row_records(coded, error)
+    stage.stride, stage.words, stage.interleaved = records.shape[1], -(-stage.bytes // 4), int(interleave > 0)
+    if interleave:
+        records = records.view(np.uint32).reshape(-1, interleave, stage.stride // 4).transpose(0, 2, 1)
+    stage.rows_at = image.add(records)
+    if error is not None:
+        stage.error_at, stage.error_byte = (0, inside) if inside else (image.add(error), -1)
+    if coded.kind == "product":
+        stage.table, stage.lanes = table, 1
+        return table + 1
+    lanes = 2 if stage.words <= 8 else 1 << (min(stage.words, 32) - 1).bit_length()
+    stage.table, stage.lanes = -1, 1 if interleave else min(lanes, 16) if error is None else lanes
+    return table
 
 
 def check_codes(index: HeadIndex) -> None:
@@ -210,6 +228,7 @@ def check_codes(index: HeadIndex) -> None:
 
     want(index.hidden_size % 8 == 0, "hidden size", index.hidden_size, "multiples of 8")
     want(index.slots < MAX_SLOTS, "number of slots", index.slots, f"fewer than {MAX_SLOTS}")
+    want(index.n_clusters <= MAX_CLUSTERS, "number of clusters", index.n_clusters, f"at most {MAX_CLUSTERS}")
     want(len(index.stages) <= MAX_STAGES, "number of row codes", len(index.stages), f"at most {MAX_STAGES}")
     want(index.cluster_size <= 255, "cluster size", index.cluster_size, "at most 255")
     if index.rotation is None:
@@ -218,9 +237,12 @@ def check_codes(index: HeadIndex) -> None:
         want(not index.stages, "number of row codes without a rotation", len(index.stages), "none")
     else:
         want(index.rotation.kind == "bits", "rotation code", index.rotation.kind, "bits")
-        want(index.centroids.kind == "product", "centroid code", index.centroids.kind, "product")
+        want(index.centroids.kind in ("product", "bits"), "centroid code", index.centroids.kind, "product and bits")
     for stage in index.stages:
         want(stage.rows.kind in ("product", "bits"), "row code", stage.rows.kind, "product and bits")
+    for coded in (index.centroids, *(stage.rows for stage in index.stages)):
+        size = coded.data.shape[1] if coded.kind == "bits" else 0
+        want(size <= MAX_BITS_BYTES, "size of a bits code", size, f"at most {MAX_BITS_BYTES} bytes a row")
 
 
 def inverse_errors(gate: Gate) -> np.ndarray:
@@ -312,9 +334,12 @@ def table_bound(coded: Coded, reach: np.ndarray) -> tuple[float, float]:
 
 
 def bit_weights(coded: Coded) -> np.ndarray:
-    """Half the weight of every bit of a code and its coordinate, [32 * words, 2] uint32: a bit adds its half or takes it away."""
+    """Half the weight of every bit of a code and its coordinate, [bits, 2] uint32: a bit adds its half or takes it away.
+
+    Bits that there are not weigh nothing: they fill the words up to a multiple of four.
+    """
     assert coded.widths is not None and coded.steps is not None
-    count = 32 * -(-coded.data.shape[1] // 4)
+    count = 128 * -(-coded.data.shape[1] // 16)
     weights, coordinates, bit = np.zeros(count, np.float32), np.zeros(count, np.int32), 0
     for j, width in enumerate(coded.widths.tolist()):
         for b in range(width):
@@ -323,20 +348,19 @@ def bit_weights(coded: Coded) -> np.ndarray:
     return _pairs(coordinates, weights)[:, ::-1]
 
 
-def row_records(coded: Coded, error: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Records of a row code: [slots, stride] uint8, bytes of a code, and where in a record the own error lies (0: outside)."""
-    parts = [coded.data]
+def row_records(coded: Coded, error: np.ndarray | None) -> tuple[np.ndarray, int, int]:
+    """Records of a code: [n, stride] uint8, bytes of a code, and where in a record the own error lies (0: outside)."""
+    parts, size = [coded.data], coded.data.shape[1]
     if coded.scale is not None:
-        if coded.data.shape[1] % 2:  # the scale is read as one number of two bytes
-            parts.append(np.zeros((coded.n, 1), np.uint8))
+        parts.append(np.zeros((coded.n, size % 2), np.uint8))  # the scale is read as one number of two bytes
         parts.append(np.ascontiguousarray(coded.scale).view(np.uint8).reshape(coded.n, 2))
-    size = sum(p.shape[1] for p in parts)
-    inside = size if size % 4 else 0
+        size += size % 2
+    used = sum(p.shape[1] for p in parts)
+    inside = used if used % 4 and error is not None else 0
     if inside:
         parts.append(error[:, None])
-    fill = -(size + bool(inside)) % 4
-    parts.append(np.zeros((coded.n, fill), np.uint8))
-    return np.concatenate(parts, 1), coded.data.shape[1] + coded.data.shape[1] % 2 if coded.scale is not None else coded.data.shape[1], inside
+    parts.append(np.zeros((coded.n, -(used + bool(inside)) % 4), np.uint8))
+    return np.concatenate(parts, 1), size, inside
 
 
 def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> Plan:
@@ -350,7 +374,10 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
     """
     layout = Layout.from_buffer_copy(bytes(packed.layout))
     layout.blocks = max(1, multiprocessors // max(1, rows))
-    layout.capacity = -(-layout.clusters // layout.blocks) * layout.cluster_size + 1
+    layout.chunks_a_block, layout.clusters_a_block = -(-layout.chunks // layout.blocks), -(-layout.clusters // layout.blocks)
+    opened = -(-min(layout.clusters, layout.probe_cap) // layout.blocks)  # a block's share, at most
+    items = opened * layout.cluster_size + -(-layout.always // layout.blocks) + layout.cluster_size  # and the best cluster's rows
+    layout.capacity = max(items, layout.clusters_a_block)
     octets = layout.hidden_size // 8
     work = 16 * BATCH_CHUNKS * -(-octets // 32) + BATCH_CHUNKS * (16 + MAX_TABLES * 64 + layout.tables * 1024)
     size = 0
@@ -364,9 +391,11 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
     layout.shared_z, layout.shared_x = shared(4 * layout.coordinates), shared(4 * layout.hidden_size)
     layout.shared_state = shared(4 * layout.hidden_size)
     layout.shared_work, layout.shared_clusters = shared(max(work, 4 * HISTOGRAM)), shared(4 * layout.clusters)
-    for s in layout.stage[: layout.stages]:
-        s.shared_table = shared(1024 * s.bytes if s.table >= 0 else 512 * s.words)
-    layout.shared_small, layout.shared_products = shared(layout.small_bytes), shared(4 * layout.bits)
+    layout.shared_errors = shared(layout.clusters)
+    looked_up = [layout.centroid] if layout.chunks and layout.centroid.table < 0 else []
+    for s in [*looked_up, *layout.stage[: layout.stages]]:
+        s.shared_table = shared(1024 * s.bytes if s.table >= 0 else 2048 * -(-s.words // 4))
+    layout.shared_small = shared(layout.small_bytes)
     items = 16 * layout.capacity
     in_shared = size + items <= shared_bytes
     if in_shared:
@@ -382,7 +411,7 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
         return start
 
     layout.row_messages = row(16 * PHASES * layout.blocks)
-    layout.row_tables, layout.row_z, layout.row_scores = row(2048 * layout.parts), row(4 * layout.coordinates), row(8 * layout.clusters)
+    layout.row_tables, layout.row_z, layout.row_scores = row(2048 * layout.parts), row(8 * layout.coordinates), row(8 * layout.clusters)
     layout.row_histograms = row(4 * layout.stages * PASSES * HISTOGRAM)
     if not in_shared:
         layout.row_items = row(items * layout.blocks)

@@ -29,6 +29,12 @@ __device__ __forceinline__ u64 load_relaxed(const u64* address) {
     return value;
 }
 
+// A float and the step that it belongs to, in one word: whoever waits for it needs no fence.
+__device__ __forceinline__ void post_float(u64* place, unsigned epoch, float value) {
+    const u64 both = (u64)epoch << 32 | __float_as_uint(value);
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(place), "l"(both) : "memory");
+}
+
 // 16 bytes from global to shared memory, past the L1 cache, without waiting.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
@@ -43,9 +49,8 @@ __device__ float block_sum(float value, float* scratch) {
     __syncthreads();
     if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = value;
     __syncthreads();
-    float total = 0;
-#pragma unroll 1
-    for (int i = 0; i < FLASHHEAD_THREADS / 32; i++) total += scratch[i];
+    float total = scratch[threadIdx.x & 15];
+    for (int step = 8; step; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
     return total;
 }
 

@@ -4,7 +4,8 @@
 
 // What a row's blocks share.
 struct RowState {
-    unsigned counter, candidates, epoch;  // arrivals of this step; rows scored exactly so far; steps made
+    unsigned counter, epoch;  // arrivals of this step; steps made
+    unsigned candidates[2];   // rows scored exactly so far, of odd and of even steps: each is cleared while the other is in use
 };
 
 // One row's barrier among its blocks: a counter that only grows until the last block of the step clears it.
@@ -28,7 +29,6 @@ __device__ __forceinline__ void wait(const unsigned* counter, unsigned target) {
 struct Message {
     u64 best;   // ordered score << 32 | ~number
     u64 items;  // tag << 40 (the low 24 bits of the step's epoch) | count of 20 bits | count of 20 bits
-                // only the message after a cap is not written at every step; it would be taken for a new one 2^24 steps later
 };
 
 __device__ __forceinline__ void post(Message* place, u64 best, unsigned first, unsigned second, unsigned tag) {

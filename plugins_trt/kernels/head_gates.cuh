@@ -88,57 +88,119 @@ __device__ u64 threshold(Keys key_of, int n, unsigned cap, unsigned* bins, unsig
     return low;
 }
 
-// The probe's gate seen as a whole, by every block alone: waits for all clusters' scores, leaves their gaps in `gaps` and
-// returns the smallest key that passes, under the cap. `opened` and `cut` say how many pass and whether the cap cut.
-__device__ __noinline__ u64 select_clusters(const FlashHeadArguments& a, const u64* scores, unsigned epoch, float inverse_unit, float* gaps, unsigned* bins,
-                                            unsigned* numbers, u64* keys, unsigned& opened, bool& cut) {
-    const FlashHeadLayout& L = a.layout;
-    const float* inverse = (const float*)(a.image + L.small_at);
+// The probe's gate, as every block sees it: all scores, and what passes.
+struct ProbeGate {
+    const float* scores;          // [clusters]
+    const unsigned char* errors;  // [clusters] coded
+    const float* inverse;         // [256] 1 / own error, by coded error
+    float top, inverse_unit, margin;
+    u64 least;  // smallest key that passes; 1: all within the margin
+};
+
+__device__ __forceinline__ float cluster_gap(const ProbeGate& g, int k) { return (g.top - g.scores[k]) * (g.inverse[g.errors[k]] * g.inverse_unit); }
+
+__device__ __forceinline__ bool is_open(const ProbeGate& g, int k) { return gate_key(cluster_gap(g, k), g.margin, k) >= g.least; }
+
+// Waits for all clusters' scores; returns the best key.
+__device__ u64 collect_scores(const FlashHeadLayout& L, const u64* posted, unsigned epoch, float* scores, u64* keys) {
+    constexpr int AHEAD = 8;
     u64 best = 0;
 #pragma unroll 1
-    for (int base = threadIdx.x; base < L.clusters; base += 8 * FLASHHEAD_THREADS) {
-        u64 both[8];
+    for (int base = threadIdx.x; base < L.clusters; base += AHEAD * FLASHHEAD_THREADS) {
+        u64 both[AHEAD];
 #pragma unroll
-        for (int j = 0; j < 8; j++)
-            if (base + j * FLASHHEAD_THREADS < L.clusters) both[j] = load_relaxed(scores + base + j * FLASHHEAD_THREADS);
+        for (int j = 0; j < AHEAD; j++)
+            if (base + j * FLASHHEAD_THREADS < L.clusters) both[j] = load_relaxed(posted + base + j * FLASHHEAD_THREADS);
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
+        for (int j = 0; j < AHEAD; j++) {
             const int k = base + j * FLASHHEAD_THREADS;
             if (k >= L.clusters) continue;
-            while ((unsigned)(both[j] >> 32) != epoch) both[j] = load_relaxed(scores + k);
+            while ((unsigned)(both[j] >> 32) != epoch) both[j] = load_relaxed(posted + k);
             const float score = __uint_as_float((unsigned)both[j]);
-            gaps[k] = score;
+            scores[k] = score;
             const u64 key = item_key(score, k);
             best = key > best ? key : best;
         }
     }
-    const float top = unordered((unsigned)(block_max(best, keys) >> 32));
-    float widest = 0;
-    unsigned own = 0;
-#pragma unroll 8
-    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS) {
-        const float gap = (top - gaps[k]) * (__ldg(inverse + __ldg(a.image + L.cluster_error_at + k)) * inverse_unit);
-        gaps[k] = gap;
-        if (gap <= L.probe_margin) own++, widest = fmaxf(widest, gap);
+    return block_max(best, keys);
+}
+
+// Which clusters are open. A thread looks at threadIdx.x, threadIdx.x + FLASHHEAD_THREADS, ...: 32 of them at most.
+struct Open {
+    unsigned bits;    // bit j: the j-th of these is open
+    unsigned before;  // open clusters of the threads before this one
+};
+
+// Returns how many are open in all.
+__device__ unsigned count_open(const FlashHeadLayout& L, const ProbeGate& g, unsigned* numbers, Open& own) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = (int)threadIdx.x;
+    own.bits = 0;
+#pragma unroll 1
+    for (int base = 0; first + base * FLASHHEAD_THREADS < L.clusters; base += 8) {
+        float gap[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) gap[j] = cluster_gap(g, min(first + (base + j) * FLASHHEAD_THREADS, L.clusters - 1));
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const int k = first + (base + j) * FLASHHEAD_THREADS;
+            own.bits |= (unsigned)(k < L.clusters && (g.least == 1 ? gap[j] <= g.margin : gate_key(gap[j], g.margin, k) >= g.least)) << (base + j);
+        }
     }
-    own = __reduce_add_sync(~0u, own);
-    const unsigned wide = __reduce_max_sync(~0u, __float_as_uint(widest));
-    if ((threadIdx.x & 31) == 0) numbers[threadIdx.x >> 5] = own, numbers[16 + (threadIdx.x >> 5)] = wide;
+    const unsigned count = __popc(own.bits);
+    unsigned before = count;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+        const unsigned other = __shfl_up_sync(~0u, before, step);
+        if (lane >= step) before += other;
+    }
     __syncthreads();
-    opened = 0, widest = 0;
-    for (int w = 0; w < 16; w++) opened += numbers[w], widest = fmaxf(widest, __uint_as_float(numbers[16 + w]));
-    __syncthreads();  // all have read the numbers, which are written again from here on, by the caller too
-    cut = opened > (unsigned)L.probe_cap;
-    if (!cut) return 1;
-    opened = L.probe_cap;
+    if (lane == 31) numbers[warp] = before;
+    __syncthreads();
+    unsigned all = 0;
+    before -= count;
+#pragma unroll
+    for (int w = 0; w < FLASHHEAD_THREADS / 32; w++) {
+        const unsigned n = numbers[w];
+        all += n;
+        if (w < warp) before += n;
+    }
+    own.before = before;
+    return all;
+}
+
+// The open clusters [first, first + count) into a list, in an order that all blocks share: {cluster, score}.
+__device__ __forceinline__ void list_open(const ProbeGate& g, Open own, int first, int count, uint2* list) {
+    int place = (int)own.before - first;
+    for (unsigned bits = own.bits; bits && place < count; bits &= bits - 1, place++) {
+        const int k = threadIdx.x + (__ffs(bits) - 1) * FLASHHEAD_THREADS;
+        if (place >= 0) list[place] = make_uint2(k, __float_as_uint(g.scores[k]));
+    }
+}
+
+// The smallest key that passes where the cap cuts: found by every block alone.
+__device__ __noinline__ u64 cut_clusters(const FlashHeadLayout& L, const ProbeGate& g, unsigned* bins, unsigned* numbers, u64* keys) {
+    float widest = 0;
+#pragma unroll 1
+    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS) {
+        const float gap = cluster_gap(g, k);
+        if (gap <= g.margin) widest = fmaxf(widest, gap);
+    }
+    const unsigned wide = __reduce_max_sync(~0u, __float_as_uint(widest));
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) numbers[threadIdx.x >> 5] = wide;
+    __syncthreads();
+    for (int w = 0; w < 16; w++) widest = fmaxf(widest, __uint_as_float(numbers[w]));
     // bins of equal width in the gap, nearest first, then the few clusters of the bin in which the cap falls by rank
     const float per_bin = FLASHHEAD_BINS / fmaxf(widest, 1e-30f) * 0.9999f;
 #pragma unroll 1
     for (int i = threadIdx.x; i <= FLASHHEAD_BINS; i += FLASHHEAD_THREADS) bins[i] = 0;
     __syncthreads();
+    const auto bin_of = [&](float gap) { return min((int)(gap * per_bin), FLASHHEAD_BINS - 1); };
 #pragma unroll 1
-    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS)
-        if (gaps[k] <= L.probe_margin) atomicAdd(&bins[min((int)(gaps[k] * per_bin), FLASHHEAD_BINS - 1)], 1u);
+    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS) {
+        const float gap = cluster_gap(g, k);
+        if (gap <= g.margin) atomicAdd(&bins[bin_of(gap)], 1u);
+    }
     __syncthreads();
     unsigned four = 0;
     for (int i = 0; i < 4; i++) four += bins[4 * threadIdx.x + i];
@@ -164,15 +226,17 @@ __device__ __noinline__ u64 select_clusters(const FlashHeadArguments& a, const u
     const unsigned wanted = numbers[1], members = numbers[3];
     u64* list = (u64*)bins;  // the bins are done with; 2,052 counters hold 1,026 keys
     __syncthreads();
-    const auto cluster_key = [&](int k) { return gate_key(gaps[k], L.probe_margin, k); };
+    const auto key_of = [&](int k) { return gate_key(cluster_gap(g, k), g.margin, k); };
     if (members > 1024) {  // many equal gaps
         int passes;
         unsigned unused = 0;
-        return threshold(cluster_key, L.clusters, cap, bins, numbers, nullptr, nullptr, unused, 0, passes);
+        return threshold(key_of, L.clusters, cap, bins, numbers, nullptr, nullptr, unused, 0, passes);
     }
 #pragma unroll 1
-    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS)
-        if (gaps[k] <= L.probe_margin && min((int)(gaps[k] * per_bin), FLASHHEAD_BINS - 1) == bin) list[atomicAdd(&numbers[2], 1u)] = cluster_key(k);
+    for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS) {
+        const float gap = cluster_gap(g, k);
+        if (gap <= g.margin && bin_of(gap) == bin) list[atomicAdd(&numbers[2], 1u)] = key_of(k);
+    }
     __syncthreads();
 #pragma unroll 1
     for (unsigned i = threadIdx.x; i < members; i += FLASHHEAD_THREADS) {

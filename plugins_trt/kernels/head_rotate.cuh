@@ -20,12 +20,11 @@ __device__ __forceinline__ float eight_fields(unsigned word, const float4& low, 
     return field(down, 0xf000u, 8388608.f + 7.5f * 4096, high.w, sum);
 }
 
-// z of the block's chunks of rotated coordinates, and what they add to the tables of every product code; returns the
-// power of two by which the tables' whole numbers are scaled, the same in every block.
-__device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned char* shared, long long* tables, float* z_out) {
+// z of the block's chunks of rotated coordinates, each posted with the step's epoch, and what they add to the tables of every
+// product code; returns the power of two by which the tables' whole numbers are scaled, the same in every block.
+__device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned char* shared, long long* tables, u64* z_out, unsigned epoch) {
     const FlashHeadLayout& L = a.layout;
     const int octets = L.hidden_size / 8, segments = (octets + 31) / 32, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int first = L.chunks * block / L.blocks, end = L.chunks * (block + 1) / L.blocks;
     const uint4* rotation = (const uint4*)(a.image + L.rotation_at);
     float4* x_low = (float4*)(shared + L.shared_x);
     float4* x_high = x_low + octets;
@@ -38,24 +37,27 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
     float scale = 0;
     int shift = 0;
 
+    const int first = block * L.chunks_a_block, end = min(first + L.chunks_a_block, L.chunks);
     int begin = first;
+    const auto place_of = [&](int task) { return (task >= segments) + (task >= 2 * segments) + (task >= 3 * segments); };
+    static_assert(FLASHHEAD_BATCH_CHUNKS == 4, "place_of counts to three");
     do {
         const int chunks = max(0, min(FLASHHEAD_BATCH_CHUNKS, end - begin)), tasks = chunks * segments;
         // all loads first, none waits for another: two tasks' fields of the rotation, the codebooks' columns, the state
         uint4 fields[2];
         for (int i = 0; i < 2; i++) {
-            const int task = warp + 16 * i, octet = task % segments * 32 + lane;
-            if (task < tasks && octet < octets) fields[i] = __ldcs(&rotation[(size_t)(begin + task / segments) * octets + octet]);
+            const int task = warp + 16 * i, place = place_of(task), octet = (task - place * segments) * 32 + lane;
+            if (task < tasks && octet < octets) fields[i] = __ldcs(&rotation[(size_t)(begin + place) * octets + octet]);
         }
         int2 column = {-1, 0};
         if (threadIdx.x < 4 * chunks) column = __ldg((const int2*)(a.image + L.virtual_at) + 4 * begin + threadIdx.x);
 #pragma unroll 1
         for (int t = 0; t < L.tables; t++) {
             const FlashHeadTable& table = L.table[t];
-            const int c = begin + (threadIdx.x >> 6), i = threadIdx.x & 63;  // 64 threads a chunk: 16 bytes each, in wide chunks
+            const int place = threadIdx.x >> 6, c = begin + place, i = threadIdx.x & 63;  // 64 threads a chunk: 16 bytes each, in wide chunks
             const bool wide = c < table.wide_chunks;
-            if (c < min(begin + chunks, table.chunks) && i < (wide ? 64 : 32))
-                copy_async(books + (t * FLASHHEAD_BATCH_CHUNKS + (threadIdx.x >> 6)) * 64 + i,
+            if (place < chunks && c < table.chunks && i < (wide ? 64 : 32))
+                copy_async(books + (t * FLASHHEAD_BATCH_CHUNKS + place) * 64 + i,
                            (const uint4*)(a.image + table.book_at) + (c + min(c, table.wide_chunks)) * 32 + i);
             if (threadIdx.x >= 480 && threadIdx.x - 480 < 4 * chunks)
                 copy_async(columns + t * 4 * FLASHHEAD_BATCH_CHUNKS + threadIdx.x - 480,
@@ -82,7 +84,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
                 x.x *= upper ? 1.f / 65536 : 1.f / 16, x.y *= 1.f / 16, x.z *= 1.f / 256, x.w *= 1.f / 4096;
                 (upper ? x_high : x_low)[i >> 1] = x;
             }
-            size = block_sum(size, scratch);
+            if (L.tables) size = block_sum(size, scratch);
             // sums stay whole numbers from here on: their scale is a power of two that no sum can overflow
             shift = min(120, 60 - ilogbf(fmaxf(size * L.bound_slope + L.bound_base, 1e-30f)));
             scale = ldexpf(1.f, shift);
@@ -91,10 +93,10 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
         __syncthreads();
 #pragma unroll 1
         for (int task = warp, i = 0; task < tasks; task += 16, i++) {
-            const int octet = task % segments * 32 + lane;
+            const int place = place_of(task), octet = (task - place * segments) * 32 + lane;
             float4 sum = {0, 0, 0, 0};
             if (octet < octets) {
-                const uint4 w = i == 0 ? fields[0] : i == 1 ? fields[1] : __ldcs(&rotation[(size_t)(begin + task / segments) * octets + octet]);
+                const uint4 w = i == 0 ? fields[0] : i == 1 ? fields[1] : __ldcs(&rotation[(size_t)(begin + place) * octets + octet]);
                 const float4 low = x_low[octet], high = x_high[octet];
                 sum.x = eight_fields(w.x, low, high, sum.x), sum.y = eight_fields(w.y, low, high, sum.y);
                 sum.z = eight_fields(w.z, low, high, sum.z), sum.w = eight_fields(w.w, low, high, sum.w);
@@ -112,7 +114,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             const int v = threadIdx.x;
             float value = 0;
             if (v < 4 * chunks)
-#pragma unroll 1
+#pragma unroll 8
                 for (int s = 0; s < segments; s++) value += ((const float*)&partial[v / 4 * segments + s])[v & 3];
             value *= __int_as_float(column.y);
             // a column of more than four bits is two virtual ones, side by side in one chunk
@@ -121,18 +123,19 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
             if ((v & 3) < 3 && next == column.x) value += upper;
             if (column.x == 0) value = 1;
             z_own[v] = value;
-            if (column.x >= 0 && ((v & 3) == 0 || last != column.x)) __stcg(&z_out[column.x], value);
+            if (column.x >= 0 && ((v & 3) == 0 || last != column.x)) post_float(z_out + column.x, epoch, value);
         }
+        if (begin + FLASHHEAD_BATCH_CHUNKS >= end && L.tables == 0) break;  // nothing is left to do with z
         __syncthreads();
         const int entry = threadIdx.x & 255, half = threadIdx.x >> 8, middle = (chunks + 1) / 2;
 #pragma unroll 1
         for (int t = 0; t < L.tables; t++) {
             const FlashHeadTable& table = L.table[t];
-            const int stop = min(half ? chunks : middle, table.chunks - begin);
+            const int stop = half ? chunks : middle;
             long long sum = 0;
             int part = -1;
 #pragma unroll 1
-            for (int c = half ? middle : 0; c < stop; c++) {
+            for (int c = half ? middle : 0; c < stop && begin + c < table.chunks; c++) {
                 const unsigned char* book = (const unsigned char*)&books[(t * FLASHHEAD_BATCH_CHUNKS + c) * 64];
                 const bool wide = begin + c < table.wide_chunks;
                 float run = 0;
@@ -156,4 +159,27 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
         begin += FLASHHEAD_BATCH_CHUNKS;
     } while (begin < end);
     return shift;
+}
+
+// Waits for all coordinates: into shared memory, and the mean square of all but the constant, in every thread.
+__device__ float collect_coordinates(const FlashHeadLayout& L, const u64* posted, unsigned epoch, float* z, float* scratch) {
+    constexpr int AHEAD = 8;
+    float square = 0;
+#pragma unroll 1
+    for (int base = threadIdx.x; base < L.coordinates; base += AHEAD * FLASHHEAD_THREADS) {
+        u64 both[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (base + j * FLASHHEAD_THREADS < L.coordinates) both[j] = load_relaxed(posted + base + j * FLASHHEAD_THREADS);
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const int i = base + j * FLASHHEAD_THREADS;
+            if (i >= L.coordinates) continue;
+            while ((unsigned)(both[j] >> 32) != epoch) both[j] = load_relaxed(posted + i);
+            const float value = __uint_as_float((unsigned)both[j]);
+            z[i] = value;
+            if (i) square = fmaf(value, value, square);
+        }
+    }
+    return block_sum(square, scratch) / (L.coordinates - 1);
 }

@@ -11,6 +11,7 @@
 #define FLASHHEAD_MAX_TABLES (FLASHHEAD_MAX_STAGES + 1)
 #define FLASHHEAD_THREADS 512
 #define FLASHHEAD_BATCH_CHUNKS 4    // chunks of four rotated coordinates that a block handles at a time
+#define FLASHHEAD_EARLY 64         // exact rows that a block scores before it knows that all of them pass, at most
 #define FLASHHEAD_BINS 2048         // of a pass of the threshold search
 #define FLASHHEAD_PASSES 7          // of the threshold search, at most
 #define FLASHHEAD_HISTOGRAM 2052    // counters of a pass: the bins, and one for keys above the first interval
@@ -26,14 +27,15 @@ struct FlashHeadTable {
     int parts;              // groups, those of many columns cut into several parts
 };
 
-// One row code of the cascade, with its gate.
+// One code, of the centroids or of the rows, with its gate (the centroids' own is in the layout).
 struct FlashHeadStage {
     int table;              // product: number of its FlashHeadTable; bits: -1
-    unsigned rows_at;       // [slots, stride] records: code, float16 scale (bits), own error where padding leaves room
+    unsigned rows_at;       // [n, stride] records: code, float16 scale (bits), own error where padding leaves room
     int stride;             // bytes of a record, a multiple of 4
+    int interleaved;        // 1: of all slots of a cluster first the first word, then the second, and so on
     int bytes;              // of a code
-    unsigned error_at;      // own error of slot s is the byte at error_at + s * error_stride
-    int error_stride;
+    unsigned error_at;      // [n] unsigned char: own errors, where they lie apart
+    int error_byte;         // where in its record an own error lies; -1: apart
     int words;              // 32-bit words of a record that hold code
     int lanes;              // threads that share a row: a power of two up to 32; fixes the order of summation
     int shared_table;       // [256 * bytes] or [16 * 8 * words] float
@@ -55,15 +57,13 @@ struct FlashHeadLayout {
     unsigned row_scale_at;      // [hidden_size] float16
     float bound_slope, bound_base;  // every table sum is below bound_slope * sum|x| + bound_base
     float state_power;
-    unsigned centroids_at;      // product: [clusters, centroid_stride] bytes; float16: [clusters, hidden_size]
-    int centroid_stride;
-    unsigned cluster_error_at;  // [clusters] unsigned char
+    struct FlashHeadStage centroid;  // product or bits; without a rotation rows_at alone counts: [clusters, hidden_size] float16
     float probe_margin;
     int probe_cap;
     int candidates;             // most rows scored exactly
     int parts;                  // of all tables
-    int capacity;               // items that a block can hold
-    int bits;                   // of all bits codes' words
+    int capacity;               // items that a block can hold, twice
+    int bits;                   // of all bits codes' words, the centroids' first
     unsigned small_at;          // [1 + stages][256] float: 1 / own error in logits, by coded error, of the clusters and of each code's slots;
                                 // then [bits] of {float half the bit's weight, int coordinate}
     int small_bytes;            // of these, a multiple of 16
@@ -71,7 +71,8 @@ struct FlashHeadLayout {
     unsigned prefetch_at, prefetch_bytes;  // small arrays that every step reads
     // launch plan
     int blocks;                 // blocks that share one row
-    int shared_z, shared_x, shared_state, shared_work, shared_items, shared_clusters, shared_small, shared_products;
+    int chunks_a_block, clusters_a_block;  // of the rotation and of the probe: the last blocks may have fewer
+    int shared_z, shared_x, shared_state, shared_work, shared_items, shared_clusters, shared_errors, shared_small;
     unsigned row_bytes, row_messages, row_tables, row_z, row_scores, row_histograms;
     unsigned row_items;         // 0: items lie in shared memory
     struct FlashHeadTable table[FLASHHEAD_MAX_TABLES];
