@@ -64,6 +64,13 @@ OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("state_power", (0.25, 0.5)),
 )
 CLUSTER_SIZES = tuple(OPTIONS[0][1])
+# beside these where a device is named: a code more costs its kernel a round of all multiprocessors, whatever it reads
+FEW_CODES: dict[str, tuple[Any, ...]] = {"centroids": ("bits64", "bits96"), "codes": (("bits64",), ("bits96",), ("bits128",))}
+
+
+def options(device: Device | None) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """What is searched, by the name of its field in `Plan`."""
+    return OPTIONS if device is None else tuple((name, choices + FEW_CODES.get(name, ())) for name, choices in OPTIONS)
 
 
 def own_target(target: float) -> float:
@@ -223,7 +230,7 @@ def search(
     made: dict[float, Coordinates] = {}
     tried: dict[Plan, tuple[float, Fitted]] = {}
     row_size = 2 * weight.shape[1] + TOKEN_BYTES
-    total = 1 + sum(len(choices) - 1 for name, choices in OPTIONS if name != "cluster_size") + len(tables) - 1
+    total = 1 + sum(len(choices) - 1 for name, choices in options(device) if name != "cluster_size") + len(tables) - 1
 
     def price(plan: Plan) -> float:
         if plan not in tried:
@@ -238,7 +245,7 @@ def search(
         return tried[plan][0]
 
     best = dataclasses.replace(FIRST, cluster_size=FIRST.cluster_size if FIRST.cluster_size in tables else next(iter(tables)))
-    for name, choices in OPTIONS:
+    for name, choices in options(device):
         for choice in tables if name == "cluster_size" else choices:
             plan = dataclasses.replace(best, **{name: choice})
             if price(plan) < price(best):

@@ -15,7 +15,7 @@ class Device:
     name: str
     bandwidth: float  # GB/s
     operations: float  # useful operations that fit in the time of one byte
-    launch: float  # microseconds of one more stage
+    launch: float  # microseconds of one more stage: of the exchange between all multiprocessors, in one kernel or between launches
 
 
 DEVICES = {
@@ -25,7 +25,7 @@ DEVICES = {
         Device("orin-nano-super", 102, 20, 6.0),
         Device("agx-orin", 205, 25, 5.0),
         Device("agx-thor", 273, 60, 4.0),
-        Device("h100", 3000, 20, 3.0),
+        Device("h100", 3000, 20, 4.0),  # launch: measured, docs/kernels.md
         Device("cpu", 20, 8, 1.0),
     )
 }
@@ -54,9 +54,9 @@ def row_price(coded: Coded, device: Device | None) -> float:
 
 
 def table_price(coded: Coded, device: Device | None) -> float:
-    """Cost of a code's tables (a look-up table is made from a codebook once a step) and of one more stage."""
+    """Cost of a code's tables and of one more stage; the look-up table of a codebook is made once a step, by all multiprocessors together: a stage itself."""
     size = float(table_bytes(coded))
     if device is None:
         return size
     made = 2 * 256 * coded.columns / device.operations if coded.kind == "product" else 0.0
-    return max(size, made) + device.launch * device.bandwidth * 1e3
+    return max(size, made) + (2 if coded.kind == "product" else 1) * device.launch * device.bandwidth * 1e3
