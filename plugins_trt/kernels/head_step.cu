@@ -13,19 +13,20 @@
 // Contract. For equal hidden states the token, the counts and the set of candidates do not depend on the grid, the
 // batch or its order. A coordinate is summed by one block in a tree fixed by d. Sums of products with codebooks are
 // added as 64-bit whole numbers, whose order is free. An item is summed by a number of lanes fixed by its code. Ties go
-// to the smaller number; a cap keeps the items of largest (gap, number) key, found by counting, never by arrival.
+// to the smaller number; a cap keeps the items of largest (gap, number) key, found by counting, never by arrival. Exact
+// rows that a block scored before it knew that they pass count only if they do.
 // Rounding. Sums are float32 of exact products: with u = 2^-24, a coordinate of d terms is wrong by at most
 // (d/32 + 12) u sum|terms|, an item's score by (bits/lanes + 16) u sum|terms| beside what its coordinates carry over, an
 // exact logit by (d/32 + 7) u sum|terms|; a gap by 4 u more, relatively, and the state's unit by 16 u. The token is the
 // reference's where neither the winner's lead nor its distance to a margin is within that.
 //
-// One kernel, because at these sizes launches and grid barriers are the cost. After the rotation no block needs another's
-// data but the best score so far and a few counts: they travel in one message of 16 bytes a block and phase, tagged with
-// the step, without fences or atomics (`post`, `collect`). A block owns every blocks-th cluster and keeps its items to the
-// end. A message also says how many items at most will pass, so a cap costs nothing until it may cut.
-// Floor: 4.39 MB at V 128,256, d 2,048, clusters of 32: 1.8 us at 2.43 TB/s (H100). Aimed at 12 us, measured 37.6 (batch 1):
-// an exchange between all blocks takes 1.7 us where 0.7 was predicted, and there are seven. Verdict: 5.9x the dense head, not
-// the 13x that was wanted; docs/kernels.md says where the time goes. Without codes (the published head) 2.0x the floor.
+// One kernel, because at these sizes launches and grid barriers are the cost. What blocks tell each other travels without
+// fences or atomics: coordinates and cluster scores in words tagged with the step (`post_float`), then for each code one
+// message of 16 bytes a block, the best score and two counts (`post`, `collect`). Only product codes need a barrier, behind
+// the sums of their codebooks. Every block sees all clusters' scores and takes an equal share of the open ones; it keeps its
+// items to the end. A message also says how many items at most will pass, so a cap costs nothing until it may cut.
+// What a step costs is the number of its phases and of the instructions that a warp goes through, not its bytes: the same
+// head takes as long when all of it lies in the L2 cache. docs/kernels.md has the figures.
 #include "head_gates.cuh"
 #include "head_probe.cuh"
 #include "head_rotate.cuh"
