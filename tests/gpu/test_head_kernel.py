@@ -15,7 +15,12 @@ from flashhead_edge.reference import run_stages, torch_head
 pytestmark = pytest.mark.gpu
 
 SMALL = [c for c in CASES if c.vocab_size < 60_000]
-BOARDS = {"found": {}, "Orin Nano": {"multiprocessors": 8, "shared_bytes": 163 << 10}, "sm_86": {"multiprocessors": 84, "shared_bytes": 99 << 10}}
+BOARDS = {
+    "found": {},
+    "Orin Nano": {"multiprocessors": 8, "shared_bytes": 163 << 10, "architecture": "compute_87"},
+    "AGX Orin": {"multiprocessors": 16, "shared_bytes": 163 << 10, "architecture": "compute_87"},
+    "sm_86": {"multiprocessors": 84, "shared_bytes": 99 << 10, "architecture": "compute_86"},
+}
 STATES = 96
 
 
@@ -63,8 +68,7 @@ def gates_of(index, reference):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_step_is_the_reference(case, dtype, board):
     index, weight, hidden, want, near = heads(case, dtype)
-    architecture = {} if board == "found" else {"architecture": "compute_87" if board == "Orin Nano" else "compute_86"}
-    head = cuda_head(index, weight, **BOARDS[board], **architecture)
+    head = cuda_head(index, weight, **BOARDS[board])
     found = [head.step(part) for part in hidden.split([1, 3, 32, 28, 32])]
     token, counts = torch.cat([f.token for f in found]), torch.cat([f.counts for f in found])
     capped = torch.cat([f.capped for f in found])
