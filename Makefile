@@ -1,12 +1,13 @@
 # setup: a virtual environment with everything a CPU needs   demo: the product on a real model, end to end
 # test:  the test suite                                      lint: ruff and mypy
+# kernels: the CUDA kernels as a library, by nvcc, in build/kernels
 VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINT ?= $(if $(shell command -v nvidia-smi),,-c requirements/cpu.txt)
 BIN := $(VENV)/bin
 ALIVE := $(PYTHON) scripts/alive.py
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint kernels clean
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py requirements/cpu.txt
@@ -22,6 +23,10 @@ test: setup
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+kernels:
+	cmake -S plugins_trt -B build/kernels -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/kernels --parallel 2
 
 clean:
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -23,17 +23,38 @@ SHAPES = {
     "Gemma-3-270M": (262_144, 640),
     "Gemma-3-1B": (262_144, 1_152),
 }
-# SmolLM2-135M's 99.5 % head, 40,000 positions of five texts: opened, scored by each code, exact, as shares of the vocabulary
-SHARES = (492.217675 * 32 / 49_152, 9_272.4862 / 49_152, 2_063.589775 / 49_152, 194.84445 / 49_152, 25.142975 / 49_152)
-CAP_SHARES = (832 * 32 / 49_152, 21_577 / 49_152, 9_888 / 49_152, 1_278 / 49_152, 167 / 49_152)
-# the same evaluation's middle and ends: half of all steps need at most p50; the head's own caps cut at p99 and p90 already
-SHARE_PERCENTILES = {
-    "p50": (486 * 32 / 49_152, 7_801 / 49_152, 1_204 / 49_152, 107 / 49_152, 16 / 49_152),
-    "p90": (832 * 32 / 49_152, 21_577 / 49_152, 5_328 / 49_152, 476 / 49_152, 60 / 49_152),
-    "p99": (832 * 32 / 49_152, 21_577 / 49_152, 9_888 / 49_152, 1_209 / 49_152, 130 / 49_152),
-}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A head as it was calibrated on SmolLM2-135M for 99.5 %, and what opens on five texts (`SHARES_SOURCE`), as shares of the vocabulary.
+
+    Shares are of clusters' slots opened, then of slots that each code's gate lets through, the last ones scored exactly.
+    """
+
+    centroids: str
+    rows: tuple[str, ...]
+    mean: tuple[float, ...]
+    caps: tuple[float, ...]
+    percentiles: dict[str, tuple[float, ...]]  # half of all steps need at most p50; caps cut below p99
+
+
+def _shares(*slots: float) -> tuple[float, ...]:
+    return tuple(n / 49_152 for n in slots)
+
+
 SHARES_SOURCE = "SmolLM2-135M-Instruct's 99.5 % head on 40,000 positions of five texts (WikiText-2, GSM8K, Python, German, Chinese), scaled by the vocabulary"
-PLAN = ("product8", "bits30", "bits64", "bits128")
+FEWEST_BYTES = Settings(
+    "product24",
+    ("product8", "bits30", "bits64", "bits128"),
+    _shares(492.217675 * 32, 9_272.4862, 2_063.589775, 194.84445, 25.142975),
+    _shares(832 * 32, 21_577, 9_888, 1_278, 167),
+    {
+        "p50": _shares(486 * 32, 7_801, 1_204, 107, 16),
+        "p90": _shares(832 * 32, 21_577, 5_328, 476, 60),
+        "p99": _shares(832 * 32, 21_577, 9_888, 1_209, 130),
+    },
+)
 PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES = 16, 256
 
 
@@ -45,16 +66,21 @@ class Case:
     vocab_size: int
     hidden_size: int
     cluster_size: int = 32
-    rows: tuple[str, ...] = PLAN
-    centroids: str = "product24"  # product, bits, or float16: the published head
-    shares: tuple[float, ...] = SHARES  # opened, then what each code's gate keeps, as shares of the vocabulary
-    caps: tuple[float, ...] = CAP_SHARES
+    rows: tuple[str, ...] = FEWEST_BYTES.rows
+    centroids: str = FEWEST_BYTES.centroids  # product, bits, or float16: the published head
+    shares: tuple[float, ...] = FEWEST_BYTES.mean  # opened, then what each code's gate keeps, as shares of the vocabulary
+    caps: tuple[float, ...] = FEWEST_BYTES.caps
     states: str = "normal"  # normal, negative (all logits), huge (one row), tied (rows come in equal pairs)
     always: int = 18
     state_power: float = 0.5
 
     def __str__(self) -> str:
         return self.name
+
+
+def case_of(name: str, settings: Settings) -> Case:
+    """The case of a shape of `SHAPES` with the settings of a calibrated head."""
+    return Case(name, *SHAPES[name], rows=settings.rows, centroids=settings.centroids, shares=settings.mean, caps=settings.caps)
 
 
 def _small(name: str, **changes: object) -> Case:
@@ -72,7 +98,7 @@ CASES = (
     _small("bits alone, caps hit", centroids="bits20", rows=("bits36", "bits50"), shares=(0.4, 0.1, 0.02), caps=(0.2, 0.05, 0.01)),
     _small("centroids of bits, rows of products", centroids="bits64", rows=("product10", "bits33"), shares=(0.3, 0.1, 0.02), caps=(1.0, 1.0, 1.0)),
     _small("centroids of bits, no codes", centroids="bits80", rows=(), shares=(0.05,), caps=(1.0,)),
-    _small("every cap hit", caps=tuple(s / 2 for s in SHARES)),
+    _small("every cap hit", caps=tuple(s / 2 for s in FEWEST_BYTES.mean)),
     _small("caps of one", caps=(0.0,) * 5),
     _small("everything open", shares=(math.inf,) * 5, caps=(1.0,) * 5),
     _small("empty margins", shares=(0.0,) * 5),

@@ -45,6 +45,19 @@ def test_constants_are_those_of_the_header():
     assert 1 << int(defined["MAX_NUMBER"]) == packing.MAX_SLOTS
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["sm_87", "sm_90", "sm_110"])
+@pytest.mark.parametrize("source", sorted(p.name for p in build.sources_folder().glob("*.cu")))
+def test_nvcc_compiles_every_source(source, architecture, tmp_path):
+    if architecture.replace("sm", "compute") not in subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split():
+        pytest.skip(f"this nvcc does not know {architecture}")
+    command = ["nvcc", "-std=c++17", "-cubin", f"-arch={architecture}", str(build.sources_folder() / source), "-o", str(tmp_path / "kernel.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+
+
 @pytest.mark.parametrize("architecture", ["sm_87", "sm_90", "sm_110"])
 def test_nvrtc_compiles_once_into_the_cache(architecture, tmp_path, monkeypatch):
     pytest.importorskip("cuda.core")

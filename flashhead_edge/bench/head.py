@@ -8,7 +8,8 @@ twice, so every step reads from memory; the gap between two launches is in the f
 the reference in float64. Not timed: making the index, Python's launch outside a graph. The dense head in 16 bits is
 torch's product and argmax. Without a checkpoint the heads are made, since random codes cost what real ones cost; how many
 clusters open and how many rows each code scores are the means of SmolLM2-135M's evaluation by share of the vocabulary,
-printed, and once more with every cap full ("at the cap"). With a checkpoint they are its own, on hidden states of a text.
+printed, and once more with every cap full ("at the cap"). "fitted" has few codes, as `--device h100` chooses them, "fitted,
+fewest bytes" the codes that read least. With a checkpoint they are its own, on hidden states of a text.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from torch import Tensor
 from flashhead_edge.bench.provenance import commit
 from flashhead_edge.caps import most_counts, with_gates
 from flashhead_edge.cases import (
-    CAP_SHARES,
+    FEW_CODES,
+    FEWEST_BYTES,
     PUBLISHED_CLUSTER_SIZE,
     PUBLISHED_PROBES,
     SHAPES,
-    SHARE_PERCENTILES,
     SHARES_SOURCE,
     Case,
     DecodeCase,
     DenseCase,
+    case_of,
     made_candidates,
     made_dense,
     made_index,
@@ -311,19 +313,21 @@ def check_dense(head: CudaDense, values: Tensor, states: Tensor) -> None:
 
 
 def made_subject(name: str, command: str, seed: int = 0) -> Subject:
-    """Made heads at a known shape: published, fitted, and fitted with every cap full."""
+    """Made heads at a known shape: published, fitted in few codes, the same with every cap full, and fitted in the fewest bytes."""
     v, d = SHAPES[name]
     generator = torch.Generator("cuda").manual_seed(seed)
     weight = torch.randn(v, d, device="cuda", dtype=torch.bfloat16, generator=generator) * 0.05
     states = torch.randn(256, d, device="cuda", dtype=torch.bfloat16, generator=generator)
-    case = Case(name, v, d)
-    made = made_index(case, seed)
-    mean = with_shares(made, weight, states[:16], case.shares)
-    caps = [mean.probe.cap, *(s.gate.cap for s in mean.stages)]
-    full = with_shares(made, weight, states[:16], [min(1.2 * s, 0.99) for s in CAP_SHARES], caps)
+    few, least = (made_index(case_of(name, settings), seed) for settings in (FEW_CODES, FEWEST_BYTES))
+    caps = [few.probe.cap, *(s.gate.cap for s in few.stages)]
+    fitted = [
+        ("fitted", with_shares(few, weight, states[:16], FEW_CODES.mean), 16),
+        ("fitted, at the cap", with_shares(few, weight, states[:16], [min(1.2 * s, 0.99) for s in FEW_CODES.caps], caps), CHECKED),
+        ("fitted, fewest bytes", with_shares(least, weight, states[:16], FEWEST_BYTES.mean), 16),
+    ]
     published = made_index(Case(name, v, d, PUBLISHED_CLUSTER_SIZE, (), "float16", (math.inf,), (1.0,), always=0, state_power=0.0), seed)
     published = with_gates(published, [math.inf], [PUBLISHED_PROBES])
-    return Subject(name, weight, None, states, [("published", published, CHECKED), ("fitted", mean, 16), ("fitted, at the cap", full, CHECKED)], False, command)
+    return Subject(name, weight, None, states, [("published", published, CHECKED), *fitted], False, command)
 
 
 def measure(subject: Subject, batches: Sequence[int], out: dict[str, Any], progress: Progress) -> int | None:
@@ -401,8 +405,8 @@ def expected_counts(subject: Subject, index: HeadIndex, counts: np.ndarray) -> d
     rows: dict[str, Any] = {}
     source = f"this head on {len(subject.states)} states of the text"
     if not subject.real_weights:
-        case = Case(subject.name, index.vocab_size, index.hidden_size)
-        rows = {"mean": mean_counts(case, case.shares).tolist(), **{name: mean_counts(case, s).tolist() for name, s in SHARE_PERCENTILES.items()}}
+        case = case_of(subject.name, FEW_CODES)
+        rows = {name: mean_counts(case, shares).tolist() for name, shares in {"mean": FEW_CODES.mean, **FEW_CODES.percentiles}.items()}
         source = SHARES_SOURCE
     caps = [index.probe.cap, *(s.gate.cap for s in index.stages)]
     rows |= {"at the cap": most_counts(index, caps).tolist(), "measured mean": counts.tolist()}

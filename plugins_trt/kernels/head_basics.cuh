@@ -44,7 +44,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // The block's sum, in a tree fixed by the block's size; `scratch` [16] float.
-__device__ float block_sum(float value, float* scratch) {
+static __device__ float block_sum(float value, float* scratch) {
     for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(~0u, value, step);
     __syncthreads();
     if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = value;

@@ -7,7 +7,7 @@ __device__ __forceinline__ int bit_tables(const FlashHeadStage& stage) { return 
 
 // Tables of 16 floats for every four bits of a code: the sums of +-(half a bit's weight) * its coordinate, a thread a table.
 // Lanes that look up the same table have no bank conflicts, whatever entries they take.
-__device__ void make_bit_tables(const float4* weights, int groups, const float* z, float* table) {
+static __device__ void make_bit_tables(const float4* weights, int groups, const float* z, float* table) {
 #pragma unroll 1
     for (int g = threadIdx.x; g < groups; g += FLASHHEAD_THREADS) {
         const float4 low = weights[2 * g], high = weights[2 * g + 1];  // two bits each: half weight, coordinate
@@ -23,7 +23,7 @@ __device__ void make_bit_tables(const float4* weights, int groups, const float* 
 }
 
 // The tables of the row codes for this state: of a product code from the sums that `rotate` made, of a bits code from its weights.
-__device__ void make_tables(const FlashHeadArguments& a, const long long* sums, float unscale, const float4* weights, const float* z, unsigned char* shared) {
+static __device__ void make_tables(const FlashHeadArguments& a, const long long* sums, float unscale, const float4* weights, const float* z, unsigned char* shared) {
 #pragma unroll 1
     for (int s = 0; s < a.layout.stages; s++) {
         const FlashHeadStage& stage = a.layout.stage[s];
@@ -80,7 +80,7 @@ __device__ __forceinline__ void prefetch_cluster(const FlashHeadArguments& a, un
 }
 
 // What stage s most likely lets through will be read next: records of the next code, or exact rows.
-__device__ void prefetch_next(const FlashHeadArguments& a, int s, const uint2* items, int n) {
+static __device__ void prefetch_next(const FlashHeadArguments& a, int s, const uint2* items, int n) {
     const FlashHeadLayout& L = a.layout;
     if (s + 1 < L.stages) {
         const FlashHeadStage& next = L.stage[s + 1];
@@ -118,7 +118,7 @@ __device__ __forceinline__ void look_up(const char* tables, unsigned word, float
 
 // Adds a code's score to items [0, n), one thread a row, with their own errors in the upper eight bits of the slot; returns the
 // thread's best key. Where records are interleaved, a warp's loads are whole lines and its look-ups go to one table.
-__device__ u64 score_rows(const FlashHeadArguments& a, const FlashHeadStage& stage, uint2* items, int n, unsigned char* shared) {
+static __device__ u64 score_rows(const FlashHeadArguments& a, const FlashHeadStage& stage, uint2* items, int n, unsigned char* shared) {
     const char* table = (const char*)(shared + stage.shared_table);
     constexpr int AHEAD = 8;  // words of a row in hand; as many more are on their way. Words are made up to a multiple of four
     u64 best = 0;
@@ -168,7 +168,7 @@ __device__ u64 score_rows(const FlashHeadArguments& a, const FlashHeadStage& sta
 // The same for `bits`, several lanes a row: where items are few, and lie far apart. `ready` is called once, by all threads, when
 // the first rows are on their way; the tables must be there when it returns.
 template <class Ready>
-__device__ u64 score_wide_rows(const FlashHeadArguments& a, const FlashHeadStage& stage, uint2* items, int n, unsigned char* shared, Ready ready) {
+static __device__ u64 score_wide_rows(const FlashHeadArguments& a, const FlashHeadStage& stage, uint2* items, int n, unsigned char* shared, Ready ready) {
     const char* table = (const char*)(shared + stage.shared_table);
     const int lanes = stage.lanes, own = threadIdx.x & (lanes - 1), step = FLASHHEAD_THREADS / lanes;
     constexpr int WORDS = 4;  // of a lane; a longer row is refused when it is packed
@@ -227,7 +227,7 @@ __device__ __forceinline__ float product(const uint4* row, const float4* low, co
 }
 
 // The state itself, as float, where `product` reads it.
-__device__ void load_state(const FlashHeadArguments& a, int row, unsigned char* shared) {
+static __device__ void load_state(const FlashHeadArguments& a, int row, unsigned char* shared) {
     const int octets = a.layout.hidden_size / 8;
     float4* low = (float4*)(shared + a.layout.shared_state);
     const uint4* hidden = (const uint4*)((const unsigned short*)a.hidden + (size_t)row * a.layout.hidden_size);
@@ -241,7 +241,7 @@ __device__ void load_state(const FlashHeadArguments& a, int row, unsigned char* 
 }
 
 // Exact logits of the slots of items [0, n), a warp each: {token, logit}. `ahead`: nobody has asked for the rows before.
-__device__ void score_exactly(const FlashHeadArguments& a, const uint2* items, int n, uint2* found, const float4* state_low, bool ahead) {
+static __device__ void score_exactly(const FlashHeadArguments& a, const uint2* items, int n, uint2* found, const float4* state_low, bool ahead) {
     const unsigned* tokens = (const unsigned*)(a.image + a.layout.token_table_at);
     const int lane = threadIdx.x & 31, octets = a.layout.hidden_size / 8;
 #pragma unroll 1

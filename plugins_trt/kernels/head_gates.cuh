@@ -13,7 +13,7 @@ __device__ __forceinline__ u64 gate_key(float gap, float margin, unsigned number
 // The first interval covers gaps down to a quarter of the margin, where a cap's threshold nearly always lies.
 // With `histograms`, all blocks of the row search their items together, one barrier a pass; without, the block is alone.
 template <class Keys>
-__device__ u64 threshold(Keys key_of, int n, unsigned cap, unsigned* bins, unsigned* scratch, unsigned* histograms, RowState* state, unsigned& target,
+static __device__ u64 threshold(Keys key_of, int n, unsigned cap, unsigned* bins, unsigned* scratch, unsigned* histograms, RowState* state, unsigned& target,
                          unsigned blocks, int& passes) {
     u64 low = 1;
     int width = 24 + FLASHHEAD_MAX_NUMBER;
@@ -102,7 +102,7 @@ __device__ __forceinline__ float cluster_gap(const ProbeGate& g, int k) { return
 __device__ __forceinline__ bool is_open(const ProbeGate& g, int k) { return gate_key(cluster_gap(g, k), g.margin, k) >= g.least; }
 
 // Waits for all clusters' scores; returns the best key.
-__device__ u64 collect_scores(const FlashHeadLayout& L, const u64* posted, unsigned epoch, float* scores, u64* keys) {
+static __device__ u64 collect_scores(const FlashHeadLayout& L, const u64* posted, unsigned epoch, float* scores, u64* keys) {
     constexpr int AHEAD = 8;
     u64 best = 0;
 #pragma unroll 1
@@ -132,7 +132,7 @@ struct Open {
 };
 
 // Returns how many are open in all.
-__device__ unsigned count_open(const FlashHeadLayout& L, const ProbeGate& g, unsigned* numbers, Open& own) {
+static __device__ unsigned count_open(const FlashHeadLayout& L, const ProbeGate& g, unsigned* numbers, Open& own) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = (int)threadIdx.x;
     own.bits = 0;
 #pragma unroll 1
@@ -178,7 +178,7 @@ __device__ __forceinline__ void list_open(const ProbeGate& g, Open own, int firs
 }
 
 // The smallest key that passes where the cap cuts: found by every block alone.
-__device__ __noinline__ u64 cut_clusters(const FlashHeadLayout& L, const ProbeGate& g, unsigned* bins, unsigned* numbers, u64* keys) {
+static __device__ __noinline__ u64 cut_clusters(const FlashHeadLayout& L, const ProbeGate& g, unsigned* bins, unsigned* numbers, u64* keys) {
     float widest = 0;
 #pragma unroll 1
     for (int k = threadIdx.x; k < L.clusters; k += FLASHHEAD_THREADS) {

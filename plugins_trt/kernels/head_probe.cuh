@@ -11,7 +11,7 @@ struct Probe {
 };
 
 // Product codes: `sums` are complete once the row's counter reaches `target`; 16 lanes a cluster.
-__device__ void probe_products(const FlashHeadArguments& a, const Probe& p, const long long* sums, float unscale, const unsigned* counter, unsigned target) {
+static __device__ void probe_products(const FlashHeadArguments& a, const Probe& p, const long long* sums, float unscale, const unsigned* counter, unsigned target) {
     const FlashHeadTable& made = a.layout.table[a.layout.centroid.table];
     const FlashHeadStage& centroid = a.layout.centroid;
     const unsigned char *bytes = a.image + made.bytes_at, *codes = a.image + centroid.rows_at;
@@ -40,7 +40,7 @@ __device__ void probe_products(const FlashHeadArguments& a, const Probe& p, cons
 
 // Bits: `coordinates` waits for them; the tables are made from them.
 template <class Coordinates>
-__device__ void probe_bits(const FlashHeadArguments& a, const Probe& p, const float4* weights, const float* z, unsigned char* shared, Coordinates coordinates) {
+static __device__ void probe_bits(const FlashHeadArguments& a, const Probe& p, const float4* weights, const float* z, unsigned char* shared, Coordinates coordinates) {
     const FlashHeadStage& centroid = a.layout.centroid;
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.owned; i += FLASHHEAD_THREADS) p.items[i] = make_uint2(p.first + i, 0);
@@ -56,7 +56,7 @@ __device__ void probe_bits(const FlashHeadArguments& a, const Probe& p, const fl
 }
 
 // Rows of float16, without a rotation: a warp a cluster.
-__device__ void probe_rows(const FlashHeadArguments& a, const Probe& p, const float4* state_low) {
+static __device__ void probe_rows(const FlashHeadArguments& a, const Probe& p, const float4* state_low) {
     const int octets = a.layout.hidden_size / 8, lane = threadIdx.x & 31;
 #pragma unroll 1
     for (int i = threadIdx.x >> 5; i < p.owned; i += 16) {

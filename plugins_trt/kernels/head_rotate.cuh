@@ -22,7 +22,7 @@ __device__ __forceinline__ float eight_fields(unsigned word, const float4& low, 
 
 // z of the block's chunks of rotated coordinates, each posted with the step's epoch, and what they add to the tables of every
 // product code; returns the power of two by which the tables' whole numbers are scaled, the same in every block.
-__device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned char* shared, long long* tables, u64* z_out, unsigned epoch) {
+static __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned char* shared, long long* tables, u64* z_out, unsigned epoch) {
     const FlashHeadLayout& L = a.layout;
     const int octets = L.hidden_size / 8, segments = (octets + 31) / 32, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const uint4* rotation = (const uint4*)(a.image + L.rotation_at);
@@ -162,7 +162,7 @@ __device__ int rotate(const FlashHeadArguments& a, int row, int block, unsigned 
 }
 
 // Waits for all coordinates: into shared memory, and the mean square of all but the constant, in every thread.
-__device__ float collect_coordinates(const FlashHeadLayout& L, const u64* posted, unsigned epoch, float* z, float* scratch) {
+static __device__ float collect_coordinates(const FlashHeadLayout& L, const u64* posted, unsigned epoch, float* z, float* scratch) {
     constexpr int AHEAD = 8;
     float square = 0;
 #pragma unroll 1
