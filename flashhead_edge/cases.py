@@ -55,6 +55,13 @@ FEWEST_BYTES = Settings(
         "p99": _shares(832 * 32, 21_577, 9_888, 1_209, 130),
     },
 )
+FEW_CODES = Settings(  # what --device h100 chooses
+    "bits96",
+    ("bits64",),
+    _shares(492 * 32, 345),
+    _shares(832 * 32, 2000),
+    {"p50": _shares(486 * 32, 150), "p90": _shares(832 * 32, 800), "p99": _shares(832 * 32, 1500)},
+)
 PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES = 16, 256
 
 

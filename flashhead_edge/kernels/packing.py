@@ -385,7 +385,7 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
     def shared(count: int) -> int:
         nonlocal size
         start = size
-        size += -(-count // 16) * 16
+        size += -(-count // 64) * 64  # tables of bits codes must start at a multiple of 64
         return start
 
     layout.shared_z, layout.shared_x = shared(4 * layout.coordinates), shared(4 * layout.hidden_size)

@@ -35,6 +35,30 @@ __device__ __forceinline__ void post_float(u64* place, unsigned epoch, float val
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(place), "l"(both) : "memory");
 }
 
+// Waits for n posted floats and takes each, in a thread fixed by its number. A warp waits for all of its words at once: lanes
+// that wait each for themselves would go on one by one.
+template <class Take>
+__device__ __forceinline__ void collect_floats(const u64* posted, int n, unsigned epoch, Take take) {
+    constexpr int AHEAD = 8;
+#pragma unroll 1
+    for (int base = threadIdx.x & ~31; base < n; base += AHEAD * FLASHHEAD_THREADS) {
+        const int first = base + (threadIdx.x & 31);
+        u64 both[AHEAD];
+        bool there;
+        do {
+            there = true;
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (first + j * FLASHHEAD_THREADS < n) both[j] = load_relaxed(posted + first + j * FLASHHEAD_THREADS);
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) there &= first + j * FLASHHEAD_THREADS >= n || (unsigned)(both[j] >> 32) == epoch;
+        } while (!__all_sync(~0u, there));
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (first + j * FLASHHEAD_THREADS < n) take(first + j * FLASHHEAD_THREADS, __uint_as_float((unsigned)both[j]));
+    }
+}
+
 // 16 bytes from global to shared memory, past the L1 cache, without waiting.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");

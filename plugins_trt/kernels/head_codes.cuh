@@ -110,16 +110,30 @@ __device__ __forceinline__ u64 keep_score(uint2* item, unsigned slot, unsigned e
     return key > best ? key : best;
 }
 
-// Of eight four-bit fields the entries of eight tables, added to four sums in turn: look-ups must not wait for each other.
-__device__ __forceinline__ void look_up(const char* tables, unsigned word, float (&sum)[4]) {
-#pragma unroll
-    for (int b = 0; b < 8; b++) sum[b & 3] += *(const float*)(tables + 64 * b + ((b ? word >> (4 * b - 2) : word << 2) & 60));
+// The address of shared memory that instructions of the kind ld.shared take.
+__device__ __forceinline__ unsigned shared_address(const void* place) { return (unsigned)__cvta_generic_to_shared(place); }
+
+// The entry that a word's four-bit field names in its table. `tables` is aligned to 64 bytes, so that one instruction masks the
+// field and puts it into the address.
+template <int field>
+__device__ __forceinline__ float entry_of(unsigned tables, unsigned word) {
+    float entry;
+    const unsigned at = (field ? word >> (field ? 4 * field - 2 : 0) : word << 2) & 60 | tables;
+    asm volatile("ld.shared.f32 %0, [%1 + %2];" : "=f"(entry) : "r"(at), "n"(64 * field) : "memory");
+    return entry;
+}
+
+// The entries of a word's eight fields, added to four sums in turn: look-ups must not wait for each other.
+__device__ __forceinline__ void look_up(unsigned tables, unsigned word, float (&sum)[4]) {
+    sum[0] += entry_of<0>(tables, word), sum[1] += entry_of<1>(tables, word), sum[2] += entry_of<2>(tables, word), sum[3] += entry_of<3>(tables, word);
+    sum[0] += entry_of<4>(tables, word), sum[1] += entry_of<5>(tables, word), sum[2] += entry_of<6>(tables, word), sum[3] += entry_of<7>(tables, word);
 }
 
 // Adds a code's score to items [0, n), one thread a row, with their own errors in the upper eight bits of the slot; returns the
 // thread's best key. Where records are interleaved, a warp's loads are whole lines and its look-ups go to one table.
 static __device__ u64 score_rows(const FlashHeadArguments& a, const FlashHeadStage& stage, uint2* items, int n, unsigned char* shared) {
-    const char* table = (const char*)(shared + stage.shared_table);
+    const float* table = (const float*)(shared + stage.shared_table);
+    const unsigned tables = shared_address(table);
     constexpr int AHEAD = 8;  // words of a row in hand; as many more are on their way. Words are made up to a multiple of four
     u64 best = 0;
 #pragma unroll 1
@@ -141,10 +155,10 @@ static __device__ u64 score_rows(const FlashHeadArguments& a, const FlashHeadSta
 #pragma unroll 1
             for (int base = 0; base < stage.words; base += AHEAD) {
 #pragma unroll
-                for (int w = 0; w < 4; w++) look_up(table + (base + w) * 512, here[w], sum);
+                for (int w = 0; w < 4; w++) look_up(tables + (base + w) * 512, here[w], sum);
                 if (base + 4 < stage.words)
 #pragma unroll
-                    for (int w = 4; w < 8; w++) look_up(table + (base + w) * 512, here[w], sum);
+                    for (int w = 4; w < 8; w++) look_up(tables + (base + w) * 512, here[w], sum);
 #pragma unroll
                 for (int w = 0; w < AHEAD; w++) here[w] = next[w];
                 load(next, base + 2 * AHEAD);
@@ -154,7 +168,7 @@ static __device__ u64 score_rows(const FlashHeadArguments& a, const FlashHeadSta
             for (int base = 0; base < stage.words; base += AHEAD) {
 #pragma unroll
                 for (int b = 0; b < 4 * AHEAD; b++)
-                    if (4 * base + b < stage.bytes) sum[b & 3] += ((const float*)table)[(4 * base + b) * 256 + (here[b / 4] >> 8 * (b & 3) & 255)];
+                    if (4 * base + b < stage.bytes) sum[b & 3] += table[(4 * base + b) * 256 + (here[b / 4] >> 8 * (b & 3) & 255)];
 #pragma unroll
                 for (int w = 0; w < AHEAD; w++) here[w] = next[w];
                 load(next, base + 2 * AHEAD);

@@ -103,25 +103,12 @@ __device__ __forceinline__ bool is_open(const ProbeGate& g, int k) { return gate
 
 // Waits for all clusters' scores; returns the best key.
 static __device__ u64 collect_scores(const FlashHeadLayout& L, const u64* posted, unsigned epoch, float* scores, u64* keys) {
-    constexpr int AHEAD = 8;
     u64 best = 0;
-#pragma unroll 1
-    for (int base = threadIdx.x; base < L.clusters; base += AHEAD * FLASHHEAD_THREADS) {
-        u64 both[AHEAD];
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++)
-            if (base + j * FLASHHEAD_THREADS < L.clusters) both[j] = load_relaxed(posted + base + j * FLASHHEAD_THREADS);
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            const int k = base + j * FLASHHEAD_THREADS;
-            if (k >= L.clusters) continue;
-            while ((unsigned)(both[j] >> 32) != epoch) both[j] = load_relaxed(posted + k);
-            const float score = __uint_as_float((unsigned)both[j]);
-            scores[k] = score;
-            const u64 key = item_key(score, k);
-            best = key > best ? key : best;
-        }
-    }
+    collect_floats(posted, L.clusters, epoch, [&](int k, float score) {
+        scores[k] = score;
+        const u64 key = item_key(score, k);
+        best = key > best ? key : best;
+    });
     return block_max(best, keys);
 }
 

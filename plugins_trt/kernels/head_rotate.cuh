@@ -163,23 +163,10 @@ static __device__ int rotate(const FlashHeadArguments& a, int row, int block, un
 
 // Waits for all coordinates: into shared memory, and the mean square of all but the constant, in every thread.
 static __device__ float collect_coordinates(const FlashHeadLayout& L, const u64* posted, unsigned epoch, float* z, float* scratch) {
-    constexpr int AHEAD = 8;
     float square = 0;
-#pragma unroll 1
-    for (int base = threadIdx.x; base < L.coordinates; base += AHEAD * FLASHHEAD_THREADS) {
-        u64 both[AHEAD];
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++)
-            if (base + j * FLASHHEAD_THREADS < L.coordinates) both[j] = load_relaxed(posted + base + j * FLASHHEAD_THREADS);
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            const int i = base + j * FLASHHEAD_THREADS;
-            if (i >= L.coordinates) continue;
-            while ((unsigned)(both[j] >> 32) != epoch) both[j] = load_relaxed(posted + i);
-            const float value = __uint_as_float((unsigned)both[j]);
-            z[i] = value;
-            if (i) square = fmaf(value, value, square);
-        }
-    }
+    collect_floats(posted, L.coordinates, epoch, [&](int i, float value) {
+        z[i] = value;
+        if (i) square = fmaf(value, value, square);
+    });
     return block_sum(square, scratch) / (L.coordinates - 1);
 }

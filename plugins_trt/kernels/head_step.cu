@@ -34,7 +34,7 @@
 // Loops are unrolled only where it pays: a step runs most instructions once.
 
 extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_step(const __grid_constant__ FlashHeadArguments a) {
-    extern __shared__ __align__(16) unsigned char shared[];
+    extern __shared__ __align__(64) unsigned char shared[];
     __shared__ u64 keys[16];
     __shared__ Collected collected[16];
     __shared__ unsigned numbers[32];
