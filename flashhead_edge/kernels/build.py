@@ -31,6 +31,17 @@ def compiled(source: str, architecture: str) -> bytes:
     Raises:
         DeviceError: cuda-core is not installed, or NVRTC refuses the source.
     """
+    return _cached(source, architecture, "")
+
+
+def instantiated(source: str, instance: str, architecture: str) -> tuple[bytes, str]:
+    """The cubin of a source with one of its templates instantiated, such as ``fh::rms_norm<fh::Fp16>``, and the kernel's name in it."""
+    name, _, code = _cached(source, architecture, instance).partition(b"\n")
+    return code, name.decode()
+
+
+def _cached(source: str, architecture: str, instance: str) -> bytes:
+    """What is kept of a compilation: the code; of an instance its name and a line's end before it."""
     try:
         from cuda.bindings import nvrtc
         from cuda.core import Program, ProgramOptions
@@ -39,7 +50,7 @@ def compiled(source: str, architecture: str) -> bytes:
         raise DeviceError(f"CUDA kernels: {error.name} is not installed, expected it beside torch; pip install 'flashhead-edge[cuda]'") from error
     folder = sources_folder()
     headers = sorted([*folder.glob("*.h"), *folder.glob("*.cuh")])
-    digest = hashlib.sha256(repr((source, architecture, nvrtc.nvrtcVersion())).encode())
+    digest = hashlib.sha256(repr((source, architecture, instance, nvrtc.nvrtcVersion())).encode())
     for file in [folder / source, *headers]:
         digest.update(file.read_bytes())
     target = cache_folder() / f"{Path(source).stem}-{architecture}-{digest.hexdigest()[:20]}.bin"
@@ -48,14 +59,20 @@ def compiled(source: str, architecture: str) -> bytes:
         if target.exists():
             return target.read_bytes()
         options = ProgramOptions(name=source, arch=architecture, std="c++17", include_path=[str(folder)])
+        names = (instance,) if instance else ()
         try:
-            code = Program((folder / source).read_text(encoding="utf-8"), "c++", options).compile("ptx" if architecture.startswith("compute") else "cubin").code
+            program = Program((folder / source).read_text(encoding="utf-8"), "c++", options)
+            found = program.compile("ptx" if architecture.startswith("compute") else "cubin", name_expressions=names)
         except Exception as error:
             raise DeviceError(f"CUDA kernels: {source} does not compile for {architecture} ({error}); use the torch backend, and report this") from error
+        kept = found.code
+        if instance:
+            name = found.symbol_mapping[instance]
+            kept = (name if isinstance(name, bytes) else name.encode()) + b"\n" + kept
         partial = target.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(code)
+        partial.write_bytes(kept)
         os.replace(partial, target)
-        return bytes(code)
+        return bytes(kept)
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -69,9 +86,63 @@ def check(result: tuple[Any, ...]) -> Any:
 @cache
 def function(source: str, name: str, device: int, architecture: str) -> Any:
     """A kernel loaded in the current context of `device`, allowed all the shared memory that the device gives to a block."""
+    return _loaded(compiled(source, architecture), name, device)
+
+
+@cache
+def instance(source: str, expression: str, device: int, architecture: str) -> Any:
+    """As `function`, of an instance of a template."""
+    return _loaded(*instantiated(source, expression, architecture), device)
+
+
+def launch(
+    handle: Any,
+    blocks: tuple[int, int, int],
+    threads: int,
+    shared_bytes: int,
+    stream: int,
+    arguments: Any,
+    *,
+    cooperative: bool = False,
+    overlap: bool = False,
+    cluster: int = 1,
+) -> None:
+    """Launch a kernel.
+
+    Args:
+        arguments: (values, ctypes), or the address of an array of pointers to them.
+        cooperative: all blocks resident, or an error instead of a hang; overlap: it may begin while the launch before it ends
+            (capability 9.0 and up); cluster: blocks along x that form a thread block cluster.
+    """
     from cuda.bindings import driver
 
-    module = check(driver.cuModuleLoadData(compiled(source, architecture) + b"\0"))  # PTX ends with a zero, a cubin may
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    attributes = []
+    if cooperative:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id, attribute.value.cooperative = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE, 1
+        attributes.append(attribute)
+    if overlap:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    if cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
+        attributes.append(attribute)
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    check(driver.cuLaunchKernelEx(config, handle, arguments, 0))
+
+
+def _loaded(code: bytes, name: str, device: int) -> Any:
+    from cuda.bindings import driver
+
+    module = check(driver.cuModuleLoadData(code + b"\0"))  # PTX ends with a zero, a cubin may
     handle = check(driver.cuModuleGetFunction(module, name.encode()))
     most = check(driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device))
     static = check(driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, handle))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.errors import DeviceError, SettingsError
-from flashhead_edge.kernels.build import check, function
+from flashhead_edge.kernels.build import function, launch
 from flashhead_edge.kernels.packing import THREADS, Arguments, Layout
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -51,8 +51,6 @@ def head_step(
     out = head_step_out(hidden, plan.stages, plan.candidates)
     if not len(hidden):
         return out
-    from cuda.bindings import driver
-
     token, counts, capped, ids, logits = out
     arguments = Arguments(
         *(t.data_ptr() if t is not None else None for t in (hidden, weight, bias, image, workspace, token, counts, capped, ids, logits)),
@@ -63,15 +61,8 @@ def head_step(
         handle = function("head_step.cu", "flashhead_step", device, architecture)
         groups = max(1, min(len(hidden), torch.cuda.get_device_properties(device).multi_processor_count // plan.blocks))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = groups * plan.blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
-        config.sharedMemBytes, config.hStream = shared_bytes, torch.cuda.current_stream(device).cuda_stream
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE  # all blocks resident, or an error instead of a hang
-        attribute.value.cooperative = 1
-        config.attrs, config.numAttrs = [attribute], 1
-        check(driver.cuLaunchKernelEx(config, handle, ctypes.addressof(pointers), 0))
+        stream = torch.cuda.current_stream(device).cuda_stream
+        launch(handle, (groups * plan.blocks, 1, 1), THREADS, shared_bytes, stream, ctypes.addressof(pointers), cooperative=True)
     return out
 
 
@@ -99,8 +90,6 @@ def dense_head(
     token, logit = dense_head_out(hidden)
     if not len(hidden):
         return token, logit
-    from cuda.bindings import driver
-
     device, (rows, shared_bytes) = hidden.device.index, dense_plan(len(hidden), hidden.shape[1], bits, group)
     form = f"int{bits}_{group or 'row'}_{rows}"
     pointers = tuple(t.data_ptr() for t in (codes, scales, hidden, workspace, token, logit))
@@ -109,7 +98,7 @@ def dense_head(
         handle = function("dense_head.cu", f"flashhead_dense_{form}", device, architecture)
         stream = torch.cuda.current_stream(device).cuda_stream
         arguments = (pointers + numbers, (ctypes.c_void_p,) * 6 + (ctypes.c_int,) * 4)
-        check(driver.cuLaunchKernel(handle, blocks, 1, 1, DENSE_THREADS, 1, 1, shared_bytes, stream, arguments, 0))
+        launch(handle, (blocks, 1, 1), DENSE_THREADS, shared_bytes, stream, arguments)
     return token, logit
 
 
@@ -197,8 +186,6 @@ def decode(
     out = decode_out(ids, best)
     if not len(ids):
         return out
-    from cuda.bindings import driver
-
     device, width = ids.device.index, ids.shape[1]
     pointers = [t.data_ptr() for t in (ids, logits, count, *settings, *out)]
     arguments = DecodeArguments(*pointers, len(ids), width, count.stride(0), best)
@@ -207,7 +194,7 @@ def decode(
         stream = torch.cuda.current_stream(device).cuda_stream
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         shared_bytes = 8 * max(64, 1 << (width - 1).bit_length())
-        check(driver.cuLaunchKernel(handle, len(ids), 1, 1, DECODE_THREADS, 1, 1, shared_bytes, stream, ctypes.addressof(parameters), 0))
+        launch(handle, (len(ids), 1, 1), DECODE_THREADS, shared_bytes, stream, ctypes.addressof(parameters))
     return out
 
 
