@@ -269,7 +269,7 @@ def attention_plan(batch: int, queries: int, q_heads: int, kv_heads: int, head_s
     rows = min(count, MOST_ROWS)
     row_blocks, threads = -(-count // rows), 512 if head_size == 64 else 256
     items = batch * kv_heads * row_blocks
-    visible = window + queries if 0 < window and window + queries < max_length else max_length
+    visible = window + queries if window > 0 and window + queries < max_length else max_length
     splits = min(max(1, facts.multiprocessors // items), -(-visible // (threads // 32 * STEP)))
     cluster = 1
     if facts.capability >= 90 and splits <= 2 * MOST_CLUSTER:
