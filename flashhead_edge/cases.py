@@ -43,7 +43,10 @@ def _shares(*slots: float) -> tuple[float, ...]:
     return tuple(n / 49_152 for n in slots)
 
 
-SHARES_SOURCE = "SmolLM2-135M-Instruct's 99.5 % head on 40,000 positions of five texts (WikiText-2, GSM8K, Python, German, Chinese), scaled by the vocabulary"
+SHARES_SOURCE = (
+    "SmolLM2-135M-Instruct's 99.5 % heads on five texts (WikiText-2, GSM8K, Python, German, Chinese), 10,000 positions for few codes, "
+    "40,000 for fewest bytes, scaled by the vocabulary"
+)
 FEWEST_BYTES = Settings(
     "product24",
     ("product8", "bits30", "bits64", "bits128"),
@@ -55,12 +58,12 @@ FEWEST_BYTES = Settings(
         "p99": _shares(832 * 32, 21_577, 9_888, 1_209, 130),
     },
 )
-FEW_CODES = Settings(  # what --device h100 chooses
+FEW_CODES = Settings(  # what --device h100 chooses: `scripts/opened.py` on 2,000 positions of each of the five texts
     "bits96",
-    ("bits64",),
-    _shares(492 * 32, 345),
-    _shares(832 * 32, 2000),
-    {"p50": _shares(486 * 32, 150), "p90": _shares(832 * 32, 800), "p99": _shares(832 * 32, 1500)},
+    ("bits96",),
+    _shares(14_139.5456, 401.5918),
+    _shares(22_080, 2_009),
+    {"p50": _shares(15_328, 251), "p90": _shares(22_080, 1_027), "p99": _shares(22_080, 2_009)},
 )
 PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES = 16, 256
 

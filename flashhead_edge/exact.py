@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LONGEST_ROUND = 64  # tokens that a reader waits for at most
-REPEATED_LIMIT = 0.03
+REPEATED_LIMIT = 0.02  # what is expected; a text of bad luck (half as many misses again) then stays within 3 %
 PRIOR_CHECKS = 100.0  # the first rounds act as if this many tokens had been checked,
 PRIOR_RATE = 0.01  # and this share of them had been wrong
 
