@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
     __shared__ u64 keys[16];
     __shared__ Collected collected[16];
     __shared__ unsigned numbers[32];
-    __shared__ unsigned count;
+    __shared__ unsigned count, kept_count;
     const FlashHeadLayout& L = a.layout;
     const int blocks = L.blocks, block = blockIdx.x % blocks, groups = gridDim.x / blocks;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, size = L.cluster_size;
@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         }
 
         // the probe's gate: every block sees all scores, and takes an equal share of the open clusters
-        if (threadIdx.x == 0) count = 0;
+        if (threadIdx.x == 0) count = kept_count = 0;
         u64 best = collect_scores(L, scores, epoch, cluster_scores, keys);
         ProbeGate gate = {cluster_scores, cluster_errors, inverse, unordered((unsigned)(best >> 32)), inverse_unit, L.probe_margin, 1};
         Open own;
@@ -218,7 +218,6 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
 
         // exact rows; of those that were scored early, some do not pass
         if (!early) score_exactly(a, items, n, others, state_low, L.stages == 0);
-        if (threadIdx.x == 0) count = 0;
         __syncthreads();
         const uint2* found = early ? items : others;
         const auto kept = [&](unsigned i) { return i < n && (!early || passes(L.stages - 1, others[i])); };
@@ -228,13 +227,13 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             const unsigned i = base + threadIdx.x;
             const bool keep = kept(i);
             const unsigned ballot = __ballot_sync(~0u, keep);
-            if (lane == 0 && ballot) atomicAdd(&count, (unsigned)__popc(ballot));
+            if (lane == 0 && ballot) atomicAdd(&kept_count, (unsigned)__popc(ballot));
             const u64 key = keep ? item_key(__uint_as_float(found[i].y), found[i].x) : 0;
             best = key > best ? key : best;
         }
         best = block_max(best, keys);
         Message* last = messages + L.stages * blocks;
-        if (threadIdx.x == 0) post(last + block, best, 0, count, tag);
+        if (threadIdx.x == 0) post(last + block, best, 0, kept_count, tag);
 #pragma unroll 1
         for (unsigned base = 0; base < n; base += FLASHHEAD_THREADS) {
             const unsigned i = base + threadIdx.x;
