@@ -72,6 +72,27 @@ def test_bits_of_a_record_add_up_to_the_row(size):
     assert np.allclose(found, decoded(coded) @ z, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["fitted", "bits alone", "bits alone, caps hit", "centroids of bits, rows of products"])
+def test_records_lie_where_the_header_says(name):
+    """The first code's are interleaved within a cluster, word by word; later ones and the centroids' lie row by row."""
+    index = made_index(next(c for c in CASES if c.name == name))
+    packed = pack(index)
+    words = packed.image.view(np.uint32)
+    codes = [(index.centroids, None, packed.layout.centroid), *((s.rows, s.gate.error, at) for s, at in zip(index.stages, packed.layout.stage))]
+    for i, (coded, error, stage) in enumerate(codes):
+        records, size, inside = row_records(coded, error)
+        records = records.view(np.uint32)
+        assert (stage.stride, stage.bytes, stage.interleaved) == (4 * records.shape[1], size, int(i == 1))
+        slot, word = np.arange(coded.n)[:, None], np.arange(records.shape[1])[None]
+        cluster, place = slot // index.cluster_size, slot % index.cluster_size
+        apart = cluster * index.cluster_size * records.shape[1] + word * index.cluster_size + place if stage.interleaved else slot * records.shape[1] + word
+        assert np.array_equal(words[stage.rows_at // 4 + apart], records)
+        if error is not None and not inside:
+            assert np.array_equal(packed.image[stage.error_at :][: coded.n], error)
+        assert error is None or stage.error_byte == (inside or -1)
+    assert np.array_equal(packed.image[packed.layout.centroid.error_at :][: index.n_clusters], index.probe.error)
+
+
 def test_fields_read_what_was_packed():
     coded = made_bits(np.random.default_rng(3), 5, 20, 40, 1.0)
     whole = fields(coded, coded.data)
