@@ -21,6 +21,7 @@ from flashhead_edge.calibration import (
     hard_tokens,
     lifted,
     needs_of,
+    options,
     own_target,
     with_tail,
 )
@@ -201,6 +202,15 @@ def test_a_device_charges_for_operations_and_launches():
     assert row_price(product, slow) == 8  # two operations for each of 8 bytes, as many bytes' time
     assert table_price(bits, slow) == table_price(bits, None) + 5e5  # 5 microseconds at 100 GB/s
     assert table_price(product, slow) == 2 * 256 * product.columns / 2 + 2 * 5e5  # its look-up table is a stage of its own
+
+
+def test_plans_of_one_code_are_tried_where_a_device_is_named_alone():
+    by_bytes, by_time = dict(options(None)), dict(options(DEVICES["h100"]))
+    assert min(map(len, by_bytes["codes"])) == 3
+    assert min(map(len, by_time["codes"])) == 1
+    assert set(by_bytes["codes"]) < set(by_time["codes"])
+    assert set(by_bytes["centroids"]) < set(by_time["centroids"])
+    assert by_bytes["rotation_bits"] == by_time["rotation_bits"]
 
 
 def test_a_second_reading_knows_the_first():
