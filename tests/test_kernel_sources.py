@@ -1,9 +1,12 @@
 """The CUDA sources without a GPU: the structures of both languages are one, NVRTC compiles, the cache is whole or absent."""
 
 import ctypes
+import platform
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 
 import pytest
 import torch
@@ -13,6 +16,11 @@ from flashhead_edge.errors import DeviceError, SettingsError
 from flashhead_edge.kernels import build, packing
 from flashhead_edge.kernels.ops import check_step, head_step, layout_of
 
+INSTANCES = {  # of the templates, one of each kind
+    "w4a16.cu": ("fh::w4a16_decode<fh::Fp16, 128, false>", "fh::w4a16_prefill<fh::Bf16, 32, true, 64>"),
+    "attention.cu": ("fh::attention_decode<fh::Fp16, 64, false>", "fh::attention_rope_write<fh::Bf16>"),
+    "elementwise.cu": ("fh::rms_norm<fh::Fp16>", "fh::gated_product<fh::Bf16, true>"),
+}
 STRUCTURES = {
     "FlashHeadTable": packing.Table,
     "FlashHeadStage": packing.Stage,
@@ -56,6 +64,46 @@ def test_nvcc_compiles_every_source(source, architecture, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr
+
+
+COMPILE = """
+import ctypes, sys
+library, source, folder, *instances = sys.argv[1:]
+nvrtc, program, size = ctypes.CDLL(library), ctypes.c_void_p(), ctypes.c_size_t()
+with open(f"{folder}/{source}", "rb") as file:
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), file.read(), source.encode(), 0, None, None) == 0
+for instance in instances:
+    assert nvrtc.nvrtcAddNameExpression(program, instance.encode()) == 0
+options = [f"-I{folder}".encode(), b"--gpu-architecture=sm_87", b"-std=c++17"]
+result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+log = ctypes.create_string_buffer(size.value)
+nvrtc.nvrtcGetProgramLog(program, log)
+if result:
+    sys.exit(log.value.decode())
+assert nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)) == 0
+print(size.value)
+"""
+
+
+@pytest.fixture(scope="session")
+def nvrtc_12_6(tmp_path_factory):
+    """The library of JetPack 6, from the package index; used in processes of its own, since two NVRTCs in one disturb each other."""
+    folder = tmp_path_factory.mktemp("nvrtc")
+    download = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps", "--dest", str(folder)]
+    if platform.machine() != "x86_64" or subprocess.run([*download, "nvidia-cuda-nvrtc-cu12==12.6.*"], capture_output=True, check=False).returncode:
+        pytest.skip("NVRTC 12.6 could not be downloaded")
+    zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder)
+    return next(folder.rglob("libnvrtc.so.12"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", sorted(p.name for p in build.sources_folder().glob("*.cu")))
+def test_the_nvrtc_of_jetpack_6_compiles_every_source(source, nvrtc_12_6):
+    command = [sys.executable, "-c", COMPILE, str(nvrtc_12_6), source, str(build.sources_folder()), *INSTANCES.get(source, ())]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 1000
 
 
 @pytest.mark.parametrize("architecture", ["sm_87", "sm_90", "sm_110"])
