@@ -247,7 +247,8 @@ def search(
     best = dataclasses.replace(FIRST, cluster_size=FIRST.cluster_size if FIRST.cluster_size in tables else next(iter(tables)))
     for name, choices in options(device):
         for choice in tables if name == "cluster_size" else choices:
-            plan = dataclasses.replace(best, **{name: choice})
+            change: dict[str, Any] = {name: choice}
+            plan = dataclasses.replace(best, **change)
             if price(plan) < price(best):
                 best = plan
         for plan in [p for p in tried if p != best]:  # what was fitted for losers is not needed again
@@ -386,7 +387,8 @@ def with_tail(
     """
     at = torch.randperm(len(data.states), generator=torch.Generator().manual_seed(seed + 1))[:n]
     head = torch_head(index, weight, bias)
-    counts, offsets = [], []
+    counts: list[Tensor] = []
+    offsets: list[Tensor] = []
     for i, rows in enumerate(at.split(128)):
         states = data.states[rows].to(weight.device)
         trail = run_stages(head, states)

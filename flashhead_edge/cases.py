@@ -198,7 +198,7 @@ def made_candidates(case: DecodeCase, n: int, seed: int = 4) -> tuple[np.ndarray
     ids = np.stack([random.choice(262_144, c, replace=False) for _ in range(n)])
     logits = (3 * random.standard_normal((n, c)) + 12).astype(np.float32)
     if case.logits == "tied":
-        logits = np.round(logits / 2) * 2
+        logits = (np.round(logits / 2) * 2).astype(np.float32)
     elif case.logits == "masked":
         logits[:, 1:][random.random((n, c - 1)) < 0.9] = -np.inf
     elif case.logits == "flat":

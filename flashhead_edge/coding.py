@@ -174,7 +174,8 @@ def encode_product(values: Tensor, bytes_per_row: int, iterations: int = 10, see
     least = float(variance[owed > 0].min()) if bool((owed > 0).any()) else 0.0
     wanted = ((owed > 0) | (values.mean(0).square() > least)).nonzero()
     used = min(values.shape[1], max(int(wanted.max()) + 1 if len(wanted) else 1, bytes_per_row))
-    total, ends, level = torch.cumsum(owed[:used], 0), [], 0.0
+    total, level = torch.cumsum(owed[:used], 0), 0.0
+    ends: list[int] = []
     for g in range(1, bytes_per_row):
         level = float(total[-1]) * g / bytes_per_row
         end = int(torch.searchsorted(total, level)) + 1

@@ -110,7 +110,7 @@ def convert(
     ends = end_ids(runner, tokenizer, weights.vocab_size)
     del runner
     rows = in_state_metric(weight, sources)
-    tables = {}
+    tables: dict[int, np.ndarray] = {}
     for size in calibration.CLUSTER_SIZES:
         if size <= max(1, weights.vocab_size // 4) or not tables:
             tables[size] = cluster(rows, size, seed=seed, progress=_clustering(progress, size)).token_table

@@ -57,7 +57,7 @@ def accumulate(
     """
     device, (v, d) = weight.device, weight.shape
     total = sum(len(s) for s in sources)
-    mean = sum(s.to(device).double().sum(0) for s in sources) / total
+    mean = torch.stack([s.to(device).double().sum(0) for s in sources]).sum(0) / total
     matrix = weight.float().T
     order = {size: _slots(table, v).to(device) for size, table in tables.items()}
     second = torch.zeros(2, 1 + d, 1 + d, dtype=torch.float64, device=device)
@@ -111,7 +111,7 @@ class Coordinates:
 def second_moment(sources: Sequence[Tensor], device: torch.device) -> Tensor:
     """Second moment of states [n, d] about their mean, [d, d] float64."""
     total = sum(len(s) for s in sources)
-    mean = sum(s.to(device).double().sum(0) for s in sources) / total
+    mean = torch.stack([s.to(device).double().sum(0) for s in sources]).sum(0) / total
     out = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
     for states in sources:
         for h in states.split(8192):

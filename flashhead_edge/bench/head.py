@@ -334,7 +334,8 @@ def measure(subject: Subject, batches: Sequence[int], out: dict[str, Any], progr
     """Add the records of all heads of a subject to a document, with the crossover of its fitted head, which is returned."""
     index = next(index for label, index, _ in subject.heads if label == "fitted")
     v, d, states = index.vocab_size, index.hidden_size, subject.states
-    bandwidth, records = out["bandwidth"], []
+    bandwidth: float = out["bandwidth"]
+    records: list[dict[str, Any]] = []
     dense_name = "dense bf16" if subject.weight.dtype == torch.bfloat16 else "dense fp16"
 
     def record(head: str, batch: int, times: np.ndarray, bytes_read: float, counts: np.ndarray | None = None, **settings: Any) -> None:

@@ -123,7 +123,7 @@ def load(path: Path, config: dict[str, Any]) -> PreTrainedModel:
     if bias is not None:
         head.bias.data = bias
     # nothing is quantised any more: transformers would refuse to save it
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     for owner in (model, model.config):
         if hasattr(owner, "quantization_config"):
             del owner.quantization_config

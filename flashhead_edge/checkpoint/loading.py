@@ -59,7 +59,7 @@ def load_model(
 
         model = gguf.load(source.gguf, source.config)
         _check_dtype(model.get_output_embeddings().weight.dtype, dtype, source.name)
-        return model.to(device=device, dtype=dtype)  # type: ignore[no-any-return]
+        return model.to(device=device, dtype=dtype)  # type: ignore[no-any-return, call-arg]
     from flashhead_edge.checkpoint.quantised import quantisation
     from flashhead_edge.checkpoint.weights import head_entry
 
@@ -79,7 +79,7 @@ def load_model(
     if rows is None or tuple(rows.weight.shape) != shape:
         found = "no output embeddings" if rows is None else f"output embeddings {list(rows.weight.shape)}"
         raise CheckpointError(f"{source.name}: the loaded model has {found}, expected {list(shape)} as {name}; fetch the model again")
-    return model.eval() if scheme is not None and getattr(model, "hf_quantizer", None) is not None else model.to(device).eval()
+    return model.eval() if scheme is not None and getattr(model, "hf_quantizer", None) is not None else model.to(device).eval()  # type: ignore[arg-type]
 
 
 def cache_arguments(model: Any, cache: Any) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _from_floats(source: Source, dtype: torch.dtype, scheme: dict[str, Any]) -> 
 
     files = weight_map(source.folder)
     opened = {file: safe_open(str(file), framework="pt") for file in sorted(set(files.values()))}
-    state = dict(dequantised(scheme, set(files), lambda name: opened[files[name]].get_tensor(name), dtype, source.name))
+    state = dict(dequantised(scheme, set(files), lambda name: opened[files[name]].get_tensor(name), dtype, source.name))  # type: ignore[no-untyped-call]
     try:
         with without_bars():
             model, info = _model_class(source).from_pretrained(None, config=model_config(source), state_dict=state, dtype=dtype, output_loading_info=True)

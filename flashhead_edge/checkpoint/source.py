@@ -111,7 +111,7 @@ def _snapshot(name: str, revision: str | None, code: bool) -> Path:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(f"{name}: neither a folder nor a model{at} on the hub; check the name, or log in with `hf auth login` if it is gated") from error
-    except (errors.HTTPError, OSError) as error:  # HTTPError is the HTTP library's own: a connection that breaks
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # HTTPError is the HTTP library's own: a connection that breaks
         raise CheckpointError(f"{name}: no such folder, and the hub cannot be reached ({type(error).__name__}); name a local folder or try again") from error
 
 

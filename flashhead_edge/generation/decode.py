@@ -136,7 +136,7 @@ def start(engine: Engine, ids: Sequence[int], max_new_tokens: int, sampling: Sam
     """Check a request: the run, the prompt as numbers, how many tokens it may make, and why it would end there."""
     prompt = [int(t) for t in ids]
     embedding = engine.model.get_input_embeddings()
-    rows = len(embedding.weight)
+    rows = len(embedding.weight)  # type: ignore[arg-type]
     if not prompt:
         raise SettingsError("generate: the prompt is empty, expected at least one token; give a text")
     if min(prompt) < 0 or max(prompt) >= rows:

@@ -112,7 +112,7 @@ class Body:
         before = self.module.__dict__.get("forward")
         self.module.__dict__["forward"] = tap
         try:
-            tokens = torch.tensor([list(ids)], device=self.module.weight.device)  # type: ignore[union-attr]
+            tokens = torch.tensor([list(ids)], device=self.module.weight.device)  # type: ignore[union-attr, arg-type]
             self.model(input_ids=tokens, **cache_arguments(self.model, self.cache), **self.options)
         finally:
             if before is None:

@@ -59,7 +59,7 @@ class FlashHead:
     def torch_head(self) -> TorchHead:
         """The head on its device: over the model's rows where attached, else over the folder's, read once."""
         if self._module is not None:
-            return self._module.forward.current()  # type: ignore[operator, union-attr]
+            return self._module.forward.current()  # type: ignore[operator, union-attr, attr-defined]
         if self._alone is None:
             if self.folder is None:
                 raise SettingsError("FlashHead: no model is attached and the index came from no folder, expected one of them; attach a model first")

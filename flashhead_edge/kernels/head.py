@@ -113,7 +113,7 @@ def cuda_head(
         packed=packed,
         image=torch.from_numpy(packed.image).to(weight.device),
         multiprocessors=multiprocessors or properties.multi_processor_count,
-        shared_bytes=shared_bytes or properties.shared_memory_per_block_optin - STATIC_SHARED,
+        shared_bytes=shared_bytes or properties.shared_memory_per_block_optin - STATIC_SHARED,  # type: ignore[attr-defined]
         architecture=architecture or f"sm_{properties.major}{properties.minor}",
         dense_from=chosen_crossover(properties.name, index, weight) if choice == "auto" else None,
     )

@@ -40,7 +40,7 @@ class Facts:
 def facts_of(device: torch.device, overlap: bool = False) -> Facts:
     """The facts of a device that torch sees."""
     p = torch.cuda.get_device_properties(device)
-    return Facts(f"sm_{p.major}{p.minor}", p.multi_processor_count, p.shared_memory_per_block_optin, overlap)
+    return Facts(f"sm_{p.major}{p.minor}", p.multi_processor_count, p.shared_memory_per_block_optin, overlap)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,6 +31,7 @@ PHASES = MAX_STAGES + 1  # that have a message: each code, the exact rows
 STATE_BYTES = 256  # of RowState, rounded up
 
 I, U, F = ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
+Fields = list[tuple[str, type[Any]]]  # of a ctypes.Structure
 
 
 class Table(ctypes.Structure):
@@ -41,7 +43,7 @@ class Table(ctypes.Structure):
 class Stage(ctypes.Structure):
     """`FlashHeadStage` of head_step.h."""
 
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         *[("table", I), ("rows_at", U), ("stride", I), ("interleaved", I), ("bytes", I), ("error_at", U), ("error_byte", I)],
         *[("words", I), ("lanes", I), ("shared_table", I), ("margin", F), ("cap", I)],
     ]
@@ -50,7 +52,7 @@ class Stage(ctypes.Structure):
 class Layout(ctypes.Structure):
     """`FlashHeadLayout` of head_step.h."""
 
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         *[(n, I) for n in ("vocab_size", "hidden_size", "clusters", "cluster_size", "coordinates", "stages", "tables", "always")],
         *[("token_table_at", U), ("filled_at", U), ("least_filled", I), ("always_at", U), ("chunks", I)],
         *[(n, U) for n in ("rotation_at", "virtual_at", "mean_at", "row_scale_at")],
@@ -262,7 +264,7 @@ def pack_rotation(coded: Coded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     assert coded.widths is not None and coded.steps is not None
     values, widths = fields(coded, coded.data), coded.widths.astype(int)
     columns: list[int] = [0]
-    planes = [np.full(coded.n, 8, np.uint8)]
+    planes: list[np.ndarray] = [np.full(coded.n, 8, np.uint8)]
     for j, width in enumerate(widths.tolist()):
         if width == 0:
             continue
@@ -350,14 +352,16 @@ def bit_weights(coded: Coded) -> np.ndarray:
 
 def row_records(coded: Coded, error: np.ndarray | None) -> tuple[np.ndarray, int, int]:
     """Records of a code: [n, stride] uint8, bytes of a code, and where in a record the own error lies (0: outside)."""
-    parts, size = [coded.data], coded.data.shape[1]
+    parts: list[np.ndarray] = [coded.data]
+    size = coded.data.shape[1]
     if coded.scale is not None:
         parts.append(np.zeros((coded.n, size % 2), np.uint8))  # the scale is read as one number of two bytes
         parts.append(np.ascontiguousarray(coded.scale).view(np.uint8).reshape(coded.n, 2))
         size += size % 2
     used = sum(p.shape[1] for p in parts)
-    inside = used if used % 4 and error is not None else 0
-    if inside:
+    inside = 0
+    if error is not None and used % 4:
+        inside = used
         parts.append(error[:, None])
     parts.append(np.zeros((coded.n, -(used + bool(inside)) % 4), np.uint8))
     return np.concatenate(parts, 1), size, inside
