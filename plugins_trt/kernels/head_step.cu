@@ -59,9 +59,8 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
 #pragma unroll 1
     for (unsigned i = (block * FLASHHEAD_THREADS + threadIdx.x) * 128; i < L.prefetch_bytes; i += blocks * FLASHHEAD_THREADS * 128)
         prefetch(a.image + L.prefetch_at + i);
-
-#pragma unroll 1
     // and a line of every page of the image, so that a page's address is looked up before it is needed
+#pragma unroll 1
     for (u64 i = threadIdx.x * (2ull << 20); i < L.image_bytes; i += FLASHHEAD_THREADS * (2ull << 20)) prefetch(a.image + i);
 
 #pragma unroll 1
