@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.bench.provenance import commit
+from flashhead_edge.bench.timing import copy_bandwidth, timed
 from flashhead_edge.caps import most_counts, with_gates
 from flashhead_edge.cases import (
     FEW_CODES,
@@ -56,7 +57,6 @@ from flashhead_edge.kernels.ops import decode
 from flashhead_edge.progress import Progress, silent
 from flashhead_edge.reference import coordinates, probe, run_stages, state_unit, torch_head
 
-REPLAYS = 200
 CHECKED = 8  # states of each head that are compared with the reference before it is timed
 MOST_COPIES = 64
 BATCHES = (1, 4, 16, 32)
@@ -204,34 +204,6 @@ def check_head(head: CudaHead, states: Tensor) -> np.ndarray:
     if off > 0.02:
         raise DeviceError(f"head_step: counts differ from the reference's by {off:.1%}, expected rounding at margins alone; do not use this kernel")
     return found.counts.cpu().numpy()
-
-
-def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS) -> np.ndarray:
-    """Microseconds of a step, one figure a replay of the graph that holds all `steps` once."""
-    for step in steps[:2]:
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for step in steps:
-            step()
-    for _ in range(3):
-        graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        graph.replay()
-        mark.record()
-    torch.cuda.synchronize()
-    return np.array([1e3 * a.elapsed_time(b) / len(steps) for a, b in zip(marks, marks[1:])])
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by the faster of two large copies on the device: the driver's, and an elementwise kernel's."""
-    source = torch.empty(1 << 28, dtype=torch.int32, device="cuda").random_()
-    target = torch.empty_like(source)
-    copies: tuple[Callable[[], object], ...] = (lambda: target.copy_(source), lambda: torch.add(source, 1, out=target))
-    return 8 * source.numel() / (min(float(np.median(timed([copy], 20))) for copy in copies) * 1e-6)
 
 
 def copies_of(bytes_read: float) -> int:

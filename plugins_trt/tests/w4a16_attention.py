@@ -1,4 +1,6 @@
-"""Checks the W4A16, attention and elementwise kernels against float64, and with --time times them. Needs an NVIDIA GPU of capability 9.0, and torch.
+"""Checks the W4A16, attention and elementwise kernels against float64, and with --time times them.
+
+Needs an NVIDIA GPU of capability 9.0, torch, and for --time an installed flashhead_edge.
 
 python plugins_trt/tests/w4a16_attention.py --build build/kernels     # nvcc, once; --arch compute_87 builds and checks the code of an Orin
 python plugins_trt/tests/w4a16_attention.py --library build/kernels/libkernels.so [--arch compute_87] [--time] [--json figures.json]

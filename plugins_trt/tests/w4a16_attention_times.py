@@ -13,9 +13,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from w4a16_attention import DTYPES, Cache, Kernels, Matrix, Shape, attend, random_cache, random_matrix
+
+from flashhead_edge.bench.timing import copy_bandwidth, timed
 
 Launch = Callable[[], Any]
 LAYERS = {
@@ -40,40 +43,8 @@ PREFILL = ((16384, 2048), (2048, 8192), (3072, 2048), (2048, 2048))
 
 def time_graph(launches: Sequence[Launch], samples: int = 60) -> tuple[float, float]:
     """Microseconds of one launch in a graph of all of them, at least 48 in a row: median and 99th percentile over samples."""
-    order = [*launches] * max(1, math.ceil(48 / len(launches)))
-    for launch in launches:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in order:
-            launch()
-    for _ in range(3):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) * 1000 / len(order) for a, b in itertools.pairwise(events))
-    return times[len(times) // 2], times[math.ceil(len(times) * 0.99) - 1]
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of the faster of two copies of 1 GiB: the driver's, and an elementwise kernel's."""
-    a = torch.empty(2**28, dtype=torch.int32, device="cuda").random_()
-    b = torch.empty_like(a)
-    best = 0.0
-    for copy in (lambda: b.copy_(a), lambda: torch.add(a, 1, out=b)):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
-        for event in events:
-            copy()
-            event.record()
-        torch.cuda.synchronize()
-        times = sorted(x.elapsed_time(y) for x, y in itertools.pairwise(events))
-        best = max(best, 8 * a.numel() / (times[len(times) // 2] * 1e-3))
-    return best
+    times = timed([*launches] * max(1, math.ceil(48 / len(launches))), samples)
+    return float(np.median(times)), float(np.percentile(times, 99))
 
 
 class Table:
