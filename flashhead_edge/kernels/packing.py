@@ -59,7 +59,7 @@ class Layout(ctypes.Structure):
         *[("bound_slope", F), ("bound_base", F), ("state_power", F)],
         ("centroid", Stage),
         *[("probe_margin", F), ("probe_cap", I), ("candidates", I), ("parts", I), ("capacity", I)],
-        *[("bits", I), ("small_at", U), ("small_bytes", I), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
+        *[("small_at", U), ("small_bytes", I), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
         *[(n, I) for n in ("blocks", "chunks_a_block", "clusters_a_block", "shared_z", "shared_x", "shared_state", "shared_work")],
         *[(n, I) for n in ("shared_items", "shared_clusters", "shared_errors", "shared_small")],
         *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_histograms", "row_items")],
@@ -168,7 +168,6 @@ def pack(index: HeadIndex) -> Packed:
         books.append((t, book))
         t.columns_at = image.add(where)
     weights = [bit_weights(c) for c in codes if c.kind == "bits"]
-    layout.bits = sum(map(len, weights))
     small = [inverse_errors(g).view(np.uint32) for g in (index.probe, *(stage.gate for stage in index.stages))]
     small += [w.reshape(-1) for w in weights]
     layout.small_at, layout.small_bytes = image.add(np.concatenate(small)), 4 * sum(map(len, small))

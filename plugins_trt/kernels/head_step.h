@@ -63,9 +63,8 @@ struct FlashHeadLayout {
     int candidates;             // most rows scored exactly
     int parts;                  // of all tables
     int capacity;               // items that a block can hold, twice
-    int bits;                   // of all bits codes' words, the centroids' first
     unsigned small_at;          // [1 + stages][256] float: 1 / own error in logits, by coded error, of the clusters and of each code's slots;
-                                // then [bits] of {float half the bit's weight, int coordinate}
+                                // then of each bit of all bits codes, the centroids' first, {float half the bit's weight, int coordinate}
     int small_bytes;            // of these, a multiple of 16
     unsigned image_bytes;
     unsigned prefetch_at, prefetch_bytes;  // small arrays that every step reads
