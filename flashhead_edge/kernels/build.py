@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flashhead_edge.errors import DeviceError
 
 
@@ -20,6 +22,12 @@ def sources_folder() -> Path:
     """The folder of the CUDA sources and their headers."""
     installed = Path(__file__).parent / "sources"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "plugins_trt" / "kernels"
+
+
+def architecture_of(device: torch.device) -> str:
+    """What kernels are compiled for on a device that torch sees, such as ``sm_90``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def compiled(source: str, architecture: str) -> bytes:

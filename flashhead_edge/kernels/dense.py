@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashhead_edge.codes import Coded
 from flashhead_edge.errors import SettingsError
+from flashhead_edge.kernels.build import architecture_of
 from flashhead_edge.kernels.ops import DENSE_ROWS, DENSE_WORKSPACE, dense_head
 
 TILE = 16  # rows
@@ -64,7 +65,7 @@ def cuda_dense(rows: Coded, device: torch.device | str = "cuda", multiprocessors
         bits=bits,
         group=group,
         blocks=multiprocessors or properties.multi_processor_count,
-        architecture=architecture or f"sm_{properties.major}{properties.minor}",
+        architecture=architecture or architecture_of(codes.device),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.index import HeadIndex
+from flashhead_edge.kernels.build import architecture_of
 from flashhead_edge.kernels.crossover import stored_crossover
 from flashhead_edge.kernels.ops import HALVES, head_step
 from flashhead_edge.kernels.packing import Packed, Plan, pack, plan
@@ -114,7 +115,7 @@ def cuda_head(
         image=torch.from_numpy(packed.image).to(weight.device),
         multiprocessors=multiprocessors or properties.multi_processor_count,
         shared_bytes=shared_bytes or properties.shared_memory_per_block_optin - STATIC_SHARED,  # type: ignore[attr-defined]
-        architecture=architecture or f"sm_{properties.major}{properties.minor}",
+        architecture=architecture or architecture_of(weight.device),
         dense_from=chosen_crossover(properties.name, index, weight) if choice == "auto" else None,
     )
 

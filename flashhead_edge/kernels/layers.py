@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.errors import DeviceError, SettingsError
-from flashhead_edge.kernels.build import instance, launch
+from flashhead_edge.kernels.build import architecture_of, instance, launch
 
 ELEMENTS = {torch.float16: "fh::Fp16", torch.bfloat16: "fh::Bf16"}
 GROUPS, HEAD_SIZES, ACTIVATIONS = (32, 64, 128), (64, 96, 128, 256), ("silu", "gelu_tanh")
@@ -40,7 +40,7 @@ class Facts:
 def facts_of(device: torch.device, overlap: bool = False) -> Facts:
     """The facts of a device that torch sees."""
     p = torch.cuda.get_device_properties(device)
-    return Facts(f"sm_{p.major}{p.minor}", p.multi_processor_count, p.shared_memory_per_block_optin, overlap)  # type: ignore[attr-defined]
+    return Facts(architecture_of(device), p.multi_processor_count, p.shared_memory_per_block_optin, overlap)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
