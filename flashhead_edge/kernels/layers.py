@@ -274,8 +274,12 @@ def attention_plan(batch: int, queries: int, q_heads: int, kv_heads: int, head_s
     cluster = 1
     if facts.capability >= 90 and splits <= 2 * MOST_CLUSTER:
         cluster = splits = min(splits, MOST_CLUSTER)
-    size = 0 if cluster > 1 else 4 * (items * splits * rows * (head_size + 2) + items)
-    return AttentionPlan(splits, cluster, rows, row_blocks, threads, size)
+    return AttentionPlan(splits, cluster, rows, row_blocks, threads, _workspace_bytes(items, splits, cluster, rows, head_size))
+
+
+def _workspace_bytes(items: int, splits: int, cluster: int, rows: int, head_size: int) -> int:
+    """Of partial results and arrivals; a cluster needs none."""
+    return 0 if cluster > 1 else 4 * items * (splits * rows * (head_size + 2) + 1)
 
 
 @torch.library.custom_op("flashhead::attention_decode", mutates_args={"workspace"}, device_types="cuda")
@@ -304,7 +308,7 @@ def attention_decode(
     splits, cluster, rows, row_blocks, threads = plan
     batch, queries, q_heads, head_size = q.shape
     kv_heads, max_length = cache_k.shape[1:3]
-    need = 0 if cluster > 1 else 4 * (batch * kv_heads * row_blocks * splits * rows * (head_size + 2) + batch * kv_heads * row_blocks)
+    need = _workspace_bytes(batch * kv_heads * row_blocks, splits, cluster, rows, head_size)
     _want(workspace.numel() >= need, "attention_decode", "workspace", f"{workspace.numel()} bytes", f"{need} bytes")
     out = torch.empty_like(q)
     grid = Grid((splits, kv_heads * row_blocks, batch), threads, 4 * (threads // 32 + 1) * rows * (head_size + 2), cluster)
