@@ -65,12 +65,12 @@ OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 CLUSTER_SIZES = tuple(OPTIONS[0][1])
 # beside these where a device is named: a code more costs its kernel a round of all multiprocessors, whatever it reads
-FEW_CODES: dict[str, tuple[Any, ...]] = {"centroids": ("bits64", "bits96"), "codes": (("bits64",), ("bits96",), ("bits128",))}
+DEVICE_OPTIONS: dict[str, tuple[Any, ...]] = {"centroids": ("bits64", "bits96"), "codes": (("bits64",), ("bits96",), ("bits128",))}
 
 
 def options(device: Device | None) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     """What is searched, by the name of its field in `Plan`."""
-    return OPTIONS if device is None else tuple((name, choices + FEW_CODES.get(name, ())) for name, choices in OPTIONS)
+    return OPTIONS if device is None else tuple((name, choices + DEVICE_OPTIONS.get(name, ())) for name, choices in OPTIONS)
 
 
 def own_target(target: float) -> float:
