@@ -180,6 +180,8 @@ class DecodeCase:
         return ", ".join([f"T {self.temperature:g}", *cuts, f"{self.candidates} {self.logits}"])
 
 
+DECODE_CUTS = ((0, 0.9, 0.0), (0, 1.0, 0.05), (50, 1.0, 0.0), (1_500, 0.9, 0.0), (0, 0.9, 0.05), (0, 1.0, 0.0))  # top-k, top-p, min-p
+
 DECODE_CASES = (
     *(DecodeCase(t) for t in (0.0, 0.001, 0.7, 1.0, 3.0)),
     *(DecodeCase(t, logits=kind) for t in (0.0, 1.0) for kind in ("tied", "masked", "flat", "negative")),
@@ -187,6 +189,7 @@ DECODE_CASES = (
     *(DecodeCase(1.2, top_p=p, logits=kind) for p in (1e-6, 0.1, 0.5, 0.93, 0.9999) for kind in ("normal", "tied", "masked")),
     *(DecodeCase(0.9, min_p=p, logits=kind) for p in (0.02, 0.3, 1.0) for kind in ("normal", "tied")),
     *(DecodeCase(0.7, 40, 0.9, 0.05, n, kind) for n in (1, 2, 64, 65, 900, 5_000, 8_192) for kind in ("normal", "tied")),
+    *(DecodeCase(1.0, *cuts, 2_000, kind) for cuts in DECODE_CUTS for kind in ("normal", "flat", "masked")),
     DecodeCase(5.0, 0, 0.95, 0.0, 3_000),
 )
 

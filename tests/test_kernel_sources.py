@@ -14,7 +14,8 @@ import torch
 from flashhead_edge.cases import CASES, made_index
 from flashhead_edge.errors import DeviceError, SettingsError
 from flashhead_edge.kernels import build, packing
-from flashhead_edge.kernels.ops import check_step, head_step, layout_of
+from flashhead_edge.kernels.ops import check_step, head_logits, head_step, layout_of
+from flashhead_edge.reference import BELOW
 
 INSTANCES = {  # of the templates, one of each kind
     "w4a16.cu": ("fh::w4a16_decode<fh::Fp16, 128, false>", "fh::w4a16_prefill<fh::Bf16, 32, true, 64>"),
@@ -26,6 +27,7 @@ STRUCTURES = {
     "FlashHeadStage": packing.Stage,
     "FlashHeadLayout": packing.Layout,
     "FlashHeadArguments": packing.Arguments,
+    "FlashHeadWiden": packing.Widen,
 }
 
 
@@ -51,6 +53,8 @@ def test_constants_are_those_of_the_header():
     for name in ("MAX_STAGES", "THREADS", "BATCH_CHUNKS", "HISTOGRAM", "PASSES"):
         assert int(defined[name]) == getattr(packing, name)
     assert 1 << int(defined["MAX_NUMBER"]) == packing.MAX_SLOTS
+    assert int(re.search(r"#define FLASHHEAD_ALWAYS (0x[0-9a-f]+)", text)[1], 16) == packing.ALWAYS > packing.MAX_CLUSTERS
+    assert float(re.search(r"#define FLASHHEAD_BELOW ([\d.]+)f", text)[1]) == BELOW
 
 
 @pytest.mark.slow
@@ -139,6 +143,8 @@ def test_the_fake_says_the_shapes():
     token, counts, capped, ids, logits = head_step(hidden, weight, None, image, workspace, made.words(), made.shared_bytes, "sm_90")
     assert (token.shape, counts.shape, capped.dtype) == ((4,), (4, 6), torch.bool)
     assert ids.shape == logits.shape == (4, packed.layout.candidates)
+    *_, wide = head_logits(hidden, weight, None, image, workspace, made.words(), made.shared_bytes, "sm_90")
+    assert (wide.shape, wide.dtype) == ((4, 5003), torch.float32)
 
 
 def test_arguments_that_the_kernel_cannot_read_are_refused():

@@ -58,6 +58,7 @@ from flashhead_edge.progress import Progress, silent
 from flashhead_edge.reference import coordinates, probe, run_stages, state_unit, torch_head
 
 CHECKED = 8  # states of each head that are compared with the reference before it is timed
+LOGITS_WITHIN = 1e-4  # of 1 + the largest logit's size: coded scores are float32 sums of what the reference sums in float64
 MOST_COPIES = 64
 BATCHES = (1, 4, 16, 32)
 DENSE_RIVALS = ((8, 0), (8, 32), (4, 32), (4, 128))  # bits, columns that share a scale (0: the row)
@@ -217,13 +218,15 @@ def twin(head: CudaHead) -> CudaHead:
     return dataclasses.replace(head, image=head.image.clone(), plans={})
 
 
-def steps_of(head: CudaHead, states: Tensor, batch: int, bytes_read: float) -> list[Callable[[], object]]:
+def steps_of(
+    head: CudaHead, states: Tensor, batch: int, bytes_read: float, work: Callable[[CudaHead, Tensor], object] = CudaHead.token
+) -> list[Callable[[], object]]:
     """One step for each copy of a head, each on its own states."""
     heads = [twin(head) for _ in range(copies_of(bytes_read * batch))]
     parts = [states[(i * batch + torch.arange(batch)) % len(states)].contiguous() for i in range(len(heads))]
     for h, part in zip(heads, parts):
-        h.token(part)  # makes the plan and its workspace, which a capture may not
-    return [lambda h=h, part=part: h.token(part) for h, part in zip(heads, parts)]  # type: ignore[misc]
+        work(h, part)  # makes the plan and its workspace, which a capture may not
+    return [lambda h=h, part=part: work(h, part) for h, part in zip(heads, parts)]  # type: ignore[misc]
 
 
 def dense_steps(subject: Subject, vocab_size: int, batch: int) -> list[Callable[[], object]]:
@@ -366,6 +369,11 @@ def measure(subject: Subject, batches: Sequence[int], out: dict[str, Any], progr
                 read = dense_bytes(v, d) if is_dense else step_bytes(one, counts, batch)
                 record("auto", batch, times, read, takes="dense" if is_dense else "flash")
             time_draw(head, counts, batches, record)
+            check_logits(head, states[:CHECKED])
+            for batch in (b for b in batches if b <= MOST_ROWS):
+                read = step_bytes(one, counts, batch) + batch * 4 * v
+                times = timed(steps_of(head, states, batch, step_bytes(one, counts, 1), CudaHead.launch_logits))
+                record("fitted, full-width logits", batch, times, read, counts)
             out["counts"].append(expected_counts(subject, one, counts))
         del head
         torch.cuda.empty_cache()
@@ -384,6 +392,16 @@ def expected_counts(subject: Subject, index: HeadIndex, counts: np.ndarray) -> d
     caps = [index.probe.cap, *(s.gate.cap for s in index.stages)]
     rows |= {"at the cap": most_counts(index, caps).tolist(), "measured mean": counts.tolist()}
     return {"model": subject.name, "source": source, "clusters": index.n_clusters, "counts": rows}
+
+
+def check_logits(head: CudaHead, states: Tensor) -> None:
+    """Raise DeviceError where full-width logits differ from the reference's by more than float32 sums may, in states of which both scored the same rows."""
+    reference = torch_head(head.index, head.weight, head.bias)
+    (want, wide), (step, logits) = reference.step_with_logits(states), head.step_with_logits(states)
+    same = (want.counts == step.counts).all(1)
+    worst = float(((logits - wide).abs().amax(1) / (1 + wide.abs().amax(1)))[same].max()) if bool(same.any()) else 0.0
+    if not worst <= LOGITS_WITHIN:
+        raise DeviceError(f"head_step: full-width logits are off by {worst:.1e} of the largest, expected at most {LOGITS_WITHIN}; do not use this kernel")
 
 
 def time_draw(head: CudaHead, counts: np.ndarray, batches: Sequence[int], record: Callable[..., None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -15,9 +14,8 @@ from flashhead_edge.head import Step
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.kernels.build import architecture_of
 from flashhead_edge.kernels.crossover import stored_crossover
-from flashhead_edge.kernels.ops import HALVES, head_step
+from flashhead_edge.kernels.ops import HALVES, head_logits, head_step
 from flashhead_edge.kernels.packing import Packed, Plan, pack, plan
-from flashhead_edge.reference import TorchHead, torch_head
 
 MOST_ROWS = 32  # of one launch; more are split
 STATIC_SHARED = 8 << 10  # shared memory that the kernel declares itself, at most
@@ -41,12 +39,20 @@ class CudaHead:
 
     def launch(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`ops.head_step` of 1 to 32 hidden states: what a CUDA graph captures (after one call outside of it)."""
+        return head_step(*self.arguments(hidden))
+
+    def launch_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `launch`, of `ops.head_logits`."""
+        return head_logits(*self.arguments(hidden))
+
+    def arguments(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, list[int], int, str]:
+        """Of either operator for 1 to 32 hidden states: the plan and the workspace for so many are made once."""
         rows = len(hidden)
         if rows not in self.plans:
             made = plan(self.packed, self.multiprocessors, self.shared_bytes, rows)
             self.plans[rows] = made, torch.zeros(rows * made.row_bytes, dtype=torch.uint8, device=self.weight.device)
         made, workspace = self.plans[rows]
-        return head_step(hidden, self.weight, self.bias, self.image, workspace, made.words(), made.shared_bytes, self.architecture)
+        return hidden, self.weight, self.bias, self.image, workspace, made.words(), made.shared_bytes, self.architecture
 
     def token(self, hidden: Tensor) -> Tensor:
         """Greedy tokens [N] int64 alone, of any number of states; captured by CUDA graphs as `launch` is."""
@@ -72,16 +78,15 @@ class CudaHead:
         return hidden @ self.weight[:v].T if self.bias is None else torch.addmm(self.bias[:v], hidden, self.weight[:v].T)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.wide.logits(hidden)
+        return self.step_with_logits(hidden)[1]
 
     def step_with_logits(self, hidden: Tensor) -> tuple[Step, Tensor]:
-        """The step of the kernel, and the full-width logits of the reference on the same device."""
-        return self.step(hidden), self.wide.logits(hidden)
-
-    @cached_property
-    def wide(self) -> TorchHead:
-        """The reference on this device: full-width logits have no kernel."""
-        return torch_head(self.index, self.weight, self.bias)
+        hidden = hidden if hidden.dtype in HALVES else hidden.to(self.weight.dtype)
+        if self.takes_dense(len(hidden)):
+            logits = self.dense_logits(hidden).float()
+            return dense_step(logits, 2 + len(self.index.stages)), logits
+        found = [self.launch_logits(part.contiguous()) for part in hidden.split(MOST_ROWS)]
+        return joined([packed_step(*f[:5]) for f in found]), torch.cat([f[5] for f in found])
 
 
 def cuda_head(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashhead_edge.errors import DeviceError, SettingsError
 from flashhead_edge.kernels.build import function, launch
-from flashhead_edge.kernels.packing import THREADS, Arguments, Layout
+from flashhead_edge.kernels.packing import THREADS, Arguments, Layout, Widen
 
 HALVES = (torch.float16, torch.bfloat16)
 DENSE_ROWS, DENSE_THREADS, DENSE_WORKSPACE = 32, 512, 8 * 33  # dense_head.h: states of a launch, threads, bytes
@@ -49,11 +49,16 @@ def head_step(
     plan = layout_of(layout)
     check_step(hidden, weight, bias, image, workspace, plan)
     out = head_step_out(hidden, plan.stages, plan.candidates)
-    if not len(hidden):
-        return out
-    token, counts, capped, ids, logits = out
+    if len(hidden):
+        _launch_step((hidden, weight, bias, image, workspace), plan, shared_bytes, architecture, out, None)
+    return out
+
+
+def _launch_step(inputs: tuple[Tensor | None, ...], plan: Layout, shared_bytes: int, architecture: str, out: tuple[Tensor, ...], wide: Tensor | None) -> None:
+    hidden, weight = inputs[:2]
+    assert hidden is not None and weight is not None
     arguments = Arguments(
-        *(t.data_ptr() if t is not None else None for t in (hidden, weight, bias, image, workspace, token, counts, capped, ids, logits)),
+        *(t.data_ptr() if t is not None else None for t in (*inputs, *out, wide)),
         len(hidden), hidden.dtype == torch.bfloat16, weight.dtype == torch.bfloat16, plan,
     )  # fmt: skip
     device = hidden.device.index
@@ -63,13 +68,46 @@ def head_step(
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = torch.cuda.current_stream(device).cuda_stream
         launch(handle, (groups * plan.blocks, 1, 1), THREADS, shared_bytes, stream, ctypes.addressof(pointers), cooperative=True)
-    return out
 
 
 @head_step.register_fake
 def _(hidden, weight, bias, image, workspace, layout, shared_bytes, architecture):  # type: ignore[no-untyped-def]
     plan = layout_of(layout)
     return head_step_out(hidden, plan.stages, plan.candidates)
+
+
+@torch.library.custom_op("flashhead::head_logits", mutates_args={"workspace"}, device_types="cuda")
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, image: Tensor, workspace: Tensor, layout: list[int], shared_bytes: int, architecture: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step of a packed head with full-width logits: arguments and the first five results as `head_step`; two launches.
+
+    Returns:
+        ..., logits [N, V] float32, all finite, as `reference.full_logits` defines them.
+    """
+    plan = layout_of(layout)
+    check_step(hidden, weight, bias, image, workspace, plan)
+    out = head_step_out(hidden, plan.stages, plan.candidates)
+    wide = hidden.new_empty(len(hidden), plan.vocab_size, dtype=torch.float32)
+    if not len(hidden):
+        return (*out, wide)
+    _launch_step((hidden, weight, bias, image, workspace), plan, shared_bytes, architecture, out, wide)
+    _, counts, _, ids, logits = out
+    count = counts[:, -1]
+    arguments = Widen(*(t.data_ptr() for t in (ids, logits, count, wide)), len(hidden), plan.vocab_size, plan.candidates, count.stride(0))
+    device = hidden.device.index
+    with torch.cuda.device(device):
+        handle = function("head_step.cu", "flashhead_widen", device, architecture)
+        blocks = min(max(1, torch.cuda.get_device_properties(device).multi_processor_count // len(hidden)), -(-plan.vocab_size // THREADS))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        launch(handle, (blocks, len(hidden), 1), THREADS, 0, torch.cuda.current_stream(device).cuda_stream, ctypes.addressof(pointers))
+    return (*out, wide)
+
+
+@head_logits.register_fake
+def _(hidden, weight, bias, image, workspace, layout, shared_bytes, architecture):  # type: ignore[no-untyped-def]
+    plan = layout_of(layout)
+    return (*head_step_out(hidden, plan.stages, plan.candidates), hidden.new_empty(len(hidden), plan.vocab_size, dtype=torch.float32))
 
 
 @torch.library.custom_op("flashhead::dense_head", mutates_args={"workspace"}, device_types="cuda")

@@ -25,6 +25,7 @@ HISTOGRAM = 2052
 PASSES = 7
 MAX_SLOTS = 1 << 20
 MAX_BITS_BYTES = 256  # 16 lanes hold four words each
+ALWAYS = 0x8000  # beside a token's cluster
 MAX_CLUSTERS = 32 * THREADS  # a thread keeps a bit for each that it looks at
 PART_COLUMNS = 256  # columns of a codebook group that share a part: their sums meet at one address
 PHASES = MAX_STAGES + 1  # that have a message: each code, the exact rows
@@ -54,11 +55,11 @@ class Layout(ctypes.Structure):
 
     _fields_: ClassVar[Fields] = [
         *[(n, I) for n in ("vocab_size", "hidden_size", "clusters", "cluster_size", "coordinates", "stages", "tables", "always")],
-        *[("token_table_at", U), ("filled_at", U), ("least_filled", I), ("always_at", U), ("chunks", I)],
+        *[("token_table_at", U), ("cluster_of_at", U), ("filled_at", U), ("least_filled", I), ("always_at", U), ("chunks", I)],
         *[(n, U) for n in ("rotation_at", "virtual_at", "mean_at", "row_scale_at")],
         *[("bound_slope", F), ("bound_base", F), ("state_power", F)],
         ("centroid", Stage),
-        *[("probe_margin", F), ("probe_cap", I), ("candidates", I), ("parts", I), ("capacity", I)],
+        *[("probe_margin", F), ("probe_cap", I), ("tail_scale", F), ("tail_offset", F), ("candidates", I), ("parts", I), ("capacity", I)],
         *[("small_at", U), ("small_bytes", I), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
         *[(n, I) for n in ("blocks", "chunks_a_block", "clusters_a_block", "shared_z", "shared_x", "shared_state", "shared_work")],
         *[(n, I) for n in ("shared_items", "shared_clusters", "shared_errors", "shared_small")],
@@ -68,11 +69,20 @@ class Layout(ctypes.Structure):
     ]
 
 
+class Widen(ctypes.Structure):
+    """`FlashHeadWiden` of head_step.h."""
+
+    _fields_ = [
+        *[(n, ctypes.c_void_p) for n in ("ids", "logits", "count", "wide")],
+        *[(n, I) for n in ("rows", "vocab_size", "candidates", "count_stride")],
+    ]
+
+
 class Arguments(ctypes.Structure):
     """`FlashHeadArguments` of head_step.h."""
 
     _fields_ = [
-        *[(n, ctypes.c_void_p) for n in ("hidden", "weight", "bias", "image", "workspace", "token", "counts", "capped", "ids", "logits")],
+        *[(n, ctypes.c_void_p) for n in ("hidden", "weight", "bias", "image", "workspace", "token", "counts", "capped", "ids", "logits", "wide")],
         *[("rows", I), ("hidden_bf16", I), ("weight_bf16", I)],
         ("layout", Layout),
     ]
@@ -140,6 +150,7 @@ def pack(index: HeadIndex) -> Packed:
     layout.coordinates = index.hidden_size if index.rotation is None else index.rotation.columns + 1
     layout.always, layout.state_power = index.always_scored.size, index.state_power
     layout.probe_margin, layout.probe_cap = index.probe.margin, index.probe.cap
+    layout.tail_scale, layout.tail_offset = index.tail_scale, index.tail_offset
     most = index.probe.cap * index.cluster_size + index.always_scored.size
     layout.candidates = min(index.slots, index.stages[-1].gate.cap if index.stages else most)
 
@@ -187,7 +198,7 @@ def pack(index: HeadIndex) -> Packed:
             layout.bound_slope, layout.bound_base = max(layout.bound_slope, slope), max(layout.bound_base, base)
     for t, book in books:
         t.book_at = image.add(book)
-    layout.token_table_at = image.add(index.token_table)
+    layout.token_table_at, layout.cluster_of_at = image.add(index.token_table), image.add(clusters_of_tokens(index))
     for i, (stage, s) in enumerate(zip(index.stages, layout.stage)):
         s.margin, s.cap = stage.gate.margin, stage.gate.cap
         table = pack_code(image, s, stage.rows, stage.gate.error, table, index.cluster_size if i == 0 else 0)
@@ -244,6 +255,13 @@ def check_codes(index: HeadIndex) -> None:
     for coded in (index.centroids, *(stage.rows for stage in index.stages)):
         size = coded.data.shape[1] if coded.kind == "bits" else 0
         want(size <= MAX_BITS_BYTES, "size of a bits code", size, f"at most {MAX_BITS_BYTES} bytes a row")
+
+
+def clusters_of_tokens(index: HeadIndex) -> np.ndarray:
+    """Each token's cluster, with `ALWAYS` where it is always scored, [V] uint16."""
+    clusters = (slot_of_token(index) // index.cluster_size).astype(np.uint16)
+    clusters[index.always_scored] |= ALWAYS
+    return clusters
 
 
 def inverse_errors(gate: Gate) -> np.ndarray:

@@ -6,6 +6,7 @@
 //   token    out  [N] int64: largest exact logit, the smaller id on ties
 //   counts   out  [N, 2 + stages] int64: clusters opened, slots scored by each code, rows scored exactly
 //   capped   out  [N] uint8; ids [N, C] int64 and logits [N, C] fp32: the rows scored exactly, in no order
+//   wide     out  [N, V] fp32 or null: full-width logits, once flashhead_widen has been over them
 //
 // Judge: flashhead_edge/reference.py. Launch: grid = (groups * layout.blocks), 512 threads, every block resident at once
 // (cooperative); group g takes the rows g, g + groups, ...; a row never looks at its neighbours.
@@ -30,6 +31,7 @@
 #include "head_gates.cuh"
 #include "head_probe.cuh"
 #include "head_rotate.cuh"
+#include "head_wide.cuh"
 
 // Loops are unrolled only where it pays: a step runs most instructions once.
 
@@ -147,6 +149,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             const unsigned slot = mine ? __ldg((const unsigned*)(a.image + L.always_at) + i) : 0, k = slot / size;
             append(items, mine && !is_open(gate, k), make_uint2(slot, __float_as_uint(cluster_scores[k])));
         }
+        if (a.wide) write_tails(a, gate, row, block);
         __syncthreads();
         unsigned n = count;
         Collected all = {best, 0, 0};
@@ -169,6 +172,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             __syncthreads();
             best = block_max(score_items(a, stage, items, n + scouts, shared), keys);
             if (threadIdx.x == 0) count = 0;
+            if (a.wide) write_scores(a, items, n, row);
             __syncthreads();
             const float nearly = unordered((unsigned)(best >> 32));
 #pragma unroll 1

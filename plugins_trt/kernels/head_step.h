@@ -16,6 +16,8 @@
 #define FLASHHEAD_PASSES 7          // of the threshold search, at most
 #define FLASHHEAD_HISTOGRAM 2052    // counters of a pass: the bins, and one for keys above the first interval
 #define FLASHHEAD_MAX_NUMBER 20     // bits of a slot number: 1,048,576 slots
+#define FLASHHEAD_ALWAYS 0x8000u    // beside a cluster's number, which is below it
+#define FLASHHEAD_BELOW 0.0078125f  // reference.BELOW
 
 // A product code's tables: the sums <codebook entry, z> of 256 entries for each part of a group of columns.
 struct FlashHeadTable {
@@ -46,6 +48,7 @@ struct FlashHeadStage {
 struct FlashHeadLayout {
     int vocab_size, hidden_size, clusters, cluster_size, coordinates, stages, tables, always;
     unsigned token_table_at;    // [clusters * cluster_size] int
+    unsigned cluster_of_at;     // [vocab_size] unsigned short: a token's cluster, and FLASHHEAD_ALWAYS where it is always scored
     unsigned filled_at;         // [clusters] unsigned char: slots that hold a token, always the first ones
     int least_filled;           // the smallest of them
     unsigned always_at;         // [always] int slots
@@ -60,6 +63,7 @@ struct FlashHeadLayout {
     struct FlashHeadStage centroid;  // product or bits; without a rotation rows_at alone counts: [clusters, hidden_size] float16
     float probe_margin;
     int probe_cap;
+    float tail_scale, tail_offset;  // of a cluster's score, for the full-width logits of its tokens that no code scores
     int candidates;             // most rows scored exactly
     int parts;                  // of all tables
     int capacity;               // items that a block can hold, twice
@@ -89,6 +93,16 @@ struct FlashHeadArguments {
     unsigned char* capped;       // out [rows] 0 or 1
     long long* ids;              // out [rows, candidates], the first counts[.., 1 + stages] are written, in no order
     float* logits;               // out [rows, candidates]
+    float* wide;                 // out [rows, vocab_size] what tokens without an exact row get in full-width logits, before flashhead_widen; or null
     int rows, hidden_bf16, weight_bf16;
     struct FlashHeadLayout layout;
+};
+
+// What flashhead_widen reads and writes: a step's outputs, under the names that they have there.
+struct FlashHeadWiden {
+    const long long* ids;
+    const float* logits;
+    const long long* count;      // of row n at count[n * count_stride]
+    float* wide;
+    int rows, vocab_size, candidates, count_stride;
 };

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashhead_edge.bench.head import with_shares
+from flashhead_edge.bench.head import LOGITS_WITHIN, with_shares
 from flashhead_edge.cases import CASES, made_index, made_rows, made_states
 from flashhead_edge.kernels.head import cuda_head
 from flashhead_edge.reference import run_stages, torch_head
@@ -106,6 +106,43 @@ def test_grid_batch_and_repetition_change_nothing(case):
     assert torch.equal(alone, steps[0].token)
 
 
+@pytest.mark.parametrize("board", ["found", "Orin Nano"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_full_width_logits_are_those_of_the_reference(case, board):
+    """Exact ones are the step's; coded ones and tails are float32 sums of what the reference sums in float64."""
+    index, weight, hidden, _, near = heads(case, torch.bfloat16)
+    head = cuda_head(index, weight, **BOARDS[board])
+    want = torch_head(index, weight).logits(hidden)
+    for part in (slice(0, 1), slice(1, 20), slice(20, STATES)):
+        step, logits = head.step_with_logits(hidden[part])
+        alone = head.step(hidden[part])
+        assert torch.equal(step.token, alone.token) and torch.equal(step.ids, alone.ids)
+        assert logits.shape == (len(alone.token), case.vocab_size) and bool(logits.isfinite().all())
+        assert torch.equal(logits.argmax(1), step.token)
+        there = step.ids >= 0
+        assert torch.equal(logits.gather(1, step.ids.clamp(min=0))[there], step.logits[there])
+        others = logits.scatter(1, step.ids.clamp(min=0), -math.inf)  # id 0 stands for none: at worst one token less is looked at
+        least = step.logits.masked_fill(~there, math.inf).amin(1)
+        assert bool((others.bfloat16().amax(1) < least.bfloat16()).all())
+        clear = ~near[part]
+        size = want[part].abs().amax(1, keepdim=True)
+        assert bool(((logits - want[part]).abs() <= LOGITS_WITHIN * (1 + size))[clear].all())
+
+
+def test_full_width_logits_in_a_graph():
+    index, weight, hidden, _, _ = heads(SMALL[0], torch.bfloat16)
+    head, state = cuda_head(index, weight), hidden[:4].clone()
+    head.launch_logits(state)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        *_, logits = head.launch_logits(state)
+    for start in range(0, 64, 4):
+        state.copy_(hidden[start : start + 4])
+        logits.fill_(math.nan)
+        graph.replay()
+        assert torch.equal(logits, head.logits(hidden[start : start + 4]))
+
+
 def test_a_graph_replays_on_new_states():
     case = SMALL[0]
     index, weight, hidden, want, near = heads(case, torch.bfloat16)
@@ -128,4 +165,5 @@ def test_fakes_say_the_shapes():
     head.launch(hidden[:4])
     made, workspace = head.plans[4]
     arguments = (hidden[:4], weight, None, head.image, workspace, made.words(), made.shared_bytes, head.architecture)
-    torch.library.opcheck(torch.ops.flashhead.head_step.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    for operator in (torch.ops.flashhead.head_step, torch.ops.flashhead.head_logits):
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
