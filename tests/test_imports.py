@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": DATA | {"reference"},
     "integrations": HEADS | {"checkpoint", "kernels"},
     "exact": LEAVES,
-    "generation": HEADS | {"checkpoint", "capture", "integrations", "exact"},
+    "generation": HEADS | {"checkpoint", "capture", "integrations", "exact", "kernels"},
     "inspection": DATA | {"checkpoint", "evaluation"},
     "report": DATA | {"evaluation", "rivals"},
     "bench": MIDDLE | {"report", "caps"},

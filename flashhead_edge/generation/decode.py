@@ -20,7 +20,7 @@ from flashhead_edge.decoding import Sampling, check_tokens, choose, gumbel, proc
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.exact import round_length
 from flashhead_edge.generation.engine import Body, Detokenizer, Engine, body_reads, load_engine, prompt_ids
-from flashhead_edge.reference import dense_tokens, exact_logits, packed, run_stages, step, widened
+from flashhead_edge.reference import dense_tokens, exact_logits
 
 EXTRA = 32  # tokens that a step which is not plain greedy scores exactly beside the candidates
 FEW_ALLOWED = 2048  # up to here the allowed tokens are all scored exactly, and nothing else is
@@ -202,17 +202,16 @@ def next_token(run: Run, hidden: Tensor) -> int:
     allowed = None if s.allowed is None else np.asarray(s.allowed, np.int64)
     if allowed is not None and len(allowed) <= FEW_ALLOWED:
         return _choose_exactly(run, hidden, allowed)
-    trail = run_stages(head, hidden)
-    found = packed(head, trail)
-    run.count(found.counts, found.capped)
     if s.greedy and not s.changes_logits:
-        return int(found.token[0])
+        return _fast(run, hidden)
+    found, full = head.step_with_logits(hidden)
+    run.count(found.counts, found.capped)
     known = found.ids[0].cpu().numpy()
     known = known[known >= 0]
     if allowed is not None and not np.isin(known, allowed).any():
         return _choose_exactly(run, hidden, allowed)
     every = np.arange(engine.vocab_size)[None]
-    wide = process(every, widened(head, trail).cpu().numpy(), s, run.prompt, run.output, engine.scale, engine.softcap)
+    wide = process(every, full.cpu().numpy(), s, run.prompt, run.output, engine.scale, engine.softcap)
     if not s.greedy:
         wide = wide / s.temperature + gumbel(s.seed, [run.chosen], every)
     best = np.argpartition(-wide[0], min(EXTRA, wide.shape[1] - 1))[:EXTRA]
@@ -294,7 +293,7 @@ def exact_stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, 
 
 @torch.no_grad()
 def _fast(run: Run, hidden: Tensor) -> int:
-    found = step(run.engine.head, hidden)
+    found = run.engine.head.step(hidden)
     run.count(found.counts, found.capped)
     return int(found.token[0])
 

@@ -19,11 +19,13 @@ from torch import Tensor
 from flashhead_edge.capture import check_finite
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.exact import Record
-from flashhead_edge.integrations.hf import output_head
-from flashhead_edge.reference import TorchHead, torch_head
+from flashhead_edge.integrations.hf import head_on_device, output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from flashhead_edge.kernels.head import CudaHead
+    from flashhead_edge.reference import TorchHead
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class Engine:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None  # None: pieces of text stay empty
-    head: TorchHead
+    head: TorchHead | CudaHead
     scale: float = 1.0  # the model multiplies its raw logits by this,
     softcap: float | None = None  # then caps them softly
     record: Record = field(default_factory=Record)
@@ -83,7 +85,7 @@ def load_engine(folder: str | Path, device: str = "cpu", threads: int | None = N
     model = load_model(folder, device=device, dtype=kind, trust_remote_code=trust_remote_code)
     module = output_head(model)
     bias = module.bias if "bias" in module._parameters else None
-    head = torch_head(index, module.weight.detach(), None if bias is None else bias.detach())  # type: ignore[operator, union-attr]
+    head = head_on_device(index, module.weight.detach(), None if bias is None else bias.detach())  # type: ignore[operator, union-attr, arg-type]
     return Engine(model, load_tokenizer(folder, trust_remote_code=trust_remote_code), head, weights.scale, weights.softcap)
 
 

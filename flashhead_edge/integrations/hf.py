@@ -3,26 +3,31 @@
 `FlashHead.load(folder).attach(model)` replaces what the model's output embedding computes, and nothing else: the
 module, its weights and the state dict stay, so tied embeddings stay tied, saving writes what it wrote before, and
 whatever the model does after the head (scale, soft-cap) still happens. `detach()` puts the module back as it was.
+On an NVIDIA GPU, over rows in 16 bits, the CUDA kernels compute the head; where they cannot, the log says why.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from flashhead_edge.errors import CheckpointError, SettingsError, UnsupportedModelError
+from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError, UnsupportedModelError
 from flashhead_edge.head import Step
 from flashhead_edge.index import HeadIndex
-from flashhead_edge.reference import TorchHead, full_logits, step, step_with_logits, torch_head
+from flashhead_edge.reference import TorchHead, torch_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from flashhead_edge.kernels.head import CudaHead
+
 PADDING_LOGIT = -3.0e4  # of rows beyond the vocabulary: finite in float16, and of probability 0 after any model's scale
 BLOCK_NUMBERS = 1 << 22  # full-width numbers made at a time, for calls of many rows
+LOG = logging.getLogger(__name__)
 
 
 class FlashHead:
@@ -34,7 +39,7 @@ class FlashHead:
         self.device = torch.device(device)
         self._module: nn.Module | None = None
         self._before: Any = None
-        self._alone: TorchHead | None = None
+        self._alone: TorchHead | CudaHead | None = None
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> FlashHead:
@@ -56,7 +61,7 @@ class FlashHead:
         return self._module is not None
 
     @property
-    def torch_head(self) -> TorchHead:
+    def computed(self) -> TorchHead | CudaHead:
         """The head on its device: over the model's rows where attached, else over the folder's, read once."""
         if self._module is not None:
             return self._module.forward.current()  # type: ignore[operator, union-attr, attr-defined]
@@ -68,23 +73,23 @@ class FlashHead:
             weights = read_head(open_source(self.folder))
             read_index(self.folder, weights)  # an index for other weights is refused here
             bias = None if weights.bias is None else weights.bias.to(self.device)
-            self._alone = torch_head(self.index, weights.weight.to(self.device), bias)
+            self._alone = head_on_device(self.index, weights.weight.to(self.device), bias)
         return self._alone
 
     def step(self, hidden: Tensor) -> Step:
         """One step for hidden states [N, d], any float dtype, after the final norm: see `head.Step`."""
         with torch.no_grad():
-            return step(self.torch_head, hidden.to(self.torch_head.weight.device))
+            return self.computed.step(hidden.to(self.computed.weight.device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Full-width raw logits [N, V] float32, every one finite."""
         with torch.no_grad():
-            return full_logits(self.torch_head, hidden.to(self.torch_head.weight.device))
+            return self.computed.logits(hidden.to(self.computed.weight.device))
 
     def step_with_logits(self, hidden: Tensor) -> tuple[Step, Tensor]:
         """Both from one pass of the stages."""
         with torch.no_grad():
-            return step_with_logits(self.torch_head, hidden.to(self.torch_head.weight.device))
+            return self.computed.step_with_logits(hidden.to(self.computed.weight.device))
 
     def attach(self, model: PreTrainedModel) -> FlashHead:
         """Make `model` use this head. Its output embedding then gives full-width logits in float32, without gradient.
@@ -117,7 +122,7 @@ class FlashHead:
         self._module = self._before = None
 
     def __repr__(self) -> str:
-        where = f"attached on {self.torch_head.weight.device}" if self.attached else "not attached"
+        where = f"attached on {self.computed.weight.device}" if self.attached else "not attached"
         return f"FlashHead({self.index.vocab_size:,} x {self.index.hidden_size:,}, {self.index.n_clusters:,} clusters, {where})"
 
 
@@ -125,14 +130,19 @@ class _Replaced:
     """The forward of an output embedding under FlashHead: hidden states [..., d] to logits [..., rows of the matrix]."""
 
     def __init__(self, module: nn.Module, index: HeadIndex) -> None:
-        self.module = module
-        self.head = torch_head(index, module.weight, bias_of(module))  # type: ignore[arg-type]
+        self.module, self.index = module, index
+        self.head, self.place = self.made()
 
-    def current(self) -> TorchHead:
+    def made(self) -> tuple[TorchHead | CudaHead, tuple[torch.device, int]]:
+        """The head over the module's weights, and where those lie."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return head_on_device(self.index, weight, bias_of(self.module)), (weight.device, weight.data_ptr())
+
+    def current(self) -> TorchHead | CudaHead:
         """The head over the module's weights as they are now: the model may have moved to another device since."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        if self.head.weight is not weight or self.head.token_table.device != weight.device:
-            self.head = torch_head(self.head.index, weight, bias_of(self.module))
+        if self.head.weight is not weight or self.place != (weight.device, weight.data_ptr()):
+            self.head, self.place = self.made()
         return self.head
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -143,8 +153,25 @@ class _Replaced:
         block = max(1, BLOCK_NUMBERS // vocab)
         with torch.no_grad():
             for start in range(0, len(flat), block):
-                out[start : start + block, :vocab] = full_logits(head, flat[start : start + block])
+                out[start : start + block, :vocab] = head.logits(flat[start : start + block])
         return out.view(*hidden.shape[:-1], rows)
+
+
+def head_on_device(index: HeadIndex, weight: Tensor, bias: Tensor | None = None) -> TorchHead | CudaHead:
+    """The head over the model's own rows [V or more, d], by the CUDA kernels where they can compute it, else by the reference; the log says which and why."""
+    if weight.device.type != "cuda":
+        return torch_head(index, weight, bias)
+    try:
+        if weight.dtype not in (torch.float16, torch.bfloat16):
+            raise DeviceError(f"head: its rows are {weight.dtype}, the CUDA kernels read float16 and bfloat16; load the model in one of them")
+        from flashhead_edge.kernels.head import cuda_head
+
+        head = cuda_head(index, weight, bias)
+        head.launch(weight.new_zeros(1, index.hidden_size))  # compiles, so that what is missing is said here
+    except DeviceError as error:
+        LOG.warning("%s: the torch reference computes the head on %s, slowly", error, weight.device)
+        return torch_head(index, weight, bias)
+    return head
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:

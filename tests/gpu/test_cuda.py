@@ -1,4 +1,6 @@
-"""The same code on a GPU: the reference, clustering and a whole conversion. Skipped where there is no GPU."""
+"""The same code on a GPU: the reference, clustering, a whole conversion, and decoding with it. Skipped where there is no GPU."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,7 +12,11 @@ from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, rea
 from flashhead_edge.clustering import cluster
 from flashhead_edge.coding import decode, encode, to_torch
 from flashhead_edge.conversion import convert
-from flashhead_edge.reference import dense_tokens, full_logits, torch_head
+from flashhead_edge.decoding import Sampling
+from flashhead_edge.generation import load_engine, stream
+from flashhead_edge.integrations.hf import FlashHead
+from flashhead_edge.kernels.head import CudaHead
+from flashhead_edge.reference import TorchHead, dense_tokens, full_logits, torch_head
 
 pytestmark = pytest.mark.gpu
 
@@ -59,3 +65,28 @@ def test_conversion_keeps_its_promise(tmp_path):
     found = torch_head(read_index(tmp_path / "out", head), head.weight).step(fresh)
     assert summary["reached"]
     assert float((found.token == dense_tokens(head.weight, None, fresh, head.vocab_size)).float().mean()) >= 0.95
+
+
+def test_attach_and_generate_run_on_the_kernels(tmp_path, caplog):
+    source = save_model(tmp_path / "model")
+    convert(source, tmp_path / "out", positions=2000, target=0.95)
+    engine = load_engine(tmp_path / "out", device="cuda", dtype="bfloat16")
+    assert isinstance(engine.head, CudaHead) and not caplog.records
+    slow = dataclasses.replace(engine, head=torch_head(engine.head.index, engine.head.weight, engine.head.bias))
+    for sampling in (Sampling(), Sampling(temperature=0.8, top_k=20, seed=3), Sampling(repetition_penalty=1.3)):
+        assert ids_of(engine, 40, sampling) == ids_of(slow, 40, sampling)
+
+    head = FlashHead.load(tmp_path / "out").attach(engine.model)
+    prompt = torch.tensor([[5, 6, 7]], device="cuda")
+    said = engine.model.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    assert isinstance(head.computed, CudaHead)
+    head.detach()
+    assert said == ids_of(engine, 20, Sampling())
+
+    wide = load_engine(tmp_path / "out", device="cuda", dtype="float32")
+    assert isinstance(wide.head, TorchHead)
+    assert "its rows are torch.float32, the CUDA kernels read float16 and bfloat16" in caplog.text
+
+
+def ids_of(engine, most, sampling):
+    return [token.id for token in stream(engine, [5, 6, 7], most, sampling)]

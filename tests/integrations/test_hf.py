@@ -106,7 +106,7 @@ def test_attaching_adds_no_copy_of_the_head(tied):
     head = FlashHead(index).attach(model)
     model.generate(PROMPT, do_sample=False, max_new_tokens=3, pad_token_id=0)
     after = tensor_bytes()
-    assert head.torch_head.weight.data_ptr() == model.lm_head.weight.data_ptr() == address
+    assert head.computed.weight.data_ptr() == model.lm_head.weight.data_ptr() == address
     assert (model.get_input_embeddings().weight.data_ptr() == address) == tied
     added = {a: b for a, b in after.items() if a not in before}
     assert max(added.values(), default=0) < head_bytes / 4
