@@ -37,7 +37,7 @@ def measure(folder: str, text: Path, positions: int) -> list[dict[str, Any]]:
     from flashhead_edge.generation.decode import next_token, start
     from flashhead_edge.reference import dense_logits, step
 
-    engine = load_engine(folder)
+    engine = load_engine(folder, "cpu")
     assert engine.tokenizer is not None
     ids = torch.tensor(engine.tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][:positions])
     states = capture_ids(engine.model, ids)

@@ -45,7 +45,7 @@ def measure(folder: str, tokens: int, prompts: int) -> dict[str, Any]:
 
     from flashhead_edge.generation import exact_stream, load_engine, prompt_ids
 
-    engine = load_engine(folder)
+    engine = load_engine(folder, "cpu")
     stop, engine.model.generation_config.eos_token_id = engine.model.generation_config.eos_token_id, []
     padding = list(range(engine.vocab_size, len(engine.head.weight))) or None
     found: dict[str, Any] = {"checkpoint": folder, "prompts": prompts, "tokens": 0, "equal_tokens": 0, "missed": 0, "rounds": 0, "repeated_steps": 0}

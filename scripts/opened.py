@@ -23,7 +23,7 @@ def measure(folder: str, texts: list[Path], positions: int) -> dict[str, Any]:
     from flashhead_edge.capture import capture_text
     from flashhead_edge.generation import load_engine
 
-    engine = load_engine(folder)
+    engine = load_engine(folder, "cpu")
     index, counts = engine.head.index, []
     for path in texts:
         states = capture_text(engine.model, engine.tokenizer, path.name, path.read_text(encoding="utf-8"), positions).states

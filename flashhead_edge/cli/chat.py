@@ -24,7 +24,9 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an
 @generation_options
 @json_option
 @common_options
-def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, torch_device: str, trust_remote_code: bool, as_json: bool, **options: Any) -> None:
+def chat(
+    out: Path, system: str | None, max_new_tokens: int, exact: bool, torch_device: str | None, trust_remote_code: bool, as_json: bool, **options: Any
+) -> None:
     """Talk with the checkpoint OUT in its chat template. Answers stream to stdout.
 
     /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. With --json the conversation is

@@ -22,7 +22,15 @@ EXACT_FIGURES = ("rounds", "missed", "repeated_steps", "repeated_share")  # that
 @json_option
 @common_options
 def generate(
-    out: Path, prompt: str, chat: bool | None, max_new_tokens: int, exact: bool, torch_device: str, trust_remote_code: bool, as_json: bool, **options: Any
+    out: Path,
+    prompt: str,
+    chat: bool | None,
+    max_new_tokens: int,
+    exact: bool,
+    torch_device: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Answer a prompt with the checkpoint OUT. The answer alone goes to stdout, figures to stderr."""
     sampling = take_sampling(options, exact)

@@ -21,7 +21,7 @@ OPTIONS = (
     click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same answer."),
     click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Tokens of an answer at most."),
     click.option("--exact", is_flag=True, help="The dense head's greedy text, token for token, verified in blocks."),
-    click.option("--torch-device", metavar="NAME", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, ..."),
+    click.option("--torch-device", metavar="NAME", help="Where the model runs: cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along."),
 )
 

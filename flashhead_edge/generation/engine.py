@@ -59,20 +59,23 @@ class Engine:
         return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
 
 
-def load_engine(folder: str | Path, device: str = "cpu", threads: int | None = None, *, dtype: str = "float32", trust_remote_code: bool = False) -> Engine:
+def load_engine(
+    folder: str | Path, device: str | None = None, threads: int | None = None, *, dtype: str | None = None, trust_remote_code: bool = False
+) -> Engine:
     """Load a FlashHead checkpoint for decoding.
 
     Args:
-        device: a torch device.
+        device: a torch device; None is a GPU if there is one.
         threads: threads of the CPU that torch may use; None leaves its own choice.
-        dtype: of the body, by torch's name.
+        dtype: of body and head, by torch's name; None is float32 on a CPU, which adds 16-bit numbers slowly, and what the head is stored in elsewhere.
     Raises:
         CheckpointError: no FlashHead checkpoint, or a broken one.
         SettingsError: `threads` or `dtype` is out of range.
     """
     from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head, read_index
 
-    kind = getattr(torch, dtype, None)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = getattr(torch, dtype or "float32", None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise SettingsError(f"generate: dtype is {dtype}, expected float32, bfloat16 or float16; call again with one of them")
     if threads is not None:
@@ -82,6 +85,8 @@ def load_engine(folder: str | Path, device: str = "cpu", threads: int | None = N
     folder = Path(folder)
     weights = read_head(open_source(folder, trust_remote_code=trust_remote_code))
     index = read_index(folder, weights)
+    if dtype is None and torch.device(device).type != "cpu":
+        kind = weights.weight.dtype
     model = load_model(folder, device=device, dtype=kind, trust_remote_code=trust_remote_code)
     module = output_head(model)
     bias = module.bias if "bias" in module._parameters else None

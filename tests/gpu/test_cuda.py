@@ -70,8 +70,8 @@ def test_conversion_keeps_its_promise(tmp_path):
 def test_attach_and_generate_run_on_the_kernels(tmp_path, caplog):
     source = save_model(tmp_path / "model")
     convert(source, tmp_path / "out", positions=2000, target=0.95)
-    engine = load_engine(tmp_path / "out", device="cuda", dtype="bfloat16")
-    assert isinstance(engine.head, CudaHead) and not caplog.records
+    engine = load_engine(tmp_path / "out")
+    assert isinstance(engine.head, CudaHead) and "CUDA kernels" not in caplog.text
     slow = dataclasses.replace(engine, head=torch_head(engine.head.index, engine.head.weight, engine.head.bias))
     for sampling in (Sampling(), Sampling(temperature=0.8, top_k=20, seed=3), Sampling(repetition_penalty=1.3)):
         assert ids_of(engine, 40, sampling) == ids_of(slow, 40, sampling)
