@@ -92,7 +92,7 @@ MAY_NEED: dict[str, set[str]] = {
     "conversion": TORCH,
     "quantize": TORCH | {"safetensors"},
     "kernels": TORCH,
-    "integrations": TORCH | {"transformers"},
+    "integrations": TORCH | {"transformers", "vllm"},
     "exact": set(),
     "generation": TORCH,
     "inspection": NUMPY,

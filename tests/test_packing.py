@@ -6,7 +6,7 @@ import pytest
 from flashhead_edge.cases import CASES, made_bits, made_index, made_product
 from flashhead_edge.coding import decode, to_torch
 from flashhead_edge.errors import DeviceError
-from flashhead_edge.kernels.packing import bit_weights, factors, fields, pack, pack_book, pack_rotation, plan, row_records, table_bound
+from flashhead_edge.kernels.packing import bit_weights, factors, fields, pack, pack_book, pack_rotation, plan, plans, row_records, table_bound
 
 
 def decoded(coded):
@@ -103,10 +103,14 @@ def test_fields_read_what_was_packed():
 def test_every_small_case_has_a_plan_for_every_board(case):
     packed = pack(made_index(case))
     for processors, shared in ((8, 163 << 10), (16, 163 << 10), (84, 99 << 10), (132, 227 << 10)):
-        for rows in (1, 32):
-            made = plan(packed, processors, shared, rows)
-            assert made.shared_bytes <= shared
-            assert made.blocks * min(rows, processors) <= processors or made.blocks == 1
+        made = plans(packed, processors, shared, 32)
+        for rows, one in enumerate(made, 1):
+            assert one.shared_bytes <= shared
+            assert max(1, processors // rows) <= one.blocks <= processors
+            # plans share a workspace: a row's part of it is laid out alike
+            for name in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_histograms"):
+                assert getattr(one.layout, name) == getattr(made[0].layout, name), name
+            assert not one.layout.row_items or plan(packed, processors, shared, 1).layout.row_items
 
 
 def test_a_code_without_a_kernel_is_refused():

@@ -215,7 +215,7 @@ def copies_of(bytes_read: float) -> int:
 
 def twin(head: CudaHead) -> CudaHead:
     """The same head in other memory: its own image, the same matrix."""
-    return dataclasses.replace(head, image=head.image.clone(), plans={})
+    return dataclasses.replace(head, image=head.image.clone(), workspace=torch.zeros_like(head.workspace))
 
 
 def steps_of(

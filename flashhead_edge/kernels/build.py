@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,22 +105,29 @@ def instance(source: str, expression: str, device: int, architecture: str) -> An
     return _loaded(*instantiated(source, expression, architecture), device)
 
 
-def launch(
+Prepared = Callable[[int], None]  # launches on a stream
+
+
+def launch(handle: Any, blocks: tuple[int, int, int], threads: int, shared_bytes: int, stream: int, arguments: Any, **options: Any) -> None:
+    """Launch a kernel; arguments and options as in `prepare`."""
+    prepare(handle, blocks, threads, shared_bytes, arguments, **options)(stream)
+
+
+def prepare(
     handle: Any,
     blocks: tuple[int, int, int],
     threads: int,
     shared_bytes: int,
-    stream: int,
     arguments: Any,
     *,
     cooperative: bool = False,
     overlap: bool = False,
     cluster: int = 1,
-) -> None:
-    """Launch a kernel.
+) -> Prepared:
+    """A launch of a kernel that can be made many times.
 
     Args:
-        arguments: (values, ctypes), or the address of an array of pointers to them.
+        arguments: (values, ctypes), or the one structure that the kernel takes, which is read at each launch.
         cooperative: all blocks resident, or an error instead of a hang; overlap: it may begin while the launch before it ends
             (capability 9.0 and up); cluster: blocks along x that form a thread block cluster.
     """
@@ -127,7 +136,7 @@ def launch(
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    config.sharedMemBytes = shared_bytes
     attributes = []
     if cooperative:
         attribute = driver.CUlaunchAttribute()
@@ -144,7 +153,16 @@ def launch(
         attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
         attributes.append(attribute)
     config.attrs, config.numAttrs = attributes, len(attributes)
-    check(driver.cuLaunchKernelEx(config, handle, arguments, 0))
+    last = None
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments)) if isinstance(arguments, ctypes.Structure) else None
+
+    def run(stream: int) -> None:
+        nonlocal last
+        if stream != last:
+            config.hStream = last = stream
+        check(driver.cuLaunchKernelEx(config, handle, arguments if pointers is None else ctypes.addressof(pointers), 0))
+
+    return run
 
 
 def _loaded(code: bytes, name: str, device: int) -> Any:

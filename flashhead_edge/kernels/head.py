@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.index import HeadIndex
-from flashhead_edge.kernels.build import architecture_of
+from flashhead_edge.kernels.build import Prepared, architecture_of
 from flashhead_edge.kernels.crossover import stored_crossover
-from flashhead_edge.kernels.ops import HALVES, head_logits, head_step
-from flashhead_edge.kernels.packing import Packed, Plan, pack, plan
+from flashhead_edge.kernels.ops import HALVES, check_step, head_logits, head_step, head_step_out, prepare_step, prepare_widen
+from flashhead_edge.kernels.packing import Arguments, Plan, Widen, pack, plans
 
 MOST_ROWS = 32  # of one launch; more are split
 STATIC_SHARED = 8 << 10  # shared memory that the kernel declares itself, at most
@@ -29,13 +30,11 @@ class CudaHead:
     index: HeadIndex
     weight: Tensor  # [V or more, d] float16 or bfloat16
     bias: Tensor | None
-    packed: Packed
     image: Tensor  # [bytes] uint8
-    multiprocessors: int
-    shared_bytes: int  # dynamic shared memory that a block may have
+    plans: list[Plan]  # of launches of 1, 2, ... MOST_ROWS states
+    workspace: Tensor  # [bytes] uint8, of all plans: one stream at a time
     architecture: str
     dense_from: int | None = None  # batch from which on the dense head is taken; None: never
-    plans: dict[int, tuple[Plan, Tensor]] = field(default_factory=dict)  # by rows: launch plan and its workspace
 
     def launch(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`ops.head_step` of 1 to 32 hidden states: what a CUDA graph captures (after one call outside of it)."""
@@ -46,13 +45,9 @@ class CudaHead:
         return head_logits(*self.arguments(hidden))
 
     def arguments(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, list[int], int, str]:
-        """Of either operator for 1 to 32 hidden states: the plan and the workspace for so many are made once."""
-        rows = len(hidden)
-        if rows not in self.plans:
-            made = plan(self.packed, self.multiprocessors, self.shared_bytes, rows)
-            self.plans[rows] = made, torch.zeros(rows * made.row_bytes, dtype=torch.uint8, device=self.weight.device)
-        made, workspace = self.plans[rows]
-        return hidden, self.weight, self.bias, self.image, workspace, made.words(), made.shared_bytes, self.architecture
+        """Of either operator for 1 to 32 hidden states."""
+        made = self.plans[max(1, len(hidden)) - 1]
+        return hidden, self.weight, self.bias, self.image, self.workspace, made.words(), made.shared_bytes, self.architecture
 
     def token(self, hidden: Tensor) -> Tensor:
         """Greedy tokens [N] int64 alone, of any number of states; captured by CUDA graphs as `launch` is."""
@@ -89,6 +84,53 @@ class CudaHead:
         return joined([packed_step(*f[:5]) for f in found]), torch.cat([f[5] for f in found])
 
 
+def logits_launcher(head: CudaHead, width: int, totals: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """Full-width logits at the least host time: what a server calls at every step, from Python, outside of any graph.
+
+    Everything but two addresses is prepared, and a step is two launches. Other outputs go into memory of the launcher's own.
+
+    Args:
+        width: columns of the logits, V or more; those beyond V are `FLASHHEAD_PADDING` of head_step.h.
+        totals: [4] int64 on the device, grows by states, clusters opened, rows scored exactly and states that a cap cut; None: not counted.
+    Returns:
+        A function of hidden states [N, d] in 16 bits, N from 1 to 32: logits [N, width] float32 in memory that nobody else holds. Captured by CUDA graphs.
+    """
+    device = head.weight.device
+    token, counts, capped, ids, logits = head_step_out(head.weight[:MOST_ROWS], len(head.index.stages), head.plans[0].layout.candidates)
+    prepared: dict[tuple[int, torch.dtype], tuple[Arguments, Prepared, Widen, Prepared]] = {}
+
+    def made(rows: int, dtype: torch.dtype) -> tuple[Arguments, Prepared, Widen, Prepared]:
+        plan = head.plans[rows - 1]
+        check_step(head.weight.new_empty(rows, head.index.hidden_size, dtype=dtype), head.weight, head.bias, head.image, head.workspace, plan.layout)
+        inputs, out = (head.weight, head.bias, head.image, head.workspace), (token, counts, capped, ids, logits)
+        step = Arguments(
+            None, *(t.data_ptr() if t is not None else None for t in (*inputs, *out)), None,
+            rows, dtype == torch.bfloat16, head.weight.dtype == torch.bfloat16, width, plan.layout,
+        )  # fmt: skip
+        addresses = [t.data_ptr() if t is not None else None for t in (ids, logits, counts, capped, None, totals)]
+        widen = Widen(*addresses, rows, plan.layout.vocab_size, width, plan.layout.candidates, counts.shape[1])
+        with torch.cuda.device(device):
+            first = prepare_step(step, plan.blocks, plan.shared_bytes, head.architecture, device.index)
+            return step, first, widen, prepare_widen(widen, head.architecture, device.index)
+
+    def run(hidden: Tensor) -> Tensor:
+        rows = len(hidden)
+        kind = (rows, hidden.dtype)
+        if kind not in prepared:
+            prepared[kind] = made(*kind)
+        step, first, widen, second = prepared[kind]
+        out = torch.empty(rows, width, dtype=torch.float32, device=device)
+        hidden = hidden.contiguous()
+        step.hidden = hidden.data_ptr()
+        step.wide = widen.wide = out.data_ptr()
+        stream = torch.cuda.current_stream(device).cuda_stream
+        first(stream)
+        second(stream)
+        return out
+
+    return run
+
+
 def cuda_head(
     index: HeadIndex,
     weight: Tensor,
@@ -112,14 +154,15 @@ def cuda_head(
         raise SettingsError(f"cuda_head: choice is {choice!r}, expected 'flash' or 'auto'; call again with one of them")
     properties = torch.cuda.get_device_properties(weight.device)
     packed = pack(index)
+    shared = shared_bytes or properties.shared_memory_per_block_optin - STATIC_SHARED  # type: ignore[attr-defined]
+    made = plans(packed, multiprocessors or properties.multi_processor_count, shared, MOST_ROWS)
     return CudaHead(
         index=index,
         weight=weight,
         bias=bias,
-        packed=packed,
         image=torch.from_numpy(packed.image).to(weight.device),
-        multiprocessors=multiprocessors or properties.multi_processor_count,
-        shared_bytes=shared_bytes or properties.shared_memory_per_block_optin - STATIC_SHARED,  # type: ignore[attr-defined]
+        plans=made,
+        workspace=torch.zeros(MOST_ROWS * made[0].row_bytes, dtype=torch.uint8, device=weight.device),
         architecture=architecture or architecture_of(weight.device),
         dense_from=chosen_crossover(properties.name, index, weight) if choice == "auto" else None,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.errors import DeviceError, SettingsError
-from flashhead_edge.kernels.build import function, launch
+from flashhead_edge.kernels.build import Prepared, function, launch, prepare
 from flashhead_edge.kernels.packing import THREADS, Arguments, Layout, Widen
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -59,15 +59,27 @@ def _launch_step(inputs: tuple[Tensor | None, ...], plan: Layout, shared_bytes: 
     assert hidden is not None and weight is not None
     arguments = Arguments(
         *(t.data_ptr() if t is not None else None for t in (*inputs, *out, wide)),
-        len(hidden), hidden.dtype == torch.bfloat16, weight.dtype == torch.bfloat16, plan,
+        len(hidden), hidden.dtype == torch.bfloat16, weight.dtype == torch.bfloat16, plan.vocab_size, plan,
     )  # fmt: skip
     device = hidden.device.index
     with torch.cuda.device(device):
-        handle = function("head_step.cu", "flashhead_step", device, architecture)
-        groups = max(1, min(len(hidden), torch.cuda.get_device_properties(device).multi_processor_count // plan.blocks))
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        stream = torch.cuda.current_stream(device).cuda_stream
-        launch(handle, (groups * plan.blocks, 1, 1), THREADS, shared_bytes, stream, ctypes.addressof(pointers), cooperative=True)
+        prepare_step(arguments, plan.blocks, shared_bytes, architecture, device)(torch.cuda.current_stream(device).cuda_stream)
+
+
+def prepare_step(arguments: Arguments, blocks: int, shared_bytes: int, architecture: str, device: int) -> Prepared:
+    """The launch of `flashhead_step`; `blocks` share a row. `arguments` are read at each launch."""
+    groups = max(1, min(arguments.rows, torch.cuda.get_device_properties(device).multi_processor_count // blocks))
+    handle = function("head_step.cu", "flashhead_step", device, architecture)
+    return prepare(handle, (groups * blocks, 1, 1), THREADS, shared_bytes, arguments, cooperative=True)
+
+
+def prepare_widen(arguments: Widen, architecture: str, device: int) -> Prepared:
+    """The launch of `flashhead_widen`, right behind the step's: likewise."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = min(max(1, processors // arguments.rows), -(-arguments.wide_stride // THREADS))
+    handle = function("head_step.cu", "flashhead_widen", device, architecture)
+    waits = int(architecture.rpartition("_")[2]) >= 90  # code for these waits by itself for the launch before it
+    return prepare(handle, (blocks, arguments.rows, 1), THREADS, 0, arguments, overlap=waits)
 
 
 @head_step.register_fake
@@ -92,15 +104,13 @@ def head_logits(
     if not len(hidden):
         return (*out, wide)
     _launch_step((hidden, weight, bias, image, workspace), plan, shared_bytes, architecture, out, wide)
-    _, counts, _, ids, logits = out
-    count = counts[:, -1]
-    arguments = Widen(*(t.data_ptr() for t in (ids, logits, count, wide)), len(hidden), plan.vocab_size, plan.candidates, count.stride(0))
+    _, counts, capped, ids, logits = out
+    pointers = (ids, logits, counts, capped, wide)
+    sizes = (len(hidden), plan.vocab_size, plan.vocab_size, plan.candidates, counts.shape[1])
+    arguments = Widen(*(t.data_ptr() for t in pointers), None, *sizes)
     device = hidden.device.index
     with torch.cuda.device(device):
-        handle = function("head_step.cu", "flashhead_widen", device, architecture)
-        blocks = min(max(1, torch.cuda.get_device_properties(device).multi_processor_count // len(hidden)), -(-plan.vocab_size // THREADS))
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        launch(handle, (blocks, len(hidden), 1), THREADS, 0, torch.cuda.current_stream(device).cuda_stream, ctypes.addressof(pointers))
+        prepare_widen(arguments, architecture, device)(torch.cuda.current_stream(device).cuda_stream)
     return (*out, wide)
 
 
@@ -230,9 +240,8 @@ def decode(
     with torch.cuda.device(device):
         handle = function("decode.cu", "flashhead_decode", device, architecture)
         stream = torch.cuda.current_stream(device).cuda_stream
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         shared_bytes = 8 * max(64, 1 << (width - 1).bit_length())
-        launch(handle, (len(ids), 1, 1), DECODE_THREADS, shared_bytes, stream, ctypes.addressof(parameters))
+        launch(handle, (len(ids), 1, 1), DECODE_THREADS, shared_bytes, stream, arguments)
     return out
 
 

@@ -73,8 +73,8 @@ class Widen(ctypes.Structure):
     """`FlashHeadWiden` of head_step.h."""
 
     _fields_ = [
-        *[(n, ctypes.c_void_p) for n in ("ids", "logits", "count", "wide")],
-        *[(n, I) for n in ("rows", "vocab_size", "candidates", "count_stride")],
+        *[(n, ctypes.c_void_p) for n in ("ids", "logits", "counts", "capped", "wide", "totals")],
+        *[(n, I) for n in ("rows", "vocab_size", "wide_stride", "candidates", "counted")],
     ]
 
 
@@ -83,7 +83,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *[(n, ctypes.c_void_p) for n in ("hidden", "weight", "bias", "image", "workspace", "token", "counts", "capped", "ids", "logits", "wide")],
-        *[("rows", I), ("hidden_bf16", I), ("weight_bf16", I)],
+        *[(n, I) for n in ("rows", "hidden_bf16", "weight_bf16", "wide_stride")],
         ("layout", Layout),
     ]
 
@@ -384,8 +384,18 @@ def row_records(coded: Coded, error: np.ndarray | None) -> tuple[np.ndarray, int
     return np.concatenate(parts, 1), size, inside
 
 
+def plans(packed: Packed, multiprocessors: int, shared_bytes: int, most_rows: int) -> list[Plan]:
+    """The launches of 1 to `most_rows` states on a device. They may share a workspace: a row's part of it is laid out alike in all of them."""
+    made = [plan(packed, multiprocessors, shared_bytes, rows) for rows in range(1, most_rows + 1)]
+    for one in made:
+        one.layout.row_bytes = max(p.row_bytes for p in made)
+    return [dataclasses.replace(one, row_bytes=one.layout.row_bytes) for one in made]
+
+
 def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> Plan:
     """The launch of one step of `rows` states on a device.
+
+    A row gets its share of the multiprocessors, or more, and rows wait for each other, where its items would else not fit into shared memory.
 
     Args:
         multiprocessors: of the device; every block must be resident, and a block takes one.
@@ -393,8 +403,14 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
     Raises:
         DeviceError: the index needs more shared memory than a block can have.
     """
+    share = max(1, multiprocessors // max(1, rows))
+    tried = (_plan_of_blocks(packed, multiprocessors, shared_bytes, blocks) for blocks in range(share, multiprocessors + 1))
+    return next((p for p in tried if not p.layout.row_items), None) or _plan_of_blocks(packed, multiprocessors, shared_bytes, share)
+
+
+def _plan_of_blocks(packed: Packed, multiprocessors: int, shared_bytes: int, blocks: int) -> Plan:
     layout = Layout.from_buffer_copy(bytes(packed.layout))
-    layout.blocks = max(1, multiprocessors // max(1, rows))
+    layout.blocks = blocks
     layout.chunks_a_block, layout.clusters_a_block = -(-layout.chunks // layout.blocks), -(-layout.clusters // layout.blocks)
     opened = -(-min(layout.clusters, layout.probe_cap) // layout.blocks)  # a block's share, at most
     items = opened * layout.cluster_size + -(-layout.always // layout.blocks) + layout.cluster_size  # and the best cluster's rows
@@ -431,7 +447,7 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
         used += -(-count // 256) * 256
         return start
 
-    layout.row_messages = row(16 * PHASES * layout.blocks)
+    layout.row_messages = row(16 * PHASES * multiprocessors)  # of any plan for this device: plans may share a workspace
     layout.row_tables, layout.row_z, layout.row_scores = row(2048 * layout.parts), row(8 * layout.coordinates), row(8 * layout.clusters)
     layout.row_histograms = row(4 * layout.stages * PASSES * HISTOGRAM)
     if not in_shared:

@@ -11,6 +11,13 @@ __device__ __forceinline__ float from16(unsigned bits, bool bf16) {
     return value;
 }
 
+// Where launches overlap, all that the launch before this one writes is there afterwards.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Floats as unsigned numbers of the same order.
 __device__ __forceinline__ unsigned ordered(float value) {
     const unsigned bits = __float_as_uint(value);

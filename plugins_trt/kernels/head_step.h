@@ -18,6 +18,7 @@
 #define FLASHHEAD_MAX_NUMBER 20     // bits of a slot number: 1,048,576 slots
 #define FLASHHEAD_ALWAYS 0x8000u    // beside a cluster's number, which is below it
 #define FLASHHEAD_BELOW 0.0078125f  // reference.BELOW
+#define FLASHHEAD_PADDING -3.0e4f   // full-width logit of columns beyond the vocabulary: finite in float16, too
 
 // A product code's tables: the sums <codebook entry, z> of 256 entries for each part of a group of columns.
 struct FlashHeadTable {
@@ -93,8 +94,9 @@ struct FlashHeadArguments {
     unsigned char* capped;       // out [rows] 0 or 1
     long long* ids;              // out [rows, candidates], the first counts[.., 1 + stages] are written, in no order
     float* logits;               // out [rows, candidates]
-    float* wide;                 // out [rows, vocab_size] what tokens without an exact row get in full-width logits, before flashhead_widen; or null
+    float* wide;                 // out [rows, wide_stride] what tokens without an exact row get in full-width logits, before flashhead_widen; or null
     int rows, hidden_bf16, weight_bf16;
+    int wide_stride;             // vocab_size or more
     struct FlashHeadLayout layout;
 };
 
@@ -102,7 +104,9 @@ struct FlashHeadArguments {
 struct FlashHeadWiden {
     const long long* ids;
     const float* logits;
-    const long long* count;      // of row n at count[n * count_stride]
+    const long long* counts;
+    const unsigned char* capped;
     float* wide;
-    int rows, vocab_size, candidates, count_stride;
+    unsigned long long* totals;  // [4] grows by what a step counts: rows, clusters opened, rows scored exactly, rows that a cap cut; or null
+    int rows, vocab_size, wide_stride, candidates, counted;  // counted: numbers of a row in `counts`, the last is that of the candidates
 };

@@ -10,7 +10,7 @@
 static __device__ __noinline__ void write_tails(const FlashHeadArguments& a, const ProbeGate& gate, int row, int block) {
     const FlashHeadLayout& L = a.layout;
     const unsigned short* cluster_of = (const unsigned short*)(a.image + L.cluster_of_at);
-    float* wide = a.wide + (size_t)row * L.vocab_size;
+    float* wide = a.wide + (size_t)row * a.wide_stride;
 #pragma unroll 4
     for (int v = block * FLASHHEAD_THREADS + threadIdx.x; v < L.vocab_size; v += L.blocks * FLASHHEAD_THREADS) {
         const unsigned k = __ldg(cluster_of + v);
@@ -21,7 +21,7 @@ static __device__ __noinline__ void write_tails(const FlashHeadArguments& a, con
 // What a code has made of items [0, n).
 static __device__ __noinline__ void write_scores(const FlashHeadArguments& a, const uint2* items, int n, int row) {
     const unsigned* tokens = (const unsigned*)(a.image + a.layout.token_table_at);
-    float* wide = a.wide + (size_t)row * a.layout.vocab_size;
+    float* wide = a.wide + (size_t)row * a.wide_stride;
 #pragma unroll 4
     for (int i = threadIdx.x; i < n; i += FLASHHEAD_THREADS) wide[__ldg(tokens + (items[i].x & 0xffffff))] = __uint_as_float(items[i].y);
 }
@@ -29,11 +29,13 @@ static __device__ __noinline__ void write_scores(const FlashHeadArguments& a, co
 // Grid: (blocks that share a row, rows). Each lowers its share of the row, then puts the exact logits that belong there.
 extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS) flashhead_widen(const FlashHeadWiden a) {
     __shared__ u64 keys[16];
-    const int count = (int)a.count[(size_t)blockIdx.y * a.count_stride];
+    wait_for_launch_before();
+    const long long* counts = a.counts + (size_t)blockIdx.y * a.counted;
+    const int count = (int)counts[a.counted - 1];
     const long long* ids = a.ids + (size_t)blockIdx.y * a.candidates;
     const float* logits = a.logits + (size_t)blockIdx.y * a.candidates;
-    float* wide = a.wide + (size_t)blockIdx.y * a.vocab_size;
-    const int share = (a.vocab_size + gridDim.x - 1) / gridDim.x, first = blockIdx.x * share, end = min(first + share, a.vocab_size);
+    float* wide = a.wide + (size_t)blockIdx.y * a.wide_stride;
+    const int share = (a.wide_stride + gridDim.x - 1) / gridDim.x, first = blockIdx.x * share, end = min(first + share, a.wide_stride);
     u64 least = 0;  // the largest of turned keys
     for (int i = threadIdx.x; i < count; i += FLASHHEAD_THREADS) {
         const u64 key = ~ordered(logits[i]);
@@ -42,10 +44,14 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS) flashhead_widen(
     const float lowest = unordered(~(unsigned)block_max(least, keys));
     const float ceiling = lowest - FLASHHEAD_BELOW * (1 + fabsf(lowest));
 #pragma unroll 4
-    for (int v = first + threadIdx.x; v < end; v += FLASHHEAD_THREADS) wide[v] = fminf(wide[v], ceiling);
+    for (int v = first + threadIdx.x; v < end; v += FLASHHEAD_THREADS) wide[v] = v < a.vocab_size ? fminf(wide[v], ceiling) : FLASHHEAD_PADDING;
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += FLASHHEAD_THREADS) {
         const long long id = ids[i];
         if (id >= first && id < end) wide[id] = logits[i];
+    }
+    if (a.totals && blockIdx.x == 0 && threadIdx.x == 0) {
+        atomicAdd(a.totals, 1ull), atomicAdd(a.totals + 1, (u64)counts[0]), atomicAdd(a.totals + 2, (u64)count);
+        if (a.capped[blockIdx.y]) atomicAdd(a.totals + 3, 1ull);
     }
 }

@@ -9,7 +9,7 @@ import torch
 
 from flashhead_edge.bench.head import LOGITS_WITHIN, with_shares
 from flashhead_edge.cases import CASES, made_index, made_rows, made_states
-from flashhead_edge.kernels.head import cuda_head
+from flashhead_edge.kernels.head import cuda_head, logits_launcher
 from flashhead_edge.reference import run_stages, torch_head
 
 pytestmark = pytest.mark.gpu
@@ -129,6 +129,30 @@ def test_full_width_logits_are_those_of_the_reference(case, board):
         assert bool(((logits - want[part]).abs() <= LOGITS_WITHIN * (1 + size))[clear].all())
 
 
+@pytest.mark.parametrize("case", [c for c in SMALL if c.name in ("fitted", "every cap hit", "published", "bits alone")], ids=str)
+def test_a_launcher_gives_the_same_logits_in_fresh_memory(case):
+    index, weight, hidden, _, _ = heads(case, torch.bfloat16)
+    head, totals = cuda_head(index, weight), torch.zeros(4, dtype=torch.int64, device="cuda")
+    width = case.vocab_size + 61
+    launcher = logits_launcher(head, width, totals)
+    kept, rows = [], (1, 32, 7, 3, 1, 32)
+    for n in rows:
+        kept.append(launcher(hidden[:n]))
+    want = cuda_head(index, weight).logits(hidden[:32])
+    for n, found in zip(rows, kept):
+        assert torch.equal(found[:, : case.vocab_size], want[:n])
+        assert bool((found[:, case.vocab_size :] == -3.0e4).all())
+    step = head.step(hidden[:32])
+    wanted = [[n, *(int(step.counts[:n, j].sum()) for j in (0, -1)), int(step.capped[:n].sum())] for n in rows]
+    assert totals.tolist() == [sum(column) for column in zip(*wanted)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = launcher(hidden[:7])
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, kept[2])
+
+
 def test_full_width_logits_in_a_graph():
     index, weight, hidden, _, _ = heads(SMALL[0], torch.bfloat16)
     head, state = cuda_head(index, weight), hidden[:4].clone()
@@ -163,7 +187,6 @@ def test_fakes_say_the_shapes():
     index, weight, hidden, _, _ = heads(SMALL[0], torch.bfloat16)
     head = cuda_head(index, weight)
     head.launch(hidden[:4])
-    made, workspace = head.plans[4]
-    arguments = (hidden[:4], weight, None, head.image, workspace, made.words(), made.shared_bytes, head.architecture)
+    arguments = head.arguments(hidden[:4])
     for operator in (torch.ops.flashhead.head_step, torch.ops.flashhead.head_logits):
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))

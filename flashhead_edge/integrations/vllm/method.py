@@ -1,0 +1,148 @@
+"""The head's `quant_method` under FlashHead: the seam through which vLLM asks any head for logits.
+
+vLLM's LogitsProcessor calls `lm_head.quant_method.apply(lm_head, hidden)` with the rows to sample and takes the answer
+[rows, width] on: over ranks, through scale and soft-cap, to either model runner's sampler. So every feature of the sampler
+works on what `apply` returns, as long as it is full-width and finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+
+from flashhead_edge.checkpoint import read_index
+from flashhead_edge.errors import SettingsError, UnsupportedModelError
+from flashhead_edge.index import HeadIndex
+from flashhead_edge.integrations.hf import PADDING_LOGIT, check_fits
+from flashhead_edge.integrations.vllm.files import checkpoint_folder
+from flashhead_edge.integrations.vllm.settings import Settings, read_settings
+from flashhead_edge.kernels.head import MOST_ROWS, CudaHead, cuda_head, logits_launcher
+from flashhead_edge.reference import TorchHead, torch_head
+
+log = init_logger("vllm.flashhead")  # below vLLM's own logger, so that its handlers show it
+
+
+def install(model: nn.Module, config: VllmConfig) -> None:
+    """Replace the `quant_method` of a model's head, before its weights are loaded.
+
+    Raises:
+        CheckpointError: the index is missing, damaged or made for another head.
+        SettingsError: a setting of the user's that FlashHead cannot work with.
+        UnsupportedModelError: the head is no plain matrix.
+    """
+    settings, name = read_settings(config.additional_config), config.model_config.model
+    head = find_head(model)
+    if head is None:
+        return  # a pipeline's stage without a head
+    if not settings.enabled:
+        log.warning("FlashHead: switched off by --additional-config, the dense head computes every step of %s", name)
+        return
+    wanted, given = getattr(config.model_config, "head_dtype", None), config.model_config.dtype
+    if wanted is not None and wanted != given:
+        raise SettingsError(f"flashhead: head_dtype is {wanted} beside a model in {given}, expected one type; leave head_dtype out or switch FlashHead off")
+    if get_tensor_model_parallel_world_size() > 1:
+        raise SettingsError("flashhead: tensor parallelism was asked for, expected one rank; use one GPU a replica or switch FlashHead off")
+    if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+        found = type(head.quant_method).__name__
+        raise UnsupportedModelError(f"{name}: the head's weights are packed ({found}), expected a plain matrix; convert a model whose head is not quantised")
+    index = read_index(checkpoint_folder(config))
+    head.quant_method = FlashHeadMethod(head.quant_method, index, settings, name, checked=config.load_config.load_format != "dummy")
+
+
+def find_head(model: nn.Module) -> VocabParallelEmbedding | None:
+    """The module whose rows make the logits: `lm_head`, or the embedding where a tied model has no head of its own."""
+    found: dict[int, VocabParallelEmbedding] = {}
+    for owner in model.modules():
+        if not hasattr(owner, "logits_processor"):
+            continue
+        head = getattr(owner, "lm_head", None)
+        if head is None:
+            head = getattr(getattr(owner, "model", None), "embed_tokens", None)
+        if isinstance(head, VocabParallelEmbedding):
+            found[id(head)] = head
+    if len(found) > 1:
+        raise UnsupportedModelError(f"{type(model).__name__}: {len(found)} heads were found, expected one; choose another model")
+    return next(iter(found.values()), None)
+
+
+class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
+    """Full-width logits by a FlashHead; all else is the dense method's."""
+
+    def __init__(self, dense: QuantizeMethodBase, index: HeadIndex, settings: Settings, name: str, checked: bool) -> None:
+        self.dense, self.index, self.settings, self.name, self.checked = dense, index, settings, name, checked
+        self.logits: Callable[[Tensor], Tensor] | None = None  # of [rows, d]: [rows, width of the layer]
+        self.dense_from: int | None = None  # batch from which on the dense head is taken; None: never
+
+    def create_weights(self, layer: Any, *args: Any, **options: Any) -> None:
+        self.dense.create_weights(layer, *args, **options)
+
+    def embedding(self, layer: Any, *args: Any, **options: Any) -> Tensor:
+        return self.dense.embedding(layer, *args, **options)
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        return self.dense.tie_weights(layer, embed_tokens)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Build the head over the loaded rows: every way of loading passes here, before memory is profiled."""
+        self.dense.process_weights_after_loading(layer)
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        rows = min(layer.org_vocab_size, len(weight))
+        if self.checked:
+            check_fits(self.index, weight[:rows], None if bias is None else bias[:rows], self.name)
+        if weight.device.type == "cuda":
+            head = cuda_head(self.index, weight, bias, choice="auto" if self.settings.crossover == "auto" else "flash")
+            totals = torch.zeros(4, dtype=torch.int64, device=weight.device)
+            for name, buffer in (("image", head.image), ("workspace", head.workspace), ("totals", totals)):
+                layer.register_buffer(f"flashhead_{name}", buffer, persistent=False)
+            self.logits, self.dense_from = by_kernel(head, len(weight), totals), head.dense_from
+        else:
+            self.logits = by_reference(torch_head(self.index, weight, bias), len(weight))
+        if isinstance(self.settings.crossover, int):
+            self.dense_from = self.settings.crossover
+        log.info("%s", start_line(self.name, self.index, weight, self.dense_from, self.checked))
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits [rows, width of the layer] of hidden states [rows, d]: finite, in memory that nobody else holds; float32 where FlashHead computes them."""
+        if self.logits is None or (self.dense_from is not None and len(x) >= self.dense_from):
+            return self.dense.apply(layer, x, bias)
+        return self.logits(x)
+
+
+def by_kernel(head: CudaHead, width: int, totals: Tensor) -> Callable[[Tensor], Tensor]:
+    """Full-width logits of any number of states on a GPU."""
+    launcher = logits_launcher(head, width, totals)
+    return lambda x: launcher(x) if len(x) <= MOST_ROWS else torch.cat([launcher(part) for part in x.split(MOST_ROWS)])
+
+
+def by_reference(head: TorchHead, width: int) -> Callable[[Tensor], Tensor]:
+    """The same by the reference, on a CPU."""
+
+    def logits(x: Tensor) -> Tensor:
+        wide = head.logits(x)
+        return torch.nn.functional.pad(wide, (0, width - wide.shape[1]), value=PADDING_LOGIT)
+
+    return logits
+
+
+def start_line(name: str, index: HeadIndex, weight: Tensor, dense_from: int | None, checked: bool) -> str:
+    """What the log says at start."""
+    summary = index.summary
+    kinds = ", ".join(s.rows.kind for s in index.stages) or "no row codes"
+    promise = "not calibrated"
+    if "target_agreement" in summary and "top1_agreement" in summary:
+        texts = ", ".join(text["name"] for text in summary.get("texts", ()))
+        promise = f"target {summary['target_agreement']:.1%}, {summary['top1_agreement']:.2%} held out on {texts}"
+    turn = "at every batch" if dense_from is None else f"below a batch of {dense_from}, the dense head from there on"
+    unchecked = "" if checked else "; dummy weights: whether the index fits them was not checked"
+    return (
+        f"FlashHead is active on {name}: {index.n_clusters:,} clusters of {index.cluster_size}, centroids {index.centroids.kind}, {kinds}, "
+        f"exact rows {str(weight.dtype).removeprefix('torch.')}, {promise}, {turn}{unchecked}"
+    )

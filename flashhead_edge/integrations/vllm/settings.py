@@ -1,0 +1,40 @@
+"""What a user sets: ``--additional-config '{"flashhead": {...}}'``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from flashhead_edge.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's settings."""
+
+    enabled: bool = True  # False: the dense head, and the log says so
+    crossover: int | str = "auto"  # batch from which on the dense head is taken; auto: as measured on this device, never: no batch
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.enabled, bool):
+            raise SettingsError(f"flashhead: enabled is {self.enabled!r}, expected true or false; change --additional-config")
+        number = isinstance(self.crossover, int) and not isinstance(self.crossover, bool) and self.crossover >= 1
+        if not number and self.crossover not in ("auto", "never"):
+            raise SettingsError(f"flashhead: crossover is {self.crossover!r}, expected auto, never or a batch from 1 on; change --additional-config")
+
+
+def read_settings(additional: Any) -> Settings:
+    """The settings in vLLM's `additional_config`.
+
+    Raises:
+        SettingsError: an unknown name, or a value out of range.
+    """
+    found = additional.get("flashhead", {}) if isinstance(additional, dict) else {}
+    known = [f.name for f in dataclasses.fields(Settings)]
+    if not isinstance(found, dict):
+        raise SettingsError(f"flashhead: the settings are {found!r}, expected an object with {', '.join(known)}; change --additional-config")
+    for name in found:
+        if name not in known:
+            raise SettingsError(f"flashhead: the setting {name} is not known, expected one of {', '.join(known)}; change --additional-config")
+    return Settings(**found)
