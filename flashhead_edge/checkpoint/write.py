@@ -234,10 +234,11 @@ def _write_ours(
     write_file(new / ASSETS / CLUSTERS_CONFIG, [to_json(about).encode()])
     config["architectures"] = [families.flash_architecture(families.architecture(config, source.name))]
     config |= {"flash_head_cache_dir": ASSETS, "n_clusters": about["n_clusters"], "n_probes": int(published.n_probes)}
-    _write_index(new, config, index, arrays)
+    write_index(new, config, index, arrays)
 
 
-def _write_index(new: Path, config: dict[str, Any], index: HeadIndex, arrays: dict[str, np.ndarray]) -> None:
+def write_index(new: Path, config: dict[str, Any], index: HeadIndex, arrays: dict[str, np.ndarray]) -> None:
+    """An index into the assets of a new folder, and `config` with what names it."""
     data = list(pack_arrays(arrays))
     write_file(new / ASSETS / INDEX_FILE, data)
     config |= {"flash_head_special_token_ids": index.always_scored.tolist(), "flash_head": index_settings(index, data)}
@@ -271,7 +272,7 @@ def update_index(folder: str | Path, index: HeadIndex, n_probes: int | None = No
             target = new / file.relative_to(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(file, target)
-        _write_index(new, config if n_probes is None else config | {"n_probes": n_probes}, index, arrays)
+        write_index(new, config if n_probes is None else config | {"n_probes": n_probes}, index, arrays)
         write_file(new / CARD, [build_card(_named_in(path), index, original).encode()])
 
 

@@ -1,0 +1,132 @@
+"""What `bench.vllm` does inside vLLM's worker: switches the head, marks the parts of a step in a trace, counts. Mixed into its class by vLLM itself."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashhead_edge.bench.head import with_shares
+from flashhead_edge.bench.vllm import MARK
+from flashhead_edge.caps import with_gates
+from flashhead_edge.cases import FEW_CODES, PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES, Case, made_index
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.integrations.vllm.method import FlashHeadMethod, by_kernel, find_head
+from flashhead_edge.kernels.head import cuda_head
+
+FITTED = 16  # states that set the margins of a made head
+
+
+class Marks:
+    """Spans: in a profile, or by the host's clock, or nothing."""
+
+    on = False  # in a profile
+    timing = False  # by the host's clock
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def around(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(work, updated=())
+        def marked(*args: Any, **options: Any) -> Any:
+            if self.on:
+                with torch.profiler.record_function(MARK + name):
+                    return work(*args, **options)
+            began = time.perf_counter()
+            result = work(*args, **options)
+            if self.timing:
+                self.seconds.setdefault(name, []).append(time.perf_counter() - began)
+            return result
+
+        return marked
+
+
+class Marked:
+    """An object whose calls are marked, itself in all else."""
+
+    def __init__(self, inner: Any, call: Callable[..., Any]) -> None:
+        self._inner, self._call = inner, call
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._call(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class BenchWorker:
+    """Methods that `LLM.collective_rpc` calls, in the order in which they stand here."""
+
+    model_runner: Any
+
+    def bench_capture(self) -> dict[str, Any]:
+        """Keep the hidden states that reach the head from now on; dense meanwhile. Norms of dummy weights become those of a fresh model."""
+        model = self.model_runner.get_model()
+        for module in model.modules():
+            if type(module).__name__ == "RMSNorm":  # Gemma's adds 1 to its weights
+                module.weight.data.fill_(1)
+        layer = find_head(model)
+        if layer is None or not isinstance(layer.quant_method, FlashHeadMethod):
+            raise SettingsError(f"bench vllm: the head of {type(model).__name__} is not FlashHead's, expected an active plugin; name a FlashHead checkpoint")
+        self.bench_layer, self.bench_marks = layer, Marks()
+        self.bench_states: list[Tensor] = []
+        method, runner = layer.quant_method, self.model_runner
+        method.dense_from = None
+
+        def capture(x: Tensor) -> Tensor:
+            self.bench_states.append(x.detach().clone())
+            return method.dense.apply(layer, x)
+
+        method.logits = capture
+        runner.execute_model = self.bench_marks.around("step", runner.execute_model)
+        runner.sampler = Marked(runner.sampler, self.bench_marks.around("sampler", runner.sampler))
+        weight = layer.weight
+        about = {"runner": "v2" if ".gpu.model_runner" in type(runner).__module__ else "v1", "device": torch.cuda.get_device_name()}
+        return about | {"shape": [method.index.vocab_size, weight.shape[1]], "dtype": str(weight.dtype).removeprefix("torch.")}
+
+    def bench_prepare(self, made: bool) -> None:
+        """Build the heads over the loaded rows; of a made model, with margins that open as many clusters as a real one."""
+        layer, method = self.bench_layer, self.bench_layer.quant_method
+        weight, index, states = layer.weight, method.index, torch.cat(self.bench_states)
+        v, d = index.vocab_size, index.hidden_size
+        if made:
+            index = with_shares(index, weight[:v], states[-FITTED:], FEW_CODES.mean)
+        published = made_index(Case("published", v, d, PUBLISHED_CLUSTER_SIZE, (), "float16", (math.inf,), (1.0,), always=0, state_power=0.0))
+        self.bench_totals = {name: torch.zeros(4, dtype=torch.int64, device=weight.device) for name in ("published", "flash")}
+        self.bench_heads: dict[str, Callable[[Tensor], Tensor]] = {
+            "dense": lambda x: method.dense.apply(layer, x),
+            "published": by_kernel(cuda_head(with_gates(published, [math.inf], [PUBLISHED_PROBES]), weight), len(weight), self.bench_totals["published"]),
+            "flash": by_kernel(cuda_head(index, weight), len(weight), self.bench_totals["flash"]),
+        }
+
+    def bench_mode(self, mode: str) -> None:
+        """Which head computes the steps from now on; host times start anew."""
+        self.bench_layer.quant_method.logits = self.bench_marks.around("head", self.bench_heads[mode])
+
+    def bench_counts(self) -> dict[str, list[int]]:
+        """By head: states, clusters opened, rows scored exactly and states that a cap cut, since the start."""
+        return {name: totals.tolist() for name, totals in self.bench_totals.items()}
+
+    def bench_host(self, on: bool) -> dict[str, list[float]]:
+        """Seconds of host time of each span since `on`, by name."""
+        found = self.bench_marks.seconds
+        self.bench_marks.timing, self.bench_marks.seconds = on, {}
+        return found
+
+    def bench_profile(self, path: str | None) -> None:
+        """Begin a profile, or with a path end it and write its trace there."""
+        if path is None:
+            self.bench_marks.on = True
+            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            self.bench_profiler = torch.profiler.profile(activities=activities)
+            self.bench_profiler.start()
+            return
+        torch.cuda.synchronize()
+        self.bench_profiler.stop()
+        self.bench_marks.on = False
+        self.bench_profiler.export_chrome_trace(path)
