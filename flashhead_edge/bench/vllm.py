@@ -90,19 +90,14 @@ def made_checkpoint(folder: Path, name: str) -> Path:
 
 
 def _in_a_process(folder: Path, name: str, runner: str, batches: Sequence[int], command: str) -> list[dict[str, Any]]:
-    task: dict[str, Any] = {
-        "folder": str(folder),
-        "name": name,
-        "batches": list(batches),
-        "command": command,
-        "result": str(folder.with_suffix(f".{runner}.json")),
-    }
+    result = folder.with_name(f"{name}.{runner}.json")
+    task = {"folder": str(folder), "name": name, "batches": list(batches), "command": command, "result": str(result)}
     environment = os.environ | {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
     done = subprocess.run([sys.executable, "-m", "flashhead_edge.bench.vllm", json.dumps(task)], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DeviceError(f"bench vllm: the engine of {name} ended with code {done.returncode}, expected 0; its last lines:\n" + "\n".join(
             (done.stdout + done.stderr).splitlines()[-30:]))  # fmt: skip
-    return json.loads(Path(task["result"]).read_text())
+    return json.loads(result.read_text())
 
 
 def measure(task: dict[str, Any]) -> list[dict[str, Any]]:
@@ -203,17 +198,17 @@ def read_trace(path: Path) -> dict[str, float]:
         return at >= 0 and moment < spans[name][at][1]
 
     sums = [collections.defaultdict[str, float](float) for _ in steps]
-    for _, duration, correlation in work:
-        if correlation not in launched:
-            continue
-        moment = launched[correlation]
-        step = bisect.bisect_right(steps, moment) - 1
+    ended = 0.0  # launches that overlap share their time: the earlier one has it
+    for start, duration, correlation in sorted(work):
+        busy = max(0.0, start + duration - max(start, ended))
+        ended = max(ended, start + duration)
+        step = bisect.bisect_right(steps, launched.get(correlation, -1.0)) - 1
         if step < 0:
             continue
-        sums[step]["total"] += duration
+        sums[step]["total"] += busy
         for name in ("head", "sampler"):
-            if inside(name, moment):
-                sums[step][name] += duration
+            if inside(name, launched[correlation]):
+                sums[step][name] += busy
                 sums[step][f"{name} launches"] += 1
     kept = sums[4:-3]  # without the prompt's step and the ends
     names = ("total", "head", "sampler", "head launches", "sampler launches")

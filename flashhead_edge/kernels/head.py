@@ -15,7 +15,7 @@ from flashhead_edge.head import Step
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.kernels.build import Prepared, architecture_of
 from flashhead_edge.kernels.crossover import stored_crossover
-from flashhead_edge.kernels.ops import HALVES, check_step, head_logits, head_step, head_step_out, prepare_step, prepare_widen
+from flashhead_edge.kernels.ops import HALVES, check_step, head_logits, head_step, head_step_out, prepare_step, prepare_widen, widen_arguments
 from flashhead_edge.kernels.packing import Arguments, Plan, Widen, pack, plans
 
 MOST_ROWS = 32  # of one launch; more are split
@@ -96,19 +96,19 @@ def logits_launcher(head: CudaHead, width: int, totals: Tensor | None = None) ->
         A function of hidden states [N, d] in 16 bits, N from 1 to 32: logits [N, width] float32 in memory that nobody else holds. Captured by CUDA graphs.
     """
     device = head.weight.device
-    token, counts, capped, ids, logits = head_step_out(head.weight[:MOST_ROWS], len(head.index.stages), head.plans[0].layout.candidates)
+    out = head_step_out(head.weight[:MOST_ROWS], len(head.index.stages), head.plans[0].layout.candidates)
     prepared: dict[tuple[int, torch.dtype], tuple[Arguments, Prepared, Widen, Prepared]] = {}
 
     def made(rows: int, dtype: torch.dtype) -> tuple[Arguments, Prepared, Widen, Prepared]:
         plan = head.plans[rows - 1]
         check_step(head.weight.new_empty(rows, head.index.hidden_size, dtype=dtype), head.weight, head.bias, head.image, head.workspace, plan.layout)
-        inputs, out = (head.weight, head.bias, head.image, head.workspace), (token, counts, capped, ids, logits)
+        inputs = (head.weight, head.bias, head.image, head.workspace)
         step = Arguments(
             None, *(t.data_ptr() if t is not None else None for t in (*inputs, *out)), None,
             rows, dtype == torch.bfloat16, head.weight.dtype == torch.bfloat16, width, plan.layout,
         )  # fmt: skip
-        addresses = [t.data_ptr() if t is not None else None for t in (ids, logits, counts, capped, None, totals)]
-        widen = Widen(*addresses, rows, plan.layout.vocab_size, width, plan.layout.candidates, counts.shape[1])
+        widen = widen_arguments(out, head.image, head.workspace, plan.layout, width, totals)
+        widen.rows = rows
         with torch.cuda.device(device):
             first = prepare_step(step, plan.blocks, plan.shared_bytes, head.architecture, device.index)
             return step, first, widen, prepare_widen(widen, head.architecture, device.index)
@@ -119,14 +119,14 @@ def logits_launcher(head: CudaHead, width: int, totals: Tensor | None = None) ->
         if kind not in prepared:
             prepared[kind] = made(*kind)
         step, first, widen, second = prepared[kind]
-        out = torch.empty(rows, width, dtype=torch.float32, device=device)
+        wide = torch.empty(rows, width, dtype=torch.float32, device=device)
         hidden = hidden.contiguous()
         step.hidden = hidden.data_ptr()
-        step.wide = widen.wide = out.data_ptr()
+        step.wide = widen.wide = wide.data_ptr()
         stream = torch.cuda.current_stream(device).cuda_stream
         first(stream)
         second(stream)
-        return out
+        return wide
 
     return run
 

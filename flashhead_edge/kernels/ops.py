@@ -104,14 +104,20 @@ def head_logits(
     if not len(hidden):
         return (*out, wide)
     _launch_step((hidden, weight, bias, image, workspace), plan, shared_bytes, architecture, out, wide)
-    _, counts, capped, ids, logits = out
-    pointers = (ids, logits, counts, capped, wide)
-    sizes = (len(hidden), plan.vocab_size, plan.vocab_size, plan.candidates, counts.shape[1])
-    arguments = Widen(*(t.data_ptr() for t in pointers), None, *sizes)
+    arguments = widen_arguments(out, image, workspace, plan, plan.vocab_size)
+    arguments.rows, arguments.wide = len(hidden), wide.data_ptr()
     device = hidden.device.index
     with torch.cuda.device(device):
         prepare_widen(arguments, architecture, device)(torch.cuda.current_stream(device).cuda_stream)
     return (*out, wide)
+
+
+def widen_arguments(out: tuple[Tensor, ...], image: Tensor, workspace: Tensor, plan: Layout, width: int, totals: Tensor | None = None) -> Widen:
+    """What `flashhead_widen` takes behind a step with outputs `out`, all but `rows` and `wide`."""
+    _, counts, capped, ids, logits = out
+    pointers = (*(t.data_ptr() for t in (ids, logits, counts, capped, image, workspace)), None, None if totals is None else totals.data_ptr())
+    sizes = (0, plan.vocab_size, width, plan.candidates, counts.shape[1])
+    return Widen(*pointers, *sizes, *(getattr(plan, name) for name, _ in Widen._fields_[len(pointers) + len(sizes) :]))
 
 
 @head_logits.register_fake

@@ -63,7 +63,7 @@ class Layout(ctypes.Structure):
         *[("small_at", U), ("small_bytes", I), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
         *[(n, I) for n in ("blocks", "chunks_a_block", "clusters_a_block", "shared_z", "shared_x", "shared_state", "shared_work")],
         *[(n, I) for n in ("shared_items", "shared_clusters", "shared_errors", "shared_small")],
-        *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_histograms", "row_items")],
+        *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_opened", "row_histograms", "row_items")],
         ("table", Table * MAX_TABLES),
         ("stage", Stage * MAX_STAGES),
     ]
@@ -72,9 +72,11 @@ class Layout(ctypes.Structure):
 class Widen(ctypes.Structure):
     """`FlashHeadWiden` of head_step.h."""
 
-    _fields_ = [
-        *[(n, ctypes.c_void_p) for n in ("ids", "logits", "counts", "capped", "wide", "totals")],
+    _fields_: ClassVar[Fields] = [
+        *[(n, ctypes.c_void_p) for n in ("ids", "logits", "counts", "capped", "image", "workspace", "wide", "totals")],
         *[(n, I) for n in ("rows", "vocab_size", "wide_stride", "candidates", "counted")],
+        *[(n, U) for n in ("cluster_of_at", "row_bytes", "row_scores", "row_opened")],
+        *[("tail_scale", F), ("tail_offset", F)],
     ]
 
 
@@ -449,6 +451,7 @@ def _plan_of_blocks(packed: Packed, multiprocessors: int, shared_bytes: int, blo
 
     layout.row_messages = row(16 * PHASES * multiprocessors)  # of any plan for this device: plans may share a workspace
     layout.row_tables, layout.row_z, layout.row_scores = row(2048 * layout.parts), row(8 * layout.coordinates), row(8 * layout.clusters)
+    layout.row_opened = row(4 * layout.clusters)
     layout.row_histograms = row(4 * layout.stages * PASSES * HISTOGRAM)
     if not in_shared:
         layout.row_items = row(items * layout.blocks)

@@ -77,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         long long* sums = (long long*)(work + L.row_tables);
         u64* z_all = (u64*)(work + L.row_z);
         u64* scores = (u64*)(work + L.row_scores);
+        unsigned* opened_in = (unsigned*)(work + L.row_opened);  // [clusters] the last step that opened it, of those that want full-width logits
         unsigned* histograms = (unsigned*)(work + L.row_histograms);
         uint2* items = L.row_items ? (uint2*)(work + L.row_items) + (size_t)block * 2 * L.capacity : (uint2*)(shared + L.shared_items);
         uint2* others = items + L.capacity;
@@ -136,6 +137,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         for (int i = warp; i < listed; i += 16) {
             const unsigned k = others[i].x, tokens = L.least_filled == size ? size : __ldg(filled + k);
             if (L.stages) prefetch_cluster(a, k);
+            if (a.wide && lane == 0) opened_in[k] = epoch;
             unsigned start = 0;
             if (lane == 0) start = atomicAdd(&count, tokens);
             start = __shfl_sync(~0u, start, 0);
@@ -149,7 +151,6 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             const unsigned slot = mine ? __ldg((const unsigned*)(a.image + L.always_at) + i) : 0, k = slot / size;
             append(items, mine && !is_open(gate, k), make_uint2(slot, __float_as_uint(cluster_scores[k])));
         }
-        if (a.wide) write_tails(a, gate, row, block);
         __syncthreads();
         unsigned n = count;
         Collected all = {best, 0, 0};
@@ -172,7 +173,6 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             __syncthreads();
             best = block_max(score_items(a, stage, items, n + scouts, shared), keys);
             if (threadIdx.x == 0) count = 0;
-            if (a.wide) write_scores(a, items, n, row);
             __syncthreads();
             const float nearly = unordered((unsigned)(best >> 32));
 #pragma unroll 1
@@ -186,6 +186,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             if (threadIdx.x == 0) post(messages + s * blocks + block, best, near, n, tag);
             // while the messages travel: what passes so far will most likely be read next
             prefetch_next(a, s, others, near);
+            if (a.wide) write_scores(a, items, n, row);
             early = s + 1 == L.stages && near <= FLASHHEAD_EARLY;
             if (early) score_exactly(a, others, near, items, state_low, false);
             all = collect(messages + s * blocks, blocks, tag, collected);

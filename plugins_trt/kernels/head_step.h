@@ -77,7 +77,7 @@ struct FlashHeadLayout {
     int blocks;                 // blocks that share one row
     int chunks_a_block, clusters_a_block;  // of the rotation and of the probe: the last blocks may have fewer
     int shared_z, shared_x, shared_state, shared_work, shared_items, shared_clusters, shared_errors, shared_small;
-    unsigned row_bytes, row_messages, row_tables, row_z, row_scores, row_histograms;
+    unsigned row_bytes, row_messages, row_tables, row_z, row_scores, row_opened, row_histograms;
     unsigned row_items;         // 0: items lie in shared memory
     struct FlashHeadTable table[FLASHHEAD_MAX_TABLES];
     struct FlashHeadStage stage[FLASHHEAD_MAX_STAGES];
@@ -94,19 +94,24 @@ struct FlashHeadArguments {
     unsigned char* capped;       // out [rows] 0 or 1
     long long* ids;              // out [rows, candidates], the first counts[.., 1 + stages] are written, in no order
     float* logits;               // out [rows, candidates]
-    float* wide;                 // out [rows, wide_stride] what tokens without an exact row get in full-width logits, before flashhead_widen; or null
+    float* wide;                 // out [rows, wide_stride] the last score that a code gave to a token: what flashhead_widen goes on from; or null
     int rows, hidden_bf16, weight_bf16;
     int wide_stride;             // vocab_size or more
     struct FlashHeadLayout layout;
 };
 
-// What flashhead_widen reads and writes: a step's outputs, under the names that they have there.
+// What flashhead_widen reads and writes: a step's outputs, under the names that they have there, and what it left in its workspace.
 struct FlashHeadWiden {
     const long long* ids;
     const float* logits;
     const long long* counts;
     const unsigned char* capped;
+    const unsigned char* image;
+    const unsigned char* workspace;
     float* wide;
     unsigned long long* totals;  // [4] grows by what a step counts: rows, clusters opened, rows scored exactly, rows that a cap cut; or null
-    int rows, vocab_size, wide_stride, candidates, counted;  // counted: numbers of a row in `counts`, the last is that of the candidates
+    int rows, vocab_size, wide_stride, candidates;
+    int counted;                 // numbers of a row in `counts`, the last is that of the candidates
+    unsigned cluster_of_at, row_bytes, row_scores, row_opened;
+    float tail_scale, tail_offset;
 };

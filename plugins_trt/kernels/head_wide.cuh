@@ -1,22 +1,10 @@
 // head_wide.cuh: full-width logits: every token has one, and those without an exact row stay below those with one.
 //
-// While it goes on, a step writes the tail of every token that nothing scores, and the scores of each code over those of the
-// code before. A second kernel lowers them below the smallest exact logit and puts the exact ones in their places.
+// While it goes on, a step writes each code's scores over those of the code before, and marks the clusters that it opens. A second
+// kernel gives the tokens of all other clusters the tail of their cluster's score, lowers everything below the smallest exact
+// logit and puts the exact ones in their places.
 #pragma once
 #include "head_gates.cuh"
-
-// Tails: of a cluster's score, for tokens of clusters that are not open. The tokens of open ones, and those always scored, are
-// written by the block that scores them: none is written by two.
-static __device__ __noinline__ void write_tails(const FlashHeadArguments& a, const ProbeGate& gate, int row, int block) {
-    const FlashHeadLayout& L = a.layout;
-    const unsigned short* cluster_of = (const unsigned short*)(a.image + L.cluster_of_at);
-    float* wide = a.wide + (size_t)row * a.wide_stride;
-#pragma unroll 4
-    for (int v = block * FLASHHEAD_THREADS + threadIdx.x; v < L.vocab_size; v += L.blocks * FLASHHEAD_THREADS) {
-        const unsigned k = __ldg(cluster_of + v);
-        if (!(k & FLASHHEAD_ALWAYS) && !is_open(gate, k)) wide[v] = fmaf(gate.scores[k], L.tail_scale, L.tail_offset);
-    }
-}
 
 // What a code has made of items [0, n).
 static __device__ __noinline__ void write_scores(const FlashHeadArguments& a, const uint2* items, int n, int row) {
@@ -26,32 +14,83 @@ static __device__ __noinline__ void write_scores(const FlashHeadArguments& a, co
     for (int i = threadIdx.x; i < n; i += FLASHHEAD_THREADS) wide[__ldg(tokens + (items[i].x & 0xffffff))] = __uint_as_float(items[i].y);
 }
 
-// Grid: (blocks that share a row, rows). Each lowers its share of the row, then puts the exact logits that belong there.
-extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS) flashhead_widen(const FlashHeadWiden a) {
+// Grid: (blocks that share a row, rows). Each fills its share of the row, then puts the exact logits that belong there.
+extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS) flashhead_widen(const __grid_constant__ FlashHeadWiden a) {
     __shared__ u64 keys[16];
+    constexpr int AHEAD = 4;
+    const int row = blockIdx.y, share = (a.wide_stride + gridDim.x - 1) / gridDim.x, first = blockIdx.x * share, end = min(first + share, a.wide_stride);
+    const unsigned short* cluster_of = (const unsigned short*)(a.image + a.cluster_of_at);
+    unsigned cluster[AHEAD];
+    const auto name_clusters = [&](int base) {
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) cluster[j] = __ldg(cluster_of + min(base + j * FLASHHEAD_THREADS, a.vocab_size - 1));
+    };
+    name_clusters(first + threadIdx.x);  // does not wait for the step
     wait_for_launch_before();
-    const long long* counts = a.counts + (size_t)blockIdx.y * a.counted;
+    const unsigned char* work = a.workspace + (size_t)row * a.row_bytes;
+    const unsigned epoch = ((const RowState*)work)->epoch;
+    const u64* scores = (const u64*)(work + a.row_scores);
+    const unsigned* opened = (const unsigned*)(work + a.row_opened);
+    const long long *counts = a.counts + (size_t)row * a.counted, *ids = a.ids + (size_t)row * a.candidates;
+    const float* logits = a.logits + (size_t)row * a.candidates;
+    float* wide = a.wide + (size_t)row * a.wide_stride;
+    // all loads first, none waits for another; the candidates are fewer than so many, mostly
     const int count = (int)counts[a.counted - 1];
-    const long long* ids = a.ids + (size_t)blockIdx.y * a.candidates;
-    const float* logits = a.logits + (size_t)blockIdx.y * a.candidates;
-    float* wide = a.wide + (size_t)blockIdx.y * a.wide_stride;
-    const int share = (a.wide_stride + gridDim.x - 1) / gridDim.x, first = blockIdx.x * share, end = min(first + share, a.wide_stride);
-    u64 least = 0;  // the largest of turned keys
-    for (int i = threadIdx.x; i < count; i += FLASHHEAD_THREADS) {
-        const u64 key = ~ordered(logits[i]);
-        least = key > least ? key : least;
+    float exact[AHEAD];
+    int id[AHEAD];
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) {
+        const int i = min((int)threadIdx.x + j * FLASHHEAD_THREADS, a.candidates - 1);
+        exact[j] = logits[i], id[j] = (int)ids[i];
     }
+    // a token's value before the ceiling; where no code scores rows, that of an open cluster's token is replaced by an exact one
+    float value[AHEAD];
+    const auto load = [&](int base) {
+        float score[AHEAD];
+        unsigned when[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const unsigned k = cluster[j] & ~FLASHHEAD_ALWAYS;
+            value[j] = wide[min(base + j * FLASHHEAD_THREADS, a.wide_stride - 1)], score[j] = __uint_as_float((unsigned)scores[k]), when[j] = opened[k];
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (base + j * FLASHHEAD_THREADS >= a.vocab_size) value[j] = FLASHHEAD_PADDING;
+            else if (!(cluster[j] & FLASHHEAD_ALWAYS) && when[j] != epoch) value[j] = fmaf(score[j], a.tail_scale, a.tail_offset);
+        }
+    };
+    load(first + threadIdx.x);
+    u64 least = 0;  // the largest of turned keys
+    const auto lower = [&](float logit) {
+        const u64 key = ~ordered(logit);
+        least = key > least ? key : least;
+    };
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+        if (threadIdx.x + j * FLASHHEAD_THREADS < count) lower(exact[j]);
+#pragma unroll 1
+    for (int i = threadIdx.x + AHEAD * FLASHHEAD_THREADS; i < count; i += FLASHHEAD_THREADS) lower(logits[i]);
     const float lowest = unordered(~(unsigned)block_max(least, keys));
     const float ceiling = lowest - FLASHHEAD_BELOW * (1 + fabsf(lowest));
-#pragma unroll 4
-    for (int v = first + threadIdx.x; v < end; v += FLASHHEAD_THREADS) wide[v] = v < a.vocab_size ? fminf(wide[v], ceiling) : FLASHHEAD_PADDING;
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += FLASHHEAD_THREADS) {
-        const long long id = ids[i];
-        if (id >= first && id < end) wide[id] = logits[i];
+#pragma unroll 1
+    for (int base = first + threadIdx.x;;) {
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (base + j * FLASHHEAD_THREADS < end) wide[base + j * FLASHHEAD_THREADS] = fminf(value[j], ceiling);
+        base += AHEAD * FLASHHEAD_THREADS;
+        if (base >= end) break;
+        name_clusters(base);
+        load(base);
     }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+        if (threadIdx.x + j * FLASHHEAD_THREADS < count && id[j] >= first && id[j] < end) wide[id[j]] = exact[j];
+#pragma unroll 1
+    for (int i = threadIdx.x + AHEAD * FLASHHEAD_THREADS; i < count; i += FLASHHEAD_THREADS)
+        if (ids[i] >= first && ids[i] < end) wide[ids[i]] = logits[i];
     if (a.totals && blockIdx.x == 0 && threadIdx.x == 0) {
         atomicAdd(a.totals, 1ull), atomicAdd(a.totals + 1, (u64)counts[0]), atomicAdd(a.totals + 2, (u64)count);
-        if (a.capped[blockIdx.y]) atomicAdd(a.totals + 3, 1ull);
+        if (a.capped[row]) atomicAdd(a.totals + 3, 1ull);
     }
 }
