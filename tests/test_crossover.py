@@ -11,7 +11,6 @@ from flashhead_edge.cases import CASES, made_index, made_rows
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.kernels import head
 from flashhead_edge.kernels.crossover import crossover_file, head_fingerprint, store_crossover, stored_crossover
-from flashhead_edge.kernels.packing import pack
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 MEASURED = [{"batch": 8, "dense": 220.0, "flash": 221.0}]
@@ -76,7 +75,7 @@ def test_auto_says_what_it_takes(index, caplog, crossover, level, words):
         store_crossover(DEVICE, index, "bfloat16", crossover, MEASURED, "")
     with caplog.at_level(logging.INFO, logger="flashhead_edge.kernels.head"):
         found = head.chosen_crossover(DEVICE, index, torch.zeros(1, dtype=torch.bfloat16))
-    assert found == (None if crossover == "nothing" else crossover)
+    assert found == (head.UNMEASURED if crossover == "nothing" else crossover)
     ((_, said, text),) = caplog.record_tuples
     assert said == level and words in text and "5,003 x 256 (bfloat16) on NVIDIA H100 80GB HBM3" in text
 
@@ -86,13 +85,14 @@ def test_from_the_crossover_on_a_step_is_the_dense_head(index, bias):
     """Without a GPU: the dense side of `auto` is torch alone."""
     weight = torch.from_numpy(made_rows(CASES[0])).bfloat16()
     extra = torch.linspace(-1, 1, len(weight), dtype=torch.bfloat16) if bias else None
-    flash = head.CudaHead(index, weight, extra, pack(index), torch.empty(0), 1, 0, "sm_90", dense_from=3)
+    flash = head.CudaHead(index, weight, extra, torch.empty(0), [], torch.empty(0), "sm_90", dense_from=3)
     assert [flash.takes_dense(n) for n in (2, 3, 64)] == [False, True, True]
     assert not dataclasses.replace(flash, dense_from=None).takes_dense(64)
     hidden = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     step = flash.step(hidden)
     logits = hidden.bfloat16() @ weight.T if extra is None else torch.addmm(extra, hidden.bfloat16(), weight.T)
     assert torch.equal(step.token, logits.argmax(1)) and torch.equal(flash.token(hidden), step.token)
+    assert torch.equal(flash.logits(hidden), logits.float())
     assert torch.equal(step.logits, logits.float()) and torch.equal(step.ids[1], torch.arange(5_003))
     assert step.counts.tolist() == [[0, 0, 0, 0, 0, 5_003]] * 3 and not step.capped.any()
 

@@ -19,6 +19,7 @@ from flashhead_edge.kernels.ops import HALVES, check_step, head_logits, head_ste
 from flashhead_edge.kernels.packing import Arguments, Plan, Widen, pack, plans
 
 MOST_ROWS = 32  # of one launch; more are split
+UNMEASURED = 8  # crossover where none was measured: below all that were (11 to 23 on an H100)
 STATIC_SHARED = 8 << 10  # shared memory that the kernel declares itself, at most
 LOG = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def cuda_head(
 
     Args:
         choice: ``auto`` takes the dense head for batches at or above the crossover that `flashhead bench head OUT --store` kept for this device and head,
-            and says so in the log; where none is kept it takes the flash head for every batch, and says that.
+            and says so in the log; where none is kept it takes it from 8 on, and says that.
         multiprocessors, shared_bytes, architecture: a smaller device to plan and compile for; by default those found.
     Raises:
         DeviceError: the index holds a code without a kernel, or the kernel does not fit the device.
@@ -169,13 +170,16 @@ def cuda_head(
 
 
 def chosen_crossover(device: str, index: HeadIndex, weight: Tensor) -> int | None:
-    """The crossover that is kept for a head on a device, said in the log; None is the flash head at every batch."""
+    """The crossover that is kept for a head on a device, or a guess, said in the log; None is the flash head at every batch."""
     dtype = str(weight.dtype).removeprefix("torch.")
     stored = stored_crossover(device, index, dtype)
     shape = f"{index.vocab_size:,} x {index.hidden_size:,} ({dtype}) on {device}"
     if stored is None:
-        LOG.warning("auto: the flash head at every batch: no crossover is kept for this head of %s; flashhead bench head OUT --store measures one", shape)
-        return None
+        LOG.warning(
+            "auto: the dense head for batches of %d and more, a guess on the safe side: no crossover is kept for this head of %s; "
+            "flashhead bench head OUT --store measures one", UNMEASURED, shape,
+        )  # fmt: skip
+        return UNMEASURED
     crossover: int | None = stored["crossover"]
     if crossover is None:
         LOG.info("auto: the flash head at every batch: faster than the dense head wherever it was measured, %s", shape)

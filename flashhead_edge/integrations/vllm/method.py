@@ -23,6 +23,7 @@ from flashhead_edge.errors import SettingsError, UnsupportedModelError
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.integrations.hf import PADDING_LOGIT, check_fits
 from flashhead_edge.integrations.vllm.files import checkpoint_folder
+from flashhead_edge.integrations.vllm.metrics import serve
 from flashhead_edge.integrations.vllm.settings import Settings, read_settings
 from flashhead_edge.kernels.head import MOST_ROWS, CudaHead, cuda_head, logits_launcher
 from flashhead_edge.reference import TorchHead, torch_head
@@ -80,6 +81,9 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         self.dense, self.index, self.settings, self.name, self.checked = dense, index, settings, name, checked
         self.logits: Callable[[Tensor], Tensor] | None = None  # of [rows, d]: [rows, width of the layer]
         self.dense_from: int | None = None  # batch from which on the dense head is taken; None: never
+        self.dense_states = 0
+        self.totals = torch.zeros(4, dtype=torch.int64)  # states, clusters opened, rows scored exactly, states that a cap cut
+        self.served = False
 
     def create_weights(self, layer: Any, *args: Any, **options: Any) -> None:
         self.dense.create_weights(layer, *args, **options)
@@ -97,23 +101,33 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         rows = min(layer.org_vocab_size, len(weight))
         if self.checked:
             check_fits(self.index, weight[:rows], None if bias is None else bias[:rows], self.name)
+        self.totals = self.totals.to(weight.device)
+        layer.register_buffer("flashhead_totals", self.totals, persistent=False)
         if weight.device.type == "cuda":
             head = cuda_head(self.index, weight, bias, choice="auto" if self.settings.crossover == "auto" else "flash")
-            totals = torch.zeros(4, dtype=torch.int64, device=weight.device)
-            for name, buffer in (("image", head.image), ("workspace", head.workspace), ("totals", totals)):
-                layer.register_buffer(f"flashhead_{name}", buffer, persistent=False)
-            self.logits, self.dense_from = by_kernel(head, len(weight), totals), head.dense_from
+            layer.register_buffer("flashhead_image", head.image, persistent=False)
+            layer.register_buffer("flashhead_workspace", head.workspace, persistent=False)
+            self.logits, self.dense_from = by_kernel(head, len(weight), self.totals), head.dense_from
         else:
-            self.logits = by_reference(torch_head(self.index, weight, bias), len(weight))
+            self.logits = by_reference(torch_head(self.index, weight, bias), len(weight), self.totals)
         if isinstance(self.settings.crossover, int):
             self.dense_from = self.settings.crossover
+        if self.settings.metrics_port is not None and not self.served:
+            serve(self.settings.metrics_port, self.counts, self.name)
+            self.served = True
         log.info("%s", start_line(self.name, self.index, weight, self.dense_from, self.checked))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits [rows, width of the layer] of hidden states [rows, d]: finite, in memory that nobody else holds; float32 where FlashHead computes them."""
         if self.logits is None or (self.dense_from is not None and len(x) >= self.dense_from):
+            self.dense_states += len(x)
             return self.dense.apply(layer, x, bias)
         return self.logits(x)
+
+    def counts(self) -> dict[str, int]:
+        """What was computed so far, by the names of `metrics.NAMES`."""
+        states, opened, exact, capped = self.totals.tolist()
+        return {"steps_flash": states, "steps_dense": self.dense_states, "clusters_opened": opened, "exact_rows": exact, "capped": capped}
 
 
 def by_kernel(head: CudaHead, width: int, totals: Tensor) -> Callable[[Tensor], Tensor]:
@@ -122,11 +136,12 @@ def by_kernel(head: CudaHead, width: int, totals: Tensor) -> Callable[[Tensor], 
     return lambda x: launcher(x) if len(x) <= MOST_ROWS else torch.cat([launcher(part) for part in x.split(MOST_ROWS)])
 
 
-def by_reference(head: TorchHead, width: int) -> Callable[[Tensor], Tensor]:
+def by_reference(head: TorchHead, width: int, totals: Tensor) -> Callable[[Tensor], Tensor]:
     """The same by the reference, on a CPU."""
 
     def logits(x: Tensor) -> Tensor:
-        wide = head.logits(x)
+        step, wide = head.step_with_logits(x)
+        totals.add_(torch.stack([torch.tensor(len(x)), step.counts[:, 0].sum(), step.counts[:, -1].sum(), step.capped.sum()]))
         return torch.nn.functional.pad(wide, (0, width - wide.shape[1]), value=PADDING_LOGIT)
 
     return logits

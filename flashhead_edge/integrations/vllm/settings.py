@@ -15,6 +15,7 @@ class Settings:
 
     enabled: bool = True  # False: the dense head, and the log says so
     crossover: int | str = "auto"  # batch from which on the dense head is taken; auto: as measured on this device, never: no batch
+    metrics_port: int | None = None  # on 127.0.0.1, of the worker's own; None: no port
 
     def __post_init__(self) -> None:
         if not isinstance(self.enabled, bool):
@@ -22,6 +23,9 @@ class Settings:
         number = isinstance(self.crossover, int) and not isinstance(self.crossover, bool) and self.crossover >= 1
         if not number and self.crossover not in ("auto", "never"):
             raise SettingsError(f"flashhead: crossover is {self.crossover!r}, expected auto, never or a batch from 1 on; change --additional-config")
+        port = self.metrics_port
+        if port is not None and (not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= 65_535):
+            raise SettingsError(f"flashhead: metrics_port is {port!r}, expected 1 to 65535; change --additional-config")
 
 
 def read_settings(additional: Any) -> Settings:
