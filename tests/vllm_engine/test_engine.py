@@ -1,0 +1,160 @@
+"""Every kind of request through a real engine: FlashHead's answers beside the dense head's, switched inside it."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vLLM: see docs/vllm.md")
+
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from flashhead_edge.integrations.vllm.method import FlashHeadMethod, find_head
+from flashhead_edge.reference import torch_head
+
+PROMPTS = ["The capital of France is", "def fib(n):", "Once upon a time,", "Die Hauptstadt von Deutschland ist", "Water boils at"]
+TOKENS = 24
+SCHEMA = json.dumps({"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]})
+
+
+@contextlib.contextmanager
+def dense(method):
+    """The dense head for every batch, meanwhile."""
+    before, method.dense_from = method.dense_from, 1
+    try:
+        yield
+    finally:
+        method.dense_from = before
+
+
+def ids(outputs):
+    return [list(o.token_ids) for output in outputs for o in output.outputs]
+
+
+def equal_share(a, b):
+    """Share of steps up to the first difference, of all that both said: after it the texts are others."""
+    same = sum(next((i for i, (x, y) in enumerate(zip(p, q)) if x != y), min(len(p), len(q))) for p, q in zip(a, b))
+    return same / sum(min(len(p), len(q)) for p, q in zip(a, b))
+
+
+def test_the_head_is_flashheads(engine, method):
+    assert isinstance(method, FlashHeadMethod) and method.logits is not None
+    assert engine.apply_model(lambda model: type(model).__name__)[0].startswith("FlashHead")
+    assert engine.apply_model(lambda model: not any("flashhead" in name for name in model.state_dict()))[0]
+    before = method.counts()
+    engine.generate(PROMPTS[:2], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+    after = method.counts()
+    assert after["steps_flash"] - before["steps_flash"] == 8 and after["steps_dense"] == before["steps_dense"]
+    assert after["clusters_opened"] > before["clusters_opened"] and after["exact_rows"] > before["exact_rows"]
+
+
+REQUESTS = {
+    "greedy": {"temperature": 0},
+    "logprobs": {"temperature": 0, "logprobs": 5},
+    "prompt logprobs": {"temperature": 0, "prompt_logprobs": 2},
+    "seeded": {"temperature": 0.7, "seed": 5},
+    "top-p": {"temperature": 0.8, "top_p": 0.9, "seed": 3},
+    "top-k": {"temperature": 0.8, "top_k": 20, "seed": 3},
+    "min-p": {"temperature": 1.0, "min_p": 0.1, "seed": 3},
+    "several": {"temperature": 0.8, "n": 2, "seed": 1, "top_k": 10},
+    "penalties": {"temperature": 0, "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+    "bias": {"temperature": 0, "logit_bias": {100: 4.0, 200: -100.0}},
+    "bad words": {"temperature": 0, "bad_words": ["the", " Paris"]},
+    "at least": {"temperature": 0, "min_tokens": TOKENS},
+    "stop": {"temperature": 0, "stop": ["."]},
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_request_is_answered_as_by_the_dense_head(engine, method, name):
+    """Greedy rules change the best token only where both heads score it exactly; draws may differ where a token was no candidate."""
+    params = SamplingParams(max_tokens=TOKENS, **REQUESTS[name])
+    found = engine.generate(PROMPTS, params, use_tqdm=False)
+    with dense(method):
+        want = engine.generate(PROMPTS, params, use_tqdm=False)
+    assert all(len(o.token_ids) > 0 for output in found for o in output.outputs)
+    assert equal_share(ids(found), ids(want)) >= (0.9 if REQUESTS[name]["temperature"] == 0 else 0.5)
+    if "logprobs" in REQUESTS[name]:
+        for a, b in zip(found, want):
+            for x, y, token in zip(a.outputs[0].logprobs, b.outputs[0].logprobs, a.outputs[0].token_ids):
+                if token not in y:
+                    break
+                assert abs(x[token].logprob - y[token].logprob) < 0.5
+    if "prompt_logprobs" in REQUESTS[name]:
+        assert all(len(output.prompt_logprobs) == len(output.prompt_token_ids) for output in found)
+
+
+CONSTRAINED = {
+    "choice": {"structured_outputs": StructuredOutputsParams(choice=["yes", "no", "maybe"])},
+    "regex": {"structured_outputs": StructuredOutputsParams(regex=r"[0-9]{2,6}")},
+    "schema": {"structured_outputs": StructuredOutputsParams(json=SCHEMA)},
+    "allowed": {"allowed_token_ids": [10, 20, 30, 400, 5000]},
+}
+
+
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_constraints_are_kept(engine, name):
+    outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=48, **CONSTRAINED[name]), use_tqdm=False)
+    for output in outputs:
+        text = output.outputs[0].text
+        if name == "choice":
+            assert text in ("yes", "no", "maybe")
+        elif name == "regex":
+            assert text.isdigit() and 2 <= len(text) <= 6
+        elif name == "allowed":
+            assert set(output.outputs[0].token_ids) <= {10, 20, 30, 400, 5000}
+        elif output.outputs[0].finish_reason == "stop":
+            assert set(json.loads(text)) >= {"name", "age"}
+
+
+def test_apply_gives_the_references_tokens_alone_and_among_others(engine, method):
+    """On hidden states that reach the head: equal tokens wherever the winner leads by more than float32 sums may be wrong."""
+
+    def check(model):
+        layer = find_head(model)
+        captured, before = [], method.logits
+
+        def capture(x):
+            captured.append(x.detach().clone())
+            return before(x)
+
+        method.logits = capture
+        yield_back.append((layer, captured, before))
+
+    yield_back = []
+    engine.apply_model(check)
+    ((layer, captured, before),) = yield_back
+    try:
+        engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    finally:
+        method.logits = before
+    states = torch.cat(captured)[:32]
+    with torch.inference_mode():
+        found = method.apply(layer, states)
+        alone = torch.cat([method.apply(layer, states[i : i + 1]) for i in range(len(states))])
+        kept = found.clone()
+        method.apply(layer, states.flip(0))
+    assert torch.equal(found, kept)  # an answer is not overwritten by the next
+    assert torch.equal(found.argmax(1), alone.argmax(1))
+    assert found.shape == (len(states), len(layer.weight)) and bool(found.isfinite().all())
+    want = torch_head(method.index, layer.weight).step(states)
+    best = want.logits.amax(1)
+    second = want.logits.masked_fill(want.logits == best[:, None], float("-inf")).amax(1)
+    clear = best - second > 1e-4 * (1 + best.abs())
+    assert torch.equal(found.argmax(1)[clear], want.token[clear]) and int(clear.sum()) > 0.9 * len(states)
+
+
+def test_above_the_crossover_the_step_is_dense(engine, method):
+    before = method.counts()
+    method.dense_from = 3
+    try:
+        engine.generate(PROMPTS[:2], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
+        middle = method.counts()
+        engine.generate(PROMPTS[:4], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
+    finally:
+        method.dense_from = None
+    after = method.counts()
+    assert middle["steps_dense"] == before["steps_dense"] and middle["steps_flash"] == before["steps_flash"] + 6
+    assert after["steps_dense"] - middle["steps_dense"] >= 8
