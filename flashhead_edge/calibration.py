@@ -420,4 +420,4 @@ def check_settings(target: float, positions: int) -> None:
     if not 0.5 <= target < 1:
         raise SettingsError(f"target agreement is {target:g}, expected 0.5 to below 1; 1 is the dense head itself (flashhead generate --exact)")
     if positions < 1000:
-        raise SettingsError(f"positions is {positions}, expected at least 1000; a margin needs misses to be set by")
+        raise SettingsError(f"positions is {positions}, expected at least 1,000, since margins are set by misses; give more")

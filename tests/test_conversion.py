@@ -127,7 +127,7 @@ def test_device_model_changes_the_price(model, tmp_path):
 BAD = [
     ({"target": 1.0}, "target agreement is 1, expected 0.5 to below 1"),
     ({"target": 0.2}, "target agreement is 0.2"),
-    ({"positions": 10}, "positions is 10, expected at least 1000"),
+    ({"positions": 10}, "positions is 10, expected at least 1,000"),
     ({"head": "best"}, "head is 'best', expected one of fitted, published"),
     ({"texts": ["nowhere.txt"]}, "calibration text nowhere.txt: no such file"),
 ]

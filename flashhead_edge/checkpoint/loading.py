@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flashhead_edge.checkpoint import families
 from flashhead_edge.checkpoint.quiet import without_bars
 from flashhead_edge.checkpoint.source import Source, open_source
-from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError, first_line
+from flashhead_edge.errors import CheckpointError, SettingsError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +22,14 @@ OURS = ("flash_head", "flash_head_cache_dir", "flash_head_special_token_ids", "n
 
 
 def check_device(device: str | torch.device) -> None:
-    """Raise DeviceError where torch cannot compute on `device`."""
+    """Raise SettingsError where torch cannot compute on `device`."""
     import torch
 
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         some = "cpu, cuda" if torch.cuda.is_available() else "cpu (torch sees no GPU: flashhead doctor says why)"
-        raise DeviceError(f"device {device}: torch cannot use it, expected one of {some}; leave --torch-device out for the default") from error
+        raise SettingsError(f"device {device}: torch cannot use it, expected one of {some}; leave --torch-device out for the default") from error
 
 
 def load_model(
@@ -47,7 +47,7 @@ def load_model(
     Raises:
         CheckpointError: weights are missing or damaged.
         SettingsError: `dtype` cannot hold the head's weights.
-        DeviceError: there is no such device here.
+        SettingsError: there is no such device here.
     """
     import torch
 

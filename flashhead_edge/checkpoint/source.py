@@ -55,7 +55,7 @@ def open_source(model: str | Path | Source, *, trust_remote_code: bool = False, 
     if not path.exists():
         text = str(model)
         if path.suffix == ".gguf" or not HUB_NAME.fullmatch(text):
-            raise CheckpointError(f"{text}: no such file or folder, expected a model folder, a .gguf file or a hub name like owner/model")
+            raise CheckpointError(f"{text}: no such file or folder, expected a model folder, a .gguf file or a hub name like owner/model; check the path")
         path, name = _snapshot(text, revision, trust_remote_code), text
     if path.is_file():
         if path.suffix != ".gguf":
@@ -112,7 +112,7 @@ def _snapshot(name: str, revision: str | None, code: bool) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(f"{name}: neither a folder nor a model{at} on the hub; check the name, or log in with `hf auth login` if it is gated") from error
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # HTTPError is the HTTP library's own: a connection that breaks
-        raise CheckpointError(f"{name}: no such folder, and the hub cannot be reached ({type(error).__name__}); name a local folder or try again") from error
+        raise CheckpointError(f"{name}: no such folder, and the hub cannot be reached; name a local folder, or try again with a network") from error
 
 
 def weight_map(folder: Path) -> dict[str, Path]:

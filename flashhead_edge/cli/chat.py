@@ -29,12 +29,13 @@ def chat(
 ) -> None:
     """Talk with the checkpoint OUT in its chat template. Answers stream to stdout.
 
-    /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. With --json the conversation is
+    /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. With --json all conversations are
     printed as one document at the end, and answers stream to stderr.
     """
     sampling = take_sampling(options, exact)
     start = [{"role": "system", "content": system}] if system else []
     messages, turns = list(start), []
+    conversations = [messages]
     with answer_only() as stdout:
         with shown_progress("loading"):
             from flashhead_edge.generation import exact_stream, load_engine, prompt_ids, stream
@@ -46,8 +47,9 @@ def chat(
             assert line is not None
             if line == "/reset":
                 messages = list(start)
+                conversations.append(messages)
                 click.echo("forgotten", err=True)
-            elif line.startswith("/"):
+            elif line.startswith("/") and " " not in line:  # a command that there is not; a sentence may begin so
                 click.echo(HELP, err=True)
             elif line:
                 messages.append({"role": "user", "content": line})
@@ -59,10 +61,10 @@ def chat(
                     click.echo(f"flashhead: {error}", err=True)
                     continue
                 messages.append({"role": "assistant", "content": _speak(run, answers)})
-                turns.append(plain(run.summary))
+                turns.append({"conversation": len(conversations) - 1} | plain(run.summary))
                 click.echo(f"({turns[-1]['tokens']} tokens, {turns[-1]['tokens_per_second']:.1f} a second)", err=True)
     if as_json:
-        write_json({"messages": messages, "turns": turns}, stdout)
+        write_json({"conversations": conversations, "turns": turns}, stdout)
 
 
 def _read(stdout: TextIO) -> str | None:

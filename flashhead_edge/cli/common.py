@@ -43,7 +43,7 @@ def calibration_options(function: F) -> F:
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same command, seed and threads: same checkpoint."),
         click.option("--torch-device", metavar="NAME", help="Where the model runs and the head is fitted.  [default: a GPU if there is one]"),
         click.option("--device", "device_model", metavar="NAME", help="Choose settings by a step's time on this board (orin-nano, ...), not by its bytes."),
-        click.option("--positions", type=click.IntRange(min=1), help="Positions to calibrate on.  [default: 60,000, more for deeper targets than 99.8 %]"),
+        click.option("--positions", type=click.IntRange(min=1_000), help="Positions to calibrate on.  [default: 60,000, more for deeper targets than 99.8 %]"),
         click.option(
             "--calibration", "texts", multiple=True, metavar="FILE|datasets:NAME", help="Calibrate on this text too, and hold it to the target. Repeatable."
         ),
@@ -129,4 +129,6 @@ def _short(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return str(value)

@@ -11,7 +11,7 @@ from flashhead_edge.cli.common import answer_only, common_options, figures, fold
 from flashhead_edge.cli.display import shown_progress
 from flashhead_edge.cli.sampling import generation_options, take_sampling
 
-EXACT_FIGURES = ("rounds", "missed", "repeated_steps", "repeated_share")  # that say nothing without --exact
+EXACT_FIGURES = ("exact", "rounds", "missed", "repeated_steps", "repeated_share")  # that say nothing without --exact
 
 
 @click.command(short_help="Answer a prompt.")
@@ -51,7 +51,7 @@ def generate(
             stdout.write(token.text)
             stdout.flush()
     text, summary = "".join(pieces), plain(run.summary)
-    figures("figures", {name: value for name, value in summary.items() if exact or name not in EXACT_FIGURES})
+    figures("figures", {name: value for name, value in summary.items() if (exact or name not in EXACT_FIGURES) and (value or name != "allowed_steps")})
     if as_json:
         write_json({"prompt": prompt, "text": text, **summary}, stdout)
     else:

@@ -162,5 +162,5 @@ def _short(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     return ", ".join(_short(v) for v in value) if isinstance(value, (list, tuple)) else str(value)

@@ -71,7 +71,9 @@ def test_chat_keeps_resets_and_leaves(inside, checkpoint: Path) -> None:
     result = inside("chat", checkpoint, "--max-new-tokens", 6, "--json", stdin="first\nsecond\n/reset\n/what\n\nthird\n/exit\nnever\n")
     assert result.returncode == 0, result.stderr
     document = one_document(result.stdout)
-    assert [m["content"] for m in document["messages"] if m["role"] == "user"] == ["third"]
+    said = [[m["content"] for m in messages if m["role"] == "user"] for messages in document["conversations"]]
+    assert said == [["first", "second"], ["third"]]
+    assert [turn["conversation"] for turn in document["turns"]] == [0, 0, 1]
     prompts = [turn["prompt_tokens"] for turn in document["turns"]]
     assert len(prompts) == 3
     assert prompts[1] > prompts[0]  # the second turn holds the first
@@ -91,7 +93,7 @@ def test_message_that_is_too_long_is_said_and_the_chat_goes_on(inside, checkpoin
     result = inside("chat", checkpoint, "--max-new-tokens", 4, "--json", stdin=f"first\n{'x' * 9000}\nthird\n")
     assert result.returncode == 0, result.stderr
     document = one_document(result.stdout)
-    assert [m["content"] for m in document["messages"] if m["role"] == "user"] == ["first", "third"]
+    assert [[m["content"] for m in messages if m["role"] == "user"] for messages in document["conversations"]] == [["first", "third"]]
     assert "flashhead: generate: the prompt has" in result.stderr
 
 

@@ -50,39 +50,42 @@ def test_the_head_is_flashheads(engine, method):
     assert after["clusters_opened"] > before["clusters_opened"] and after["exact_rows"] > before["exact_rows"]
 
 
+# Requests, and the share of steps up to the first difference that must be the dense head's. Greedy ones differ where the promise
+# allows it; penalties push candidates below tokens that were none; a draw differs where the dense head drew such a token, and
+# then the texts part for good, so of draws only so much is asked as tells a seed that is kept from one that is not.
 REQUESTS = {
-    "greedy": {"temperature": 0},
-    "logprobs": {"temperature": 0, "logprobs": 5},
-    "prompt logprobs": {"temperature": 0, "prompt_logprobs": 2},
-    "seeded": {"temperature": 0.7, "seed": 5},
-    "top-p": {"temperature": 0.8, "top_p": 0.9, "seed": 3},
-    "top-k": {"temperature": 0.8, "top_k": 20, "seed": 3},
-    "min-p": {"temperature": 1.0, "min_p": 0.1, "seed": 3},
-    "several": {"temperature": 0.8, "n": 2, "seed": 1, "top_k": 10},
-    "penalties": {"temperature": 0, "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3},
-    "bias": {"temperature": 0, "logit_bias": {100: 4.0, 200: -100.0}},
-    "bad words": {"temperature": 0, "bad_words": ["the", " Paris"]},
-    "at least": {"temperature": 0, "min_tokens": TOKENS},
-    "stop": {"temperature": 0, "stop": ["."]},
+    "greedy": ({"temperature": 0}, 0.9),
+    "logprobs": ({"temperature": 0, "logprobs": 5}, 0.9),
+    "prompt logprobs": ({"temperature": 0, "prompt_logprobs": 2}, 0.9),
+    "seeded": ({"temperature": 0.7, "seed": 5}, 0.2),
+    "top-p": ({"temperature": 0.8, "top_p": 0.9, "seed": 3}, 0.2),
+    "top-k": ({"temperature": 0.8, "top_k": 20, "seed": 3}, 0.2),
+    "min-p": ({"temperature": 1.0, "min_p": 0.1, "seed": 3}, 0.2),
+    "several": ({"temperature": 0.8, "n": 2, "seed": 1, "top_k": 10}, 0.2),
+    "penalties": ({"temperature": 0, "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3}, 0.7),
+    "bias": ({"temperature": 0, "logit_bias": {100: 4.0, 200: -100.0}}, 0.9),
+    "bad words": ({"temperature": 0, "bad_words": ["the", " Paris"]}, 0.9),
+    "at least": ({"temperature": 0, "min_tokens": TOKENS}, 0.9),
+    "stop": ({"temperature": 0, "stop": ["."]}, 0.9),
 }
 
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_request_is_answered_as_by_the_dense_head(engine, method, name):
-    """Greedy rules change the best token only where both heads score it exactly; draws may differ where a token was no candidate."""
-    params = SamplingParams(max_tokens=TOKENS, **REQUESTS[name])
+    options, least = REQUESTS[name]
+    params = SamplingParams(max_tokens=TOKENS, **options)
     found = engine.generate(PROMPTS, params, use_tqdm=False)
     with dense(method):
         want = engine.generate(PROMPTS, params, use_tqdm=False)
     assert all(len(o.token_ids) > 0 for output in found for o in output.outputs)
-    assert equal_share(ids(found), ids(want)) >= (0.9 if REQUESTS[name]["temperature"] == 0 else 0.5)
-    if "logprobs" in REQUESTS[name]:
+    assert equal_share(ids(found), ids(want)) >= least
+    if "logprobs" in options:
         for a, b in zip(found, want):
             for x, y, token in zip(a.outputs[0].logprobs, b.outputs[0].logprobs, a.outputs[0].token_ids):
                 if token not in y:
                     break
                 assert abs(x[token].logprob - y[token].logprob) < 0.5
-    if "prompt_logprobs" in REQUESTS[name]:
+    if "prompt_logprobs" in options:
         assert all(len(output.prompt_logprobs) == len(output.prompt_token_ids) for output in found)
 
 
