@@ -15,7 +15,7 @@ from flashhead_edge.capture import SAMPLE_LENGTH, _forced, _sample, _second_read
 from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index, read_published
 from flashhead_edge.conversion import calibrate, convert
 from flashhead_edge.costs import bytes_per_step
-from flashhead_edge.errors import CheckpointError, DeviceError, FlashHeadError, SettingsError
+from flashhead_edge.errors import CheckpointError, FlashHeadError, SettingsError
 from flashhead_edge.fitting import fold_of
 from flashhead_edge.reference import dense_tokens, torch_head
 
@@ -164,7 +164,7 @@ def test_what_cannot_work_is_found_before_any_work(model, tmp_path, monkeypatch)
         convert(model, tmp_path / "file" / "out")
     with pytest.raises(SettingsError, match="head published: it is calibrated on nothing, expected no calibration text"):
         convert(model, tmp_path / "out", head="published", texts=[str(tmp_path / "file")])
-    with pytest.raises(DeviceError, match="device banana: torch cannot use it, expected one of cpu"):
+    with pytest.raises(SettingsError, match="device banana: torch cannot use it, expected one of cpu"):
         load_model(model, device="banana")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["binary.txt", "file"]
 
@@ -179,7 +179,7 @@ def test_what_calibrate_cannot_do_is_found_before_any_work(model, converted, tmp
     with pytest.raises(FlashHeadError, match="MB are needed, 0 MB are free"):
         calibrate(out)
     monkeypatch.undo()
-    with pytest.raises(DeviceError, match="device banana: torch cannot use it"):
+    with pytest.raises(SettingsError, match="device banana: torch cannot use it"):
         calibrate(out, torch_device="banana")
     assert content(out) == before
 

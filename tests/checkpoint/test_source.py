@@ -38,7 +38,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_hub_that_cannot_be_reached() -> None:
-    with pytest.raises(CheckpointError, match=r"owner/some-model: no such folder, and the hub cannot be reached \(LocalEntryNotFoundError\)"):
+    with pytest.raises(CheckpointError, match=r"owner/some-model: no such folder, and the hub cannot be reached; name a local folder"):
         open_source("owner/some-model")
 
 

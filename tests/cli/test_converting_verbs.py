@@ -56,7 +56,7 @@ def test_published_head_needs_no_calibration(inside, model_folder: Path, tmp_pat
     [
         ("empty", (), "empty"),
         ("{model}", ("--target-agreement", 0.2), "target agreement is 0.2"),
-        ("{model}", ("--positions", 10), "positions is 10"),
+        ("{model}", ("--positions", 10), "10 is not in the range x>=1000"),
         ("{model}", ("--device", "abacus"), "abacus"),
         ("{model}", ("--calibration", "nowhere.txt"), "nowhere.txt"),
     ],

@@ -61,7 +61,7 @@ def test_figures_go_to_stderr_nested_and_short(capsys: pytest.CaptureFixture[str
     figures("title", {"bytes": 1234567, "share": 0.123456789, "deep": {"flag": True}, "many": list(range(20)), "none": None})
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines() == ["title", "  bytes  1,234,567", "  share  0.123457", "  deep", "    flag  yes", "  many: 20 entries (--json shows them)"]
+    assert err.splitlines() == ["title", "  bytes  1,234,567", "  share  0.1235", "  deep", "    flag  yes", "  many: 20 entries (--json shows them)"]
 
 
 def test_silence_is_broken_and_new_subjects_are_said() -> None:
