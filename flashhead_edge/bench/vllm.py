@@ -129,7 +129,7 @@ def measure(task: dict[str, Any]) -> list[dict[str, Any]]:
         return seconds
 
     about = call("bench_capture")
-    generate(4, 8)
+    generate(16, 16)
     call("bench_prepare", True)
     records = []
     for batch in task["batches"]:

@@ -19,7 +19,7 @@ from flashhead_edge.errors import SettingsError
 from flashhead_edge.integrations.vllm.method import FlashHeadMethod, by_kernel, find_head
 from flashhead_edge.kernels.head import cuda_head
 
-FITTED = 16  # states that set the margins of a made head
+FITTED = 64  # states that set the margins of a made head
 
 
 class Marks:
@@ -95,7 +95,7 @@ class BenchWorker:
         weight, index, states = layer.weight, method.index, torch.cat(self.bench_states)
         v, d = index.vocab_size, index.hidden_size
         if made:
-            index = with_shares(index, weight[:v], states[-FITTED:], FEW_CODES.mean)
+            index = with_shares(index, weight[:v], states[:: max(1, len(states) // FITTED)], FEW_CODES.mean)
         published = made_index(Case("published", v, d, PUBLISHED_CLUSTER_SIZE, (), "float16", (math.inf,), (1.0,), always=0, state_power=0.0))
         self.bench_totals = {name: torch.zeros(4, dtype=torch.int64, device=weight.device) for name in ("published", "flash")}
         self.bench_heads: dict[str, Callable[[Tensor], Tensor]] = {
