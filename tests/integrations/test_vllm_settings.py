@@ -18,7 +18,8 @@ def test_nothing_set_is_the_default(given):
         ({"crossover": 0}, "crossover is 0, expected auto, never or a batch from 1 on"),
         ({"crossover": "often"}, "crossover is 'often'"),
         ({"metrics_port": 70_000}, "metrics_port is 70000, expected 1 to 65535"),
-        ({"speed": 1}, "the setting speed is not known, expected one of enabled, crossover, metrics_port"),
+        ({"score_all_rows": 1}, "score_all_rows is 1, expected true or false"),
+        ({"speed": 1}, "the setting speed is not known, expected one of enabled, crossover, score_all_rows, metrics_port"),
         ([], r"the settings are \[\], expected an object"),
     ],
 )

@@ -7,6 +7,8 @@ works on what `apply` returns, as long as it is full-width and finite.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +57,8 @@ def install(model: nn.Module, config: VllmConfig) -> None:
         found = type(head.quant_method).__name__
         raise UnsupportedModelError(f"{name}: the head's weights are packed ({found}), expected a plain matrix; convert a model whose head is not quantised")
     index = read_index(checkpoint_folder(config))
+    if settings.score_all_rows:
+        index = dataclasses.replace(index, probe=dataclasses.replace(index.probe, margin=math.inf, cap=index.n_clusters))
     head.quant_method = FlashHeadMethod(head.quant_method, index, settings, name, checked=config.load_config.load_format != "dummy")
 
 

@@ -15,11 +15,14 @@ class Settings:
 
     enabled: bool = True  # False: the dense head, and the log says so
     crossover: int | str = "auto"  # batch from which on the dense head is taken; auto: as measured on this device, never: no batch
+    score_all_rows: bool = False  # every row by the row code, not only those of open clusters: nearer to dense where tokens are few or their odds matter
     metrics_port: int | None = None  # on 127.0.0.1, of the worker's own; None: no port
 
     def __post_init__(self) -> None:
         if not isinstance(self.enabled, bool):
             raise SettingsError(f"flashhead: enabled is {self.enabled!r}, expected true or false; change --additional-config")
+        if not isinstance(self.score_all_rows, bool):
+            raise SettingsError(f"flashhead: score_all_rows is {self.score_all_rows!r}, expected true or false; change --additional-config")
         number = isinstance(self.crossover, int) and not isinstance(self.crossover, bool) and self.crossover >= 1
         if not number and self.crossover not in ("auto", "never"):
             raise SettingsError(f"flashhead: crossover is {self.crossover!r}, expected auto, never or a batch from 1 on; change --additional-config")
