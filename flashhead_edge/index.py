@@ -58,7 +58,7 @@ class HeadIndex:
     mean: np.ndarray | None  # [d] float32, subtracted from h; None: z = h
     rotation: Coded | None  # P, transposed: [d, r - 1], what entry i of h - mean gives to coordinates 1 to r - 1
     tail_scale: float  # an unscored token's full-width logit is tail_scale * (score of its cluster) + tail_offset,
-    tail_offset: float  # never above the smallest exact one
+    tail_offset: float  # below the smallest exact one
     fingerprint: str  # of the head's weights that the index was made for
     summary: dict[str, Any] = field(default_factory=dict)  # JSON: how it was calibrated and what that showed
     state_power: float = 0.0  # a state's margins are multiplied by rms(coordinates 1 to r - 1) ** state_power

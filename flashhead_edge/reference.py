@@ -15,7 +15,7 @@ from flashhead_edge.coding import TorchCoded, decode, to_torch
 from flashhead_edge.head import Step
 from flashhead_edge.index import Gate, HeadIndex, own_error, slot_of_token
 
-BELOW = 2.0**-7  # of 1 + the smallest exact logit's size: two steps of bfloat16, so that rounding makes no ties
+BELOW = 2.0**-7  # of 1 + an exact logit's size: two steps of bfloat16, so that rounding makes no ties
 NEAR = 1e-4  # of 1 + the largest logit's size: far more than a float32 sum is wrong by
 SETTLED = 8  # best tokens of a float32 pass whose order float64 settles
 DECODED_BYTES = 64 << 20  # rows are decoded in blocks of about this size
@@ -237,8 +237,8 @@ def greedy(ids: Tensor, logits: Tensor) -> Tensor:
 def full_logits(head: TorchHead, hidden: Tensor) -> Tensor:
     """Full-width raw logits [N, V] float32, all finite.
 
-    Exact where the step scored exactly; a coded score where a code scored; else the cluster's score, scaled and
-    shifted by the calibrated tail. The last two stay below the smallest exact logit, also after rounding to bfloat16.
+    Exact where the step scored exactly; a coded score where a code scored, below the best exact logit; else the cluster's
+    score, scaled and shifted by the calibrated tail, below the smallest exact logit. Below also after rounding to bfloat16.
     """
     return widened(head, run_stages(head, hidden))
 
@@ -246,17 +246,23 @@ def full_logits(head: TorchHead, hidden: Tensor) -> Tensor:
 def widened(head: TorchHead, trail: Trail) -> Tensor:
     """A trail at full width: see `full_logits`."""
     index, filled = head.index, head.token_table >= 0
-    tail = (trail.clusters * index.tail_scale + index.tail_offset).float()
-    wide = tail.repeat_interleave(index.cluster_size, 1)
-    if head.stages:
-        wide[trail.row, trail.slot] = trail.score.float()
     row, slot, logit = trail.row[trail.exact], trail.slot[trail.exact], trail.logit[trail.exact]
-    lowest = logit.new_full((len(wide),), torch.inf).scatter_reduce(0, row, logit, "amin")[:, None]
-    wide = torch.minimum(wide, lowest - BELOW * (1 + lowest.abs()), out=wide)
+    lowest = logit.new_full((len(trail.clusters),), torch.inf).scatter_reduce(0, row, logit, "amin")
+    best = logit.new_full((len(trail.clusters),), -torch.inf).scatter_reduce(0, row, logit, "amax")
+    tail = (trail.clusters * index.tail_scale + index.tail_offset).float()
+    wide = below(tail, lowest[:, None]).repeat_interleave(index.cluster_size, 1)
+    if head.stages:
+        wide[trail.row, trail.slot] = below(trail.score.float(), best[trail.row])
     wide[row, slot] = logit
     out = torch.empty(len(wide), index.vocab_size, dtype=torch.float32, device=wide.device)
     out[:, head.token_table[filled]] = wide[:, filled]
     return out
+
+
+def below(x: Tensor, exact: Tensor) -> Tensor:
+    """Logits `x`, those near or above `exact` pressed together below it in their order; others stay as they are."""
+    ceiling = exact - BELOW * (1 + exact.abs())
+    return torch.where(x > ceiling - 1, ceiling - torch.exp(ceiling - 1 - x), x)
 
 
 def dense_logits(weight: Tensor, bias: Tensor | None, hidden: Tensor, vocab_size: int) -> Tensor:

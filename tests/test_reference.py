@@ -9,7 +9,7 @@ from small_heads import everything_open, few_probes
 
 from flashhead_edge.coding import decode, to_torch
 from flashhead_edge.index import own_error
-from flashhead_edge.reference import dense_logits, dense_tokens, full_logits, greedy, torch_head
+from flashhead_edge.reference import below, dense_logits, dense_tokens, full_logits, greedy, run_stages, torch_head
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +133,10 @@ def test_ties_go_to_the_smaller_id(hidden):
 
 
 def test_full_width_is_finite_and_below_the_exact(weight, hidden):
+    """Coded scores below the best exact logit, tails below the smallest, also in bfloat16."""
     index = narrow(everything_open(weight, cascade=True), (1.0, 1.0, 0.5))
     head = torch_head(index, weight)
-    wide, found = full_logits(head, hidden), head.step(hidden)
+    wide, found, trail = full_logits(head, hidden), head.step(hidden), run_stages(head, hidden)
     assert wide.shape == (64, 131)
     assert bool(wide.isfinite().all())
     assert torch.equal(wide.argmax(1), found.token)
@@ -143,7 +144,16 @@ def test_full_width_is_finite_and_below_the_exact(weight, hidden):
         ids = found.ids[n][found.ids[n] >= 0]
         assert torch.equal(wide[n, ids], found.logits[n][: len(ids)])
         others = torch.ones(131, dtype=torch.bool).scatter(0, ids, False)
+        assert float(wide[n][others].bfloat16().max()) < float(wide[n, ids].bfloat16().max())
+        others[head.token_table[trail.slot[trail.row == n]]] = False
         assert float(wide[n][others].bfloat16().max()) < float(wide[n, ids].bfloat16().min())
+
+
+def test_pressing_below_keeps_the_order():
+    x, exact = torch.linspace(-30, 25, 500), torch.tensor(14.5)
+    pressed = below(x, exact)
+    assert bool((pressed.diff() >= 0).all()) and bool((pressed[x < 24].diff()[x[x < 24][1:] < 24] > 0).all())
+    assert torch.equal(pressed[x < 13], x[x < 13]) and float(pressed.bfloat16().max()) < float(exact.bfloat16())
 
 
 def test_always_scored_tokens_enter_the_cascade(weight, hidden):

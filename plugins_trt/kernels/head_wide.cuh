@@ -1,8 +1,8 @@
-// head_wide.cuh: full-width logits: every token has one, and those without an exact row stay below those with one.
+// head_wide.cuh: full-width logits (reference.full_logits): every token has one.
 //
 // While it goes on, a step writes each code's scores over those of the code before, and marks the clusters that it opens. A second
-// kernel gives the tokens of all other clusters the tail of their cluster's score, lowers everything below the smallest exact
-// logit and puts the exact ones in their places.
+// kernel presses these below the best exact logit, gives the tokens of all other clusters the tail of their cluster's score, below
+// the smallest exact logit, and puts the exact ones in their places.
 #pragma once
 #include "head_gates.cuh"
 
@@ -12,6 +12,12 @@ static __device__ __noinline__ void write_scores(const FlashHeadArguments& a, co
     float* wide = a.wide + (size_t)row * a.wide_stride;
 #pragma unroll 4
     for (int i = threadIdx.x; i < n; i += FLASHHEAD_THREADS) wide[__ldg(tokens + (items[i].x & 0xffffff))] = __uint_as_float(items[i].y);
+}
+
+// Those near or above `exact` are pressed together below it, in their order (reference.below).
+__device__ __forceinline__ float below(float x, float exact) {
+    const float ceiling = exact - FLASHHEAD_BELOW * (1 + fabsf(exact));
+    return x > ceiling - 1 ? ceiling - __expf(ceiling - 1 - x) : x;
 }
 
 // Grid: (blocks that share a row, rows). Each fills its share of the row, then puts the exact logits that belong there.
@@ -43,8 +49,9 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS) flashhead_widen(
         const int i = min((int)threadIdx.x + j * FLASHHEAD_THREADS, a.candidates - 1);
         exact[j] = logits[i], id[j] = (int)ids[i];
     }
-    // a token's value before the ceiling; where no code scores rows, that of an open cluster's token is replaced by an exact one
+    // a token's value, and whether it is a tail; where no code scores rows, that of an open cluster's token is replaced by an exact one
     float value[AHEAD];
+    bool tail[AHEAD];
     const auto load = [&](int base) {
         float score[AHEAD];
         unsigned when[AHEAD];
@@ -55,28 +62,25 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS) flashhead_widen(
         }
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
+            tail[j] = !(cluster[j] & FLASHHEAD_ALWAYS) && when[j] != epoch;
             if (base + j * FLASHHEAD_THREADS >= a.vocab_size) value[j] = FLASHHEAD_PADDING;
-            else if (!(cluster[j] & FLASHHEAD_ALWAYS) && when[j] != epoch) value[j] = fmaf(score[j], a.tail_scale, a.tail_offset);
+            else if (tail[j]) value[j] = fmaf(score[j], a.tail_scale, a.tail_offset);
         }
     };
     load(first + threadIdx.x);
-    u64 least = 0;  // the largest of turned keys
-    const auto lower = [&](float logit) {
-        const u64 key = ~ordered(logit);
-        least = key > least ? key : least;
-    };
+    unsigned least = 0, most = 0;  // the largest of turned keys, and of keys
+    const auto take = [&](float logit) { least = max(least, ~ordered(logit)), most = max(most, ordered(logit)); };
 #pragma unroll
     for (int j = 0; j < AHEAD; j++)
-        if (threadIdx.x + j * FLASHHEAD_THREADS < count) lower(exact[j]);
+        if (threadIdx.x + j * FLASHHEAD_THREADS < count) take(exact[j]);
 #pragma unroll 1
-    for (int i = threadIdx.x + AHEAD * FLASHHEAD_THREADS; i < count; i += FLASHHEAD_THREADS) lower(logits[i]);
-    const float lowest = unordered(~(unsigned)block_max(least, keys));
-    const float ceiling = lowest - FLASHHEAD_BELOW * (1 + fabsf(lowest));
+    for (int i = threadIdx.x + AHEAD * FLASHHEAD_THREADS; i < count; i += FLASHHEAD_THREADS) take(logits[i]);
+    const float lowest = unordered(~(unsigned)block_max(least, keys)), best = unordered((unsigned)block_max(most, keys));
 #pragma unroll 1
     for (int base = first + threadIdx.x;;) {
 #pragma unroll
         for (int j = 0; j < AHEAD; j++)
-            if (base + j * FLASHHEAD_THREADS < end) wide[base + j * FLASHHEAD_THREADS] = fminf(value[j], ceiling);
+            if (base + j * FLASHHEAD_THREADS < end) wide[base + j * FLASHHEAD_THREADS] = below(value[j], tail[j] ? lowest : best);
         base += AHEAD * FLASHHEAD_THREADS;
         if (base >= end) break;
         name_clusters(base);
