@@ -51,7 +51,7 @@ def examine() -> dict[str, Any]:
             "CUDA NVRTC", "nvrtc", "flashhead_edge.kernels: compiling them without a toolchain", packages=("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
         ),
         lambda: library("TensorRT", "nvinfer", f"TensorRT engines: {LATER}", packages=("tensorrt", "tensorrt-cu12", "tensorrt-cu13")),
-        lambda: package("vllm", f"serving: {LATER}"),
+        lambda: package("vllm", "serving: vllm serve OUT (0.26 or newer, on a GPU)"),
         onnxruntime,
         jetson,
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import importlib.util
 import json
 import os
 import statistics
@@ -59,6 +60,8 @@ def bench_vllm(shapes: Sequence[str], runners: Sequence[str], batches: Sequence[
         for name in found:
             if name not in known:
                 raise SettingsError(f"bench vllm: {name} is not known, expected one of {', '.join(known)}; name one of them")
+    if importlib.util.find_spec("vllm") is None:
+        raise DeviceError("bench vllm: vLLM is not installed, expected it beside a GPU; pip install vllm")
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="flashhead-bench-") as work:
         for name in shapes or CONFIGS:

@@ -66,3 +66,27 @@ def head(
         if plot is not None:
             write_heads(document, plot)
             click.echo(f"plots: {plot}", err=True)
+
+
+@bench.command(short_help="Time decode steps of vLLM on a GPU: dense, published, FlashHead.")
+@click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made model, such as Llama-3.2-1B. Repeatable.  [default: all known]")
+@click.option("--runner", "runners", multiple=True, type=click.Choice(["v1", "v2"]), help="vLLM's model runner. Repeatable.  [default: both]")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 256), help="Requests at a time. Repeatable.  [default: 1, 16, 64]")
+@json_option
+@common_options
+@click.pass_obj
+def vllm(settings: Settings, shapes: tuple[str, ...], runners: tuple[str, ...], batches: tuple[int, ...], as_json: bool) -> None:
+    """Time decode steps of a real vLLM engine on an NVIDIA GPU: the dense head, the published method and FlashHead, switched inside it.
+
+    Models are made: real shapes with random weights, heads that open as many clusters as a real one.
+    """
+    command = shlex.join(["flashhead", *settings.arguments])
+    with answer_only() as stdout:
+        with shown_progress("looking for vLLM") as progress:
+            from flashhead_edge.bench.vllm import bench_vllm
+            from flashhead_edge.report.serving import show_serving
+
+            document = bench_vllm(shapes, runners, batches, command, progress)
+        show_serving(document, person(stdout, as_json))
+        if as_json:
+            write_json(document, stdout)

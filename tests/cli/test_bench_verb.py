@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from flashhead_edge.bench import head as bench
 from flashhead_edge.errors import FlashHeadError
 from flashhead_edge.report.heads import show_heads, write_heads
+from flashhead_edge.report.serving import show_serving
 
 NO_GPU = "flashhead: bench head: no NVIDIA GPU was found, expected one that torch can use; run it on a machine with a GPU"
 
@@ -131,3 +133,19 @@ def test_a_run_measures_every_head(inside: Callable[..., Any], tmp_path: Path) -
         heads
     )
     assert all(r["microseconds"] > r["floor_microseconds"] / 2 for r in found["records"])
+
+
+def test_serving_without_vllm_is_one_sentence(inside) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed")
+    result = inside("bench", "vllm")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("flashhead: bench vllm: vLLM is not installed")
+
+
+def test_serving_is_shown() -> None:
+    gpu, host = {"total": 1220.4, "head": 33.7, "sampler": 21.0}, {"head": 60.0}
+    record = {"model": "Llama-3.2-1B", "batch": 1, "head": "flash", "settings": {"runner": "v2"}, "gpu_microseconds": gpu, "host_microseconds": host}
+    console = Console(width=200, file=io.StringIO())
+    show_serving({"records": [record | {"tokens_per_second": 544.2, "tokens_per_second_spread": [527, 579]}]}, console)
+    assert all(word in console.file.getvalue() for word in ("Llama-3.2-1B", "1,220.4", "33.7", "544 (527 to 579)"))
