@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.coding import TorchCoded, decode, to_torch
+from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.index import Gate, HeadIndex, own_error, slot_of_token
 
@@ -217,6 +218,8 @@ def step_with_logits(head: TorchHead, hidden: Tensor) -> tuple[Step, Tensor]:
 def packed(head: TorchHead, trail: Trail) -> Step:
     """A trail as callers see it: candidates in the order of their ids."""
     n = len(trail.clusters)
+    if n and int(trail.counts[:, -1].min()) == 0:  # the best item always passes, unless no item can be compared
+        raise SettingsError("head: a hidden state is not finite, expected numbers; look at the model that made it")
     row, token, logit = trail.row[trail.exact], head.token_table[trail.slot[trail.exact]], trail.logit[trail.exact]
     order = (row * head.index.vocab_size + token).argsort()
     row, token, logit = row[order], token[order], logit[order]

@@ -8,6 +8,7 @@ import torch
 from small_heads import everything_open, few_probes
 
 from flashhead_edge.coding import decode, to_torch
+from flashhead_edge.errors import SettingsError
 from flashhead_edge.index import own_error
 from flashhead_edge.reference import below, dense_logits, dense_tokens, full_logits, greedy, run_stages, torch_head
 
@@ -147,6 +148,13 @@ def test_full_width_is_finite_and_below_the_exact(weight, hidden):
         assert float(wide[n][others].bfloat16().max()) < float(wide[n, ids].bfloat16().max())
         others[head.token_table[trail.slot[trail.row == n]]] = False
         assert float(wide[n][others].bfloat16().max()) < float(wide[n, ids].bfloat16().min())
+
+
+def test_a_state_that_is_not_finite_is_said(weight, hidden):
+    head, broken = torch_head(everything_open(weight), weight), hidden.clone()
+    broken[3, 5] = torch.nan
+    with pytest.raises(SettingsError, match="a hidden state is not finite"):
+        head.step(broken)
 
 
 def test_pressing_below_keeps_the_order():

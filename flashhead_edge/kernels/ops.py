@@ -305,7 +305,10 @@ def check_step(hidden: Tensor, weight: Tensor, bias: Tensor | None, image: Tenso
     want(fits and weight.dtype in HALVES, "weight", kind(weight), f"float16 or bfloat16 [{v} or more, {d}]")
     if bias is not None:
         want(bias.dtype == weight.dtype and bias.ndim == 1 and len(bias) >= v, "bias", kind(bias), f"{weight.dtype} [{v} or more]")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("image", image), ("workspace", workspace)):
+    fits = image.dtype == torch.uint8 and image.numel() >= plan.image_bytes
+    want(fits, "image", kind(image), f"uint8 [{plan.image_bytes}]")
+    tensors = {"hidden": hidden, "weight": weight, "image": image, "workspace": workspace} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
         aligned = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
         want(aligned, name, f"strides {tensor.stride()} at {tensor.data_ptr():#x}", "contiguous and 16-byte aligned")
         if tensor.device != hidden.device:

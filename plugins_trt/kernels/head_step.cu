@@ -24,8 +24,9 @@
 // One kernel, because at these sizes launches and grid barriers are the cost. What blocks tell each other travels without
 // fences or atomics: coordinates and cluster scores in words tagged with the step (`post_float`), then for each code one
 // message of 16 bytes a block, the best score and two counts (`post`, `collect`). Only product codes need a barrier, behind
-// the sums of their codebooks. Every block sees all clusters' scores and takes an equal share of the open ones; it keeps its
-// items to the end. A message also says how many items at most will pass, so a cap costs nothing until it may cut.
+// the sums of their codebooks, and caps that cut, one a pass of their counting. Every block sees all clusters' scores and takes
+// an equal share of the open ones; it keeps its items to the end. A message also says how many items at most will pass, so a
+// cap costs nothing until it may cut.
 // What a step costs is the number of its phases and of the instructions that a warp goes through, not its bytes: the same
 // head takes as long when all of it lies in the L2 cache. docs/kernels.md has the figures.
 #include "head_gates.cuh"
@@ -186,7 +187,10 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             if (threadIdx.x == 0) post(messages + s * blocks + block, best, near, n, tag);
             // while the messages travel: what passes so far will most likely be read next
             prefetch_next(a, s, others, near);
-            if (a.wide) write_scores(a, items, n, row);
+            if (a.wide) {
+                write_scores(a, items, n, row);
+                __syncthreads();  // exact rows are scored into `items`
+            }
             early = s + 1 == L.stages && near <= FLASHHEAD_EARLY;
             if (early) score_exactly(a, others, near, items, state_low, false);
             all = collect(messages + s * blocks, blocks, tag, collected);
@@ -253,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         all = collect(last, blocks, tag, collected);
         if (threadIdx.x == 0) {
             long long* counts = a.counts + (size_t)row * (2 + L.stages);
-            a.token[row] = 0xffffffffu - (unsigned)all.best;
+            a.token[row] = all.best ? 0xffffffffu - (unsigned)all.best : 0;  // of a state that is not finite nothing passes
             counts[0] = opened, counts[1 + L.stages] = all.second;
             a.capped[row] = cut;
             state->counter = state->candidates[~epoch & 1] = 0;
