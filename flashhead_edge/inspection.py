@@ -49,7 +49,10 @@ def _codes(index: HeadIndex) -> list[Coded]:
 
 
 def _code(coded: Coded) -> dict[str, Any]:
-    bits = None if coded.widths is None else round(float(coded.widths.mean()), 2)
+    if coded.kind == "product":  # its widths are those of the codebook
+        bits: float | None = round(8 * coded.data.shape[1] / coded.columns, 2)
+    else:
+        bits = None if coded.widths is None else round(float(coded.widths.mean()), 2)
     return {
         "code": coded.kind,
         "rows": coded.n,
