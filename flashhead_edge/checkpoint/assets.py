@@ -137,7 +137,9 @@ def read_index(folder: str | Path, head: HeadWeights | None = None) -> HeadIndex
     folder = Path(folder)
     config = read_json(folder / "config.json")
     assets = asset_folder(folder, config)
-    if isinstance(config.get("flash_head"), dict):
+    if "flash_head" in config:
+        if not isinstance(config["flash_head"], dict):
+            raise CheckpointError(f"{folder / 'config.json'}: flash_head is {config['flash_head']!r}, expected an object; {AGAIN}")
         index = _read_ours(assets / INDEX_FILE, config["flash_head"])
     else:
         index = published_index(read_published(folder), folder, config, head)

@@ -309,6 +309,15 @@ def test_settings_that_do_not_fit(change: dict, sentence: str, rich: Path, tmp_p
         read_index(out)
 
 
+@pytest.mark.parametrize("found", [None, [], "fitted"])
+def test_settings_that_are_no_object_are_not_taken_for_a_released_checkpoint(found: object, rich: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(rich, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text()) | {"flash_head": found}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="flash_head is .*, expected an object"):
+        read_index(folder)
+
+
 def test_index_of_another_head(rich: Path, tmp_path: Path) -> None:
     other = read_head(save_model(tmp_path, seed=1))
     with pytest.raises(CheckpointError, match=r"the index was made for the head sha256:\w{12}\.\.\., found sha256:\w{12}\.\.\.; run flashhead convert"):
