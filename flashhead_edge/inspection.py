@@ -18,7 +18,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder holds no FlashHead checkpoint, or a damaged one.
     """
-    return {"folder": str(folder), **describe_index(read_index(Path(folder)))}
+    return {"folder": str(folder), "weights": "not read: generate and evaluate check that the index fits them", **describe_index(read_index(Path(folder)))}
 
 
 def describe_index(index: HeadIndex) -> dict[str, Any]:
