@@ -123,7 +123,9 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits [rows, width of the layer] of hidden states [rows, d]: finite, in memory that nobody else holds; float32 where FlashHead computes them."""
-        if self.logits is None or (self.dense_from is not None and len(x) >= self.dense_from):
+        if self.logits is None:
+            raise SettingsError(f"{self.name}: FlashHead was not built when the weights were loaded, expected it; load them in vLLM's default format")
+        if self.dense_from is not None and len(x) >= self.dense_from:
             self.dense_states += len(x)
             return self.dense.apply(layer, x, bias)
         return self.logits(x)
