@@ -133,7 +133,7 @@ def measure(task: dict[str, Any]) -> list[dict[str, Any]]:
 
     about = call("bench_capture")
     generate(16, 16)
-    call("bench_prepare", True)
+    call("bench_prepare")
     records = []
     for batch in task["batches"]:
         seconds: dict[str, list[float]] = {head: [] for head in HEADS}

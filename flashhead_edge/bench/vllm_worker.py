@@ -89,13 +89,12 @@ class BenchWorker:
         about = {"runner": "v2" if ".gpu.model_runner" in type(runner).__module__ else "v1", "device": torch.cuda.get_device_name()}
         return about | {"shape": [method.index.vocab_size, weight.shape[1]], "dtype": str(weight.dtype).removeprefix("torch.")}
 
-    def bench_prepare(self, made: bool) -> None:
-        """Build the heads over the loaded rows; of a made model, with margins that open as many clusters as a real one."""
+    def bench_prepare(self) -> None:
+        """Build the heads over the loaded rows, with margins that open as many clusters as a real one's."""
         layer, method = self.bench_layer, self.bench_layer.quant_method
         weight, index, states = layer.weight, method.index, torch.cat(self.bench_states)
         v, d = index.vocab_size, index.hidden_size
-        if made:
-            index = with_shares(index, weight[:v], states[:: max(1, len(states) // FITTED)], FEW_CODES.mean)
+        index = with_shares(index, weight[:v], states[:: max(1, len(states) // FITTED)], FEW_CODES.mean)
         published = made_index(Case("published", v, d, PUBLISHED_CLUSTER_SIZE, (), "float16", (math.inf,), (1.0,), always=0, state_power=0.0))
         self.bench_totals = {name: torch.zeros(4, dtype=torch.int64, device=weight.device) for name in ("published", "flash")}
         self.bench_heads: dict[str, Callable[[Tensor], Tensor]] = {
@@ -105,7 +104,7 @@ class BenchWorker:
         }
 
     def bench_mode(self, mode: str) -> None:
-        """Which head computes the steps from now on; host times start anew."""
+        """Which head computes the steps from now on."""
         self.bench_layer.quant_method.logits = self.bench_marks.around("head", self.bench_heads[mode])
 
     def bench_counts(self) -> dict[str, list[int]]:
