@@ -20,6 +20,7 @@ from flashhead_edge.checkpoint import (
     check_device,
     check_output,
     check_update,
+    chosen_device,
     load_model,
     load_tokenizer,
     open_source,
@@ -42,11 +43,6 @@ log = logging.getLogger(__name__)
 
 PUBLISHED_SIZE = 16  # tokens in a cluster of every released checkpoint
 HEADS = ("fitted", "published")
-
-
-def device_of_work(named: str | None = None) -> str:
-    """Where fitting and sampling run: as named, else the GPU if there is one."""
-    return named or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def convert(
@@ -88,7 +84,7 @@ def convert(
     priced = device_named(device_model)
     if head == "published" and texts:
         raise SettingsError("head published: it is calibrated on nothing, expected no calibration text; leave the texts out, or convert to the fitted head")
-    device = device_of_work(torch_device)
+    device = chosen_device(torch_device)
     check_device(device)
     source = open_source(model, trust_remote_code=trust_remote_code, revision=revision)
     check_output(source, out, overwrite)
@@ -141,7 +137,7 @@ def calibrate(
     """
     calibration.check_settings(0.995 if target is None else target, calibration.POSITIONS if positions is None else positions)
     priced = device_named(device_model)
-    device = device_of_work(torch_device)
+    device = chosen_device(torch_device)
     check_device(device)
     folder = Path(folder)
     source = open_source(folder, trust_remote_code=trust_remote_code)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashhead_edge.checkpoint.assets import PublishedClusters, read_index, read_published
-    from flashhead_edge.checkpoint.loading import cache_arguments, check_device, load_model
+    from flashhead_edge.checkpoint.loading import cache_arguments, check_device, chosen_device, load_model
     from flashhead_edge.checkpoint.source import Source, open_source
     from flashhead_edge.checkpoint.tokenizer import load_tokenizer
     from flashhead_edge.checkpoint.weights import HeadWeights, fingerprint, read_head
@@ -22,6 +22,7 @@ _HOME = {
     "read_published": "assets",
     "cache_arguments": "loading",
     "check_device": "loading",
+    "chosen_device": "loading",
     "load_model": "loading",
     "load_tokenizer": "tokenizer",
     "Source": "source",
@@ -41,6 +42,7 @@ __all__ = [
     "Source",
     "cache_arguments",
     "check_device",
+    "chosen_device",
     "check_output",
     "check_update",
     "fingerprint",

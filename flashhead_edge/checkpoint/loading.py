@@ -21,6 +21,13 @@ NOT_STORED = ("zero_point", "qzeros", "g_idx")  # a symmetric scheme, or one in 
 OURS = ("flash_head", "flash_head_cache_dir", "flash_head_special_token_ids", "n_clusters", "n_probes")
 
 
+def chosen_device(named: str | None) -> str:
+    """Where a model runs: as named, else the GPU if there is one."""
+    import torch
+
+    return named or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_device(device: str | torch.device) -> None:
     """Raise SettingsError where torch cannot compute on `device`."""
     import torch

@@ -82,7 +82,7 @@ def evaluate_checkpoint(
     import torch
 
     from flashhead_edge.capture import WINDOW
-    from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head, read_index
+    from flashhead_edge.checkpoint import chosen_device, load_model, load_tokenizer, open_source, read_head, read_index
 
     source = open_source(folder, trust_remote_code=trust_remote_code)
     progress("loading the head", None)
@@ -91,7 +91,7 @@ def evaluate_checkpoint(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     read = [Text(Path(t).name, digest, _tokens(tokenizer, content, positions, t)) for t, (content, digest) in zip(texts, contents)]
     progress("loading the model", None)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     model: Any = load_model(source, device=device, trust_remote_code=trust_remote_code)
     module = model.get_output_embeddings()
     weight, bias = module.weight.detach(), getattr(module, "bias", None)

@@ -72,9 +72,9 @@ def load_engine(
         CheckpointError: no FlashHead checkpoint, or a broken one.
         SettingsError: `threads` or `dtype` is out of range.
     """
-    from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head, read_index
+    from flashhead_edge.checkpoint import chosen_device, load_model, load_tokenizer, open_source, read_head, read_index
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     kind = getattr(torch, dtype or "float32", None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise SettingsError(f"generate: dtype is {dtype}, expected float32, bfloat16 or float16; call again with one of them")
