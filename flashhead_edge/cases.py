@@ -80,7 +80,7 @@ class Case:
     centroids: str = FEWEST_BYTES.centroids  # product, bits, or float16: the published head
     shares: tuple[float, ...] = FEWEST_BYTES.mean  # opened, then what each code's gate keeps, as shares of the vocabulary
     caps: tuple[float, ...] = FEWEST_BYTES.caps
-    states: str = "normal"  # normal, negative (all logits), huge (one row), tied (rows come in equal pairs)
+    states: str = "normal"  # normal, negative (all logits), huge (one row, always scored), tied (rows come in pairs that are equal in everything)
     always: int = 18
     state_power: float = 0.5
 
@@ -157,10 +157,10 @@ def made_dense(case: DenseCase, seed: int = 3) -> Coded:
         fields &= 0x7F if bits == 8 else 0x77  # fields below the middle are negative values
     scale = random.uniform(0.5, 1.5, (v, d // case.group if case.group else 1)) * 0.05 / 2 ** (bits - 2)
     if case.states == "huge":
-        scale[v // 3] *= 1_000
+        scale[huge_row(v)] *= 1_000
     elif case.states == "tied":
         for array in (fields, scale):
-            array[1::2] = array[0 : len(array) // 2 * 2 : 2]
+            pair_up(array)
     return Coded("int", d, fields, scale.astype(np.float16), np.full(d, bits, np.uint8))
 
 
@@ -219,11 +219,22 @@ def made_index(case: Case, seed: int = 0) -> HeadIndex:
     table = np.full(k * size, -1, np.int32)
     short = k * size - v  # the last clusters go one token short each, until all empty slots are placed
     filled = np.full(k, size) - np.bincount(np.arange(k - short, k) if short < k else np.zeros(0, np.int64), minlength=k)
-    table[(np.arange(size) < filled[:, None]).reshape(-1)] = random.permutation(v)
-    always = np.sort(random.choice(v, case.always, replace=False)).astype(np.int32)
+    order = random.permutation(v)
+    if case.states == "tied":  # a pair of tokens lies side by side
+        order = np.append((2 * random.permutation(v // 2)[:, None] + np.arange(2)).reshape(-1), np.arange(v // 2 * 2, v))
+    table[(np.arange(size) < filled[:, None]).reshape(-1)] = order
+    always = random.choice(v, case.always, replace=False)
+    if case.states == "huge":
+        always = np.append(always[always != huge_row(v)], huge_row(v))
+    always = np.sort(always).astype(np.int32)
 
     def gate(n: int, share: float, of: int) -> Gate:
-        return Gate(random.integers(0, 21, n, dtype=np.uint8), 0.5, 0.0, max(1, min(n, round(share * of))))
+        error = random.integers(0, 21, n, dtype=np.uint8)
+        if case.states == "tied" and n != k:
+            pair_up(error)
+        if case.states == "huge" and n != k:  # a row so large has a large error, too: it passes
+            error[table == huge_row(v)] = 255
+        return Gate(error, 0.5, 0.0, max(1, min(n, round(share * of))))
 
     published = case.centroids == "float16"
     coordinates = d if published else d + 1
@@ -238,7 +249,7 @@ def made_index(case: Case, seed: int = 0) -> HeadIndex:
         if case.states == "tied":  # neighbours in a cluster have the same codes
             for array in (rows.data, rows.scale):
                 if array is not None:
-                    array[1::2] = array[0 : len(array) // 2 * 2 : 2]
+                    pair_up(array)
         stages.append(Stage(rows, gate(k * size, cap, v)))
     return HeadIndex(
         vocab_size=v,
@@ -255,6 +266,16 @@ def made_index(case: Case, seed: int = 0) -> HeadIndex:
         fingerprint="made",
         state_power=case.state_power,
     )
+
+
+def pair_up(array: np.ndarray) -> None:
+    """Make every second row that of the one before it, in place."""
+    array[1::2] = array[0 : len(array) // 2 * 2 : 2]
+
+
+def huge_row(vocab_size: int) -> int:
+    """The token whose row is the largest by far, where a case has one."""
+    return vocab_size // 3
 
 
 def made_code(random: np.random.Generator, n: int, code: str, product_columns: int, coordinates: int, spread: float) -> Coded:
@@ -303,9 +324,9 @@ def made_rows(case: Case, seed: int = 1) -> np.ndarray:
     if case.states == "negative":
         rows = -np.abs(rows)
     elif case.states == "huge":
-        rows[case.vocab_size // 3] *= 1_000
+        rows[huge_row(case.vocab_size)] *= 1_000
     elif case.states == "tied":
-        rows[1::2] = rows[0 : len(rows) // 2 * 2 : 2]
+        pair_up(rows)
     return rows
 
 

@@ -14,7 +14,8 @@ import torch
 from flashhead_edge.cases import CASES, made_index
 from flashhead_edge.errors import DeviceError, SettingsError
 from flashhead_edge.kernels import build, packing
-from flashhead_edge.kernels.ops import check_step, head_logits, head_step, layout_of
+from flashhead_edge.kernels.head import MOST_ROWS
+from flashhead_edge.kernels.ops import check_step, head_logits, head_step
 from flashhead_edge.reference import BELOW
 
 INSTANCES = {  # of the templates, one of each kind
@@ -52,6 +53,7 @@ def test_constants_are_those_of_the_header():
     defined = dict(re.findall(r"#define FLASHHEAD_(\w+)\s+(\d+)", text))
     for name in ("MAX_STAGES", "THREADS", "BATCH_CHUNKS", "HISTOGRAM", "PASSES"):
         assert int(defined[name]) == getattr(packing, name)
+    assert int(defined["MAX_ROWS"]) == MOST_ROWS
     assert 1 << int(defined["MAX_NUMBER"]) == packing.MAX_SLOTS
     assert int(re.search(r"#define FLASHHEAD_ALWAYS (0x[0-9a-f]+)", text)[1], 16) == packing.ALWAYS > packing.MAX_CLUSTERS
     assert float(re.search(r"#define FLASHHEAD_BELOW ([\d.]+)f", text)[1]) == BELOW
@@ -123,6 +125,26 @@ def test_nvrtc_compiles_once_into_the_cache(architecture, tmp_path, monkeypatch)
     assert build.compiled("head_step.cu", architecture) == b"kept"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_87", "sm_110"])
+@pytest.mark.parametrize("source", sorted(p.name for p in build.sources_folder().glob("*.cu")))
+def test_the_nvrtc_installed_compiles_every_source(source, architecture, tmp_path, monkeypatch):
+    """Version 13 of the `cuda` extra: what JetPack 7 has."""
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for instance in INSTANCES.get(source, ("",)):
+        code = build.instantiated(source, instance, architecture)[0] if instance else build.compiled(source, architecture)
+        assert code[1:4] == b"ELF"
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("cuda.core")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DeviceError, match=r"file/flashhead-edge/kernels cannot be written \(Not a directory\); set XDG_CACHE_HOME"):
+        build.compiled("decode.cu", "sm_90")
+
+
 def test_a_source_that_does_not_compile_leaves_no_file(tmp_path, monkeypatch):
     pytest.importorskip("cuda.core")
     (tmp_path / "broken.cu").write_text("not C++")
@@ -140,10 +162,10 @@ def test_the_fake_says_the_shapes():
     weight = torch.empty(5003, 256, dtype=torch.bfloat16, device="meta")
     image = torch.empty(packed.image.size, dtype=torch.uint8, device="meta")
     workspace = torch.empty(4 * made.row_bytes, dtype=torch.uint8, device="meta")
-    token, counts, capped, ids, logits = head_step(hidden, weight, None, image, workspace, made.words(), made.shared_bytes, "sm_90")
+    token, counts, capped, ids, logits = head_step(hidden, weight, None, image, workspace, packing.words_of(made), "sm_90")
     assert (token.shape, counts.shape, capped.dtype) == ((4,), (4, 6), torch.bool)
     assert ids.shape == logits.shape == (4, packed.layout.candidates)
-    *_, wide = head_logits(hidden, weight, None, image, workspace, made.words(), made.shared_bytes, "sm_90")
+    *_, wide = head_logits(hidden, weight, None, image, workspace, packing.words_of(made), "sm_90")
     assert (wide.shape, wide.dtype) == ((4, 5003), torch.float32)
 
 
@@ -152,7 +174,7 @@ def test_arguments_that_the_kernel_cannot_read_are_refused():
     made = packing.plan(packed, 132, 227 << 10, 1)
     hidden, weight = torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(5003, 256, dtype=torch.bfloat16)
     image, workspace = torch.from_numpy(packed.image.copy()), torch.zeros(made.row_bytes, dtype=torch.uint8)
-    layout = layout_of(made.words())
+    layout = packing.layout_of(packing.words_of(made))
     check_step(hidden, weight, None, image, workspace, layout)
     for change, message in (
         ({"hidden": hidden.float()}, r"hidden is torch.float32 \[1, 256\], expected float16 or bfloat16 \[N, 256\]"),

@@ -105,12 +105,12 @@ def test_every_small_case_has_a_plan_for_every_board(case):
     for processors, shared in ((8, 163 << 10), (16, 163 << 10), (84, 99 << 10), (132, 227 << 10)):
         made = plans(packed, processors, shared, 32)
         for rows, one in enumerate(made, 1):
-            assert one.shared_bytes <= shared
+            assert one.shared_bytes <= shared and one.multiprocessors == processors
             assert max(1, processors // rows) <= one.blocks <= processors
             # plans share a workspace: a row's part of it is laid out alike
             for name in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_histograms"):
-                assert getattr(one.layout, name) == getattr(made[0].layout, name), name
-            assert not one.layout.row_items or plan(packed, processors, shared, 1).layout.row_items
+                assert getattr(one, name) == getattr(made[0], name), name
+            assert not one.row_items or plan(packed, processors, shared, 1).row_items
 
 
 def test_a_code_without_a_kernel_is_refused():

@@ -4,8 +4,9 @@
     flashhead bench head --shape Llama-3.2-1B --batch 1 --batch 4 --json
 
 Timed: steps one after the other in a CUDA graph, over copies of the head that together pass the L2 cache more than
-twice, so every step reads from memory; the gap between two launches is in the figure. Checked first: each step against
-the reference in float64. Not timed: making the index, Python's launch outside a graph. The dense head in 16 bits is
+twice, so every step reads from memory; the gap between two launches is in the figure. Each replay of the graph decodes
+other states, the same in all copies: median and p99 are over these. Checked first: steps against the reference in float64,
+and each batch's tokens against those of its states alone. Not timed: making the index, Python's launch outside a graph. The dense head in 16 bits is
 torch's product and argmax. Without a checkpoint the heads are made, since random codes cost what real ones cost; how many
 clusters open and how many rows each code scores are the means of SmolLM2-135M's evaluation by share of the vocabulary,
 printed, and once more with every cap full ("at the cap"). "fitted" has few codes, as `--device h100` chooses them, "fitted,
@@ -15,6 +16,7 @@ fewest bytes" the codes that read least. With a checkpoint they are its own, on 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.bench.provenance import commit
-from flashhead_edge.bench.timing import copy_bandwidth, timed
+from flashhead_edge.bench.timing import REPLAYS, copy_bandwidth, timed
 from flashhead_edge.caps import most_counts, with_gates
 from flashhead_edge.cases import (
     FEW_CODES,
@@ -61,6 +63,7 @@ CHECKED = 8  # states of each head that are compared with the reference before i
 LOGITS_WITHIN = 1e-4  # of 1 + the largest logit's size: coded scores are float32 sums of what the reference sums in float64
 MOST_COPIES = 64
 BATCHES = (1, 4, 16, 32)
+HEADS = ("dense", "int8", "int4", "published", "flash", "auto")  # what can be timed
 DENSE_RIVALS = ((8, 0), (8, 32), (4, 32), (4, 128))  # bits, columns that share a scale (0: the row)
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches at which the dense and the flash head are compared
 CROSSOVER_REPLAYS = 40
@@ -80,11 +83,11 @@ class Subject:
     command: str
 
 
-def bench_shapes(shapes: Sequence[str], batches: Sequence[int], command: str, progress: Progress = silent) -> dict[str, Any]:
+def bench_shapes(shapes: Sequence[str], batches: Sequence[int], command: str, progress: Progress = silent, *, heads: Sequence[str] = ()) -> dict[str, Any]:
     """Time made heads of known shapes.
 
     Args:
-        shapes: names in `cases.SHAPES`, none is all of them; batches: 1 to 64, none is 1, 4, 16 and 32.
+        shapes: names in `cases.SHAPES`, none is all of them; batches: 1 to 64, none is 1, 4, 16 and 32; heads: of `HEADS`, none is all of them.
         command: the command line, for the records.
     Returns:
         One JSON document: `device`, `bandwidth` (bytes a second), `counts` (what opens, by shape, and where that comes from), `crossovers`, `records`.
@@ -97,12 +100,20 @@ def bench_shapes(shapes: Sequence[str], batches: Sequence[int], command: str, pr
     out = new_document()
     for name in shapes or SHAPES:
         progress(f"{name}: making heads", None)
-        measure(made_subject(name, command), batches or BATCHES, out, progress)
+        measure(made_subject(name, command), batches or BATCHES, heads or HEADS, out, progress)
     return out
 
 
 def bench_checkpoint(
-    folder: Path, text: str, batches: Sequence[int], command: str, progress: Progress = silent, *, store: bool = False, trust_remote_code: bool = False
+    folder: Path,
+    text: str,
+    batches: Sequence[int],
+    command: str,
+    progress: Progress = silent,
+    *,
+    heads: Sequence[str] = (),
+    store: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Time the head of a checkpoint on hidden states of a text; with `store` keep its crossover for `cuda_head(choice="auto")`.
 
@@ -130,11 +141,11 @@ def bench_checkpoint(
     subject = Subject(
         source.name, weight, None if bias is None else bias.detach(), states.to("cuda", weight.dtype), [("fitted", index, len(states))], True, command
     )
-    crossover = measure(subject, batches or BATCHES, out, progress)
+    measure(subject, batches or BATCHES, heads or HEADS, out, progress)
     if store:
         dtype = str(weight.dtype).removeprefix("torch.")
-        measured = out["crossovers"][-1]["measured"]
-        out["stored"] = str(store_crossover(torch.cuda.get_device_name(), index, dtype, crossover, measured, command))
+        found = out["crossovers"][-1]
+        out["stored"] = str(store_crossover(torch.cuda.get_device_name(), index, dtype, found["crossover"], found["measured"], command))
     return out
 
 
@@ -207,6 +218,14 @@ def check_head(head: CudaHead, states: Tensor) -> np.ndarray:
     return found.counts.cpu().numpy()
 
 
+def check_batch(head: CudaHead, states: Tensor) -> None:
+    """Raise DeviceError where a state's token is another one among others than alone."""
+    alone = torch.cat([head.token(state) for state in states.split(1)])
+    wrong = int((head.token(states) != alone).sum())
+    if wrong:
+        raise DeviceError(f"head_step: {wrong} of {len(states)} tokens are others in a batch than alone, expected none; do not use this kernel")
+
+
 def copies_of(bytes_read: float) -> int:
     """Copies of a head that together pass the L2 cache more than twice."""
     size = torch.cuda.get_device_properties(0).L2_cache_size
@@ -214,39 +233,52 @@ def copies_of(bytes_read: float) -> int:
 
 
 def twin(head: CudaHead) -> CudaHead:
-    """The same head in other memory: its own image, the same matrix."""
-    return dataclasses.replace(head, image=head.image.clone(), workspace=torch.zeros_like(head.workspace))
+    """The same head in other memory, the matrix too: copies that decode one state read the same rows."""
+    return dataclasses.replace(head, weight=head.weight.clone(), image=head.image.clone(), workspace=torch.zeros_like(head.workspace))
 
 
-def steps_of(
-    head: CudaHead, states: Tensor, batch: int, bytes_read: float, work: Callable[[CudaHead, Tensor], object] = CudaHead.token
-) -> list[Callable[[], object]]:
-    """One step for each copy of a head, each on its own states."""
-    heads = [twin(head) for _ in range(copies_of(bytes_read * batch))]
-    parts = [states[(i * batch + torch.arange(batch)) % len(states)].contiguous() for i in range(len(heads))]
-    for h, part in zip(heads, parts):
-        work(h, part)  # makes the plan and its workspace, which a capture may not
-    return [lambda h=h, part=part: work(h, part) for h, part in zip(heads, parts)]  # type: ignore[misc]
+Step = Callable[[Tensor], object]
 
 
-def dense_steps(subject: Subject, vocab_size: int, batch: int) -> list[Callable[[], object]]:
-    """The dense head on four batches: torch's product and argmax in the rows' own precision."""
+def times_of(steps: Sequence[Step], states: Tensor, batch: int, replays: int = REPLAYS) -> np.ndarray:
+    """Microseconds of a step over hidden states [n, d], `batch` of them a step; replay after replay the next ones."""
+    hidden = states.new_empty(batch, states.shape[1])
+    every = torch.arange(batch, device=states.device)
+
+    def refill(i: int) -> None:
+        torch.index_select(states, 0, (i * batch + every) % len(states), out=hidden)
+
+    refill(0)
+    return timed([lambda step=step: step(hidden) for step in steps], replays, refill)  # type: ignore[misc]
+
+
+def steps_of(head: CudaHead, bytes_read: float, work: Callable[[CudaHead, Tensor], object] = CudaHead.token) -> list[Step]:
+    """One step for each copy of a head of which a step reads so many bytes."""
+    return [functools.partial(work, twin(head)) for _ in range(copies_of(bytes_read))]
+
+
+def dense_steps(subject: Subject, vocab_size: int) -> list[Step]:
+    """The dense head: torch's product and argmax in the rows' own precision. It passes the cache by itself."""
     weight, bias = subject.weight[:vocab_size].T, None if subject.bias is None else subject.bias[:vocab_size]
-    parts = [subject.states[(i * batch + torch.arange(batch)) % len(subject.states)].contiguous() for i in range(4)]
-    return [lambda h=h: (h @ weight if bias is None else torch.addmm(bias, h, weight)).argmax(1) for h in parts]  # type: ignore[misc]
+    return [lambda h: (h @ weight if bias is None else torch.addmm(bias, h, weight)).argmax(1)] * 4
 
 
-def coded_steps(head: CudaDense, states: Tensor, batch: int) -> list[Callable[[], object]]:
+def coded_steps(head: CudaDense) -> list[Step]:
     """One step for each copy of a dense head in whole numbers."""
-    copies = [
-        dataclasses.replace(head, codes=head.codes.clone(), scales=head.scales.clone(), workspace=head.workspace.clone())
+    return [
+        dataclasses.replace(head, codes=head.codes.clone(), scales=head.scales.clone(), workspace=head.workspace.clone()).token
         for _ in range(copies_of(head.bytes_per_step))
     ]
-    parts = [states[(i * batch + torch.arange(batch)) % len(states)].contiguous() for i in range(len(copies))]
-    return [lambda h=h, part=part: h.token(part) for h, part in zip(copies, parts)]  # type: ignore[misc]
 
 
-def find_crossover(head: CudaHead, subject: Subject, bytes_read: float) -> tuple[int | None, list[dict[str, Any]]]:
+def step_bytes(index: HeadIndex, counts: np.ndarray, batch: int) -> float:
+    """Bytes that a step of a batch reads at these counts of a state: what all states share once, the rest for each."""
+    d = index.hidden_size
+    one, fixed = (float(bytes_per_step(index, np.round(c)[None].astype(np.int64), 2 * d)[0]) for c in (counts, np.zeros_like(counts)))
+    return fixed + batch * (one - fixed)
+
+
+def find_crossover(head: CudaHead, subject: Subject, counts: np.ndarray) -> tuple[int | None, list[dict[str, Any]]]:
     """The smallest batch at which the dense head is faster than the flash head, and what was measured.
 
     Upwards over LADDER until the dense head is faster, then by halves down to one batch; None where it never is.
@@ -254,8 +286,8 @@ def find_crossover(head: CudaHead, subject: Subject, bytes_read: float) -> tuple
     measured: list[dict[str, Any]] = []
 
     def dense_wins(batch: int) -> bool:
-        dense = float(np.median(timed(dense_steps(subject, head.index.vocab_size, batch), CROSSOVER_REPLAYS)))
-        flash = float(np.median(timed(steps_of(head, subject.states, batch, bytes_read), CROSSOVER_REPLAYS)))
+        steps = dense_steps(subject, head.index.vocab_size), steps_of(head, step_bytes(head.index, counts, batch))
+        dense, flash = (float(np.median(times_of(s, subject.states, batch, CROSSOVER_REPLAYS))) for s in steps)
         measured.append({"batch": batch, "dense": dense, "flash": flash})
         return flash > dense
 
@@ -305,8 +337,8 @@ def made_subject(name: str, command: str, seed: int = 0) -> Subject:
     return Subject(name, weight, None, states, [("published", published, CHECKED), *fitted], False, command)
 
 
-def measure(subject: Subject, batches: Sequence[int], out: dict[str, Any], progress: Progress) -> int | None:
-    """Add the records of all heads of a subject to a document, with the crossover of its fitted head, which is returned."""
+def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out: dict[str, Any], progress: Progress) -> None:
+    """Add the records of a subject's heads to a document; of `auto` also the crossover of the fitted head."""
     index = next(index for label, index, _ in subject.heads if label == "fitted")
     v, d, states = index.vocab_size, index.hidden_size, subject.states
     bandwidth: float = out["bandwidth"]
@@ -332,15 +364,11 @@ def measure(subject: Subject, batches: Sequence[int], out: dict[str, Any], progr
             }
         )
 
-    def step_bytes(head: HeadIndex, counts: np.ndarray, batch: int) -> float:
-        one, fixed = (float(bytes_per_step(head, np.round(c)[None].astype(np.int64), 2 * d)[0]) for c in (counts, np.zeros_like(counts)))
-        return fixed + batch * (one - fixed)
-
-    for batch in batches:
+    for batch in batches if "dense" in heads else ():
         progress(f"{subject.name}: {dense_name}", None)
-        record(dense_name, batch, timed(dense_steps(subject, v, batch), 50), dense_bytes(v, d))
+        record(dense_name, batch, times_of(dense_steps(subject, v), states, batch), dense_bytes(v, d))
     for bits, group in DENSE_RIVALS:
-        if group and d % group:
+        if f"int{bits}" not in heads or (group and d % group):
             continue
         progress(f"{subject.name}: dense int{bits}", None)
         rows = made_dense(DenseCase(v, d, bits, group))
@@ -348,37 +376,38 @@ def measure(subject: Subject, batches: Sequence[int], out: dict[str, Any], progr
         check_dense(coded, decoded(to_torch(rows, "cuda")), states[:CHECKED])
         for batch in batches:
             name = f"dense int{bits}, " + (f"groups of {group}" if group else "one scale a row")
-            record(name, batch, timed(coded_steps(coded, states, batch)), coded.bytes_per_step * -(-batch // MOST_ROWS), codes="random")
+            record(name, batch, times_of(coded_steps(coded), states, batch), coded.bytes_per_step * -(-batch // MOST_ROWS), codes="random")
         del coded
-    crossover = None
     for label, one, counted in subject.heads:
+        if ("published" if label == "published" else "flash") not in heads and not (label == "fitted" and "auto" in heads):
+            continue
         progress(f"{subject.name}: {label}", None)
         head = cuda_head(one, subject.weight, subject.bias)
         counts = check_head(head, states[:counted]).mean(0)
-        for batch in batches:
-            times = timed(steps_of(head, states, batch, step_bytes(one, counts, 1)))
-            record(label, batch, times, step_bytes(one, counts, batch), counts)
+        for batch in batches if label == "published" or "flash" in heads else ():
+            check_batch(head, states[:batch])
+            read = step_bytes(one, counts, batch)
+            record(label, batch, times_of(steps_of(head, read), states, batch), read, counts)
         if label == "fitted":
+            out["counts"].append(expected_counts(subject, one, counts))
+        if label == "fitted" and "auto" in heads:
             progress(f"{subject.name}: crossover", None)
-            crossover, measured = find_crossover(head, subject, step_bytes(one, counts, 1))
+            crossover, measured = find_crossover(head, subject, counts)
             out["crossovers"].append({"model": subject.name, "shape": [v, d], "crossover": crossover, "measured": measured})
             auto = dataclasses.replace(head, dense_from=crossover)
             for batch in batches:
                 is_dense = auto.takes_dense(batch)
-                times = timed(steps_of(auto, states, batch, dense_bytes(v, d) if is_dense else step_bytes(one, counts, 1)))
                 read = dense_bytes(v, d) if is_dense else step_bytes(one, counts, batch)
-                record("auto", batch, times, read, takes="dense" if is_dense else "flash")
+                record("auto", batch, times_of(steps_of(auto, read), states, batch), read, takes="dense" if is_dense else "flash")
+        if label == "fitted" and "flash" in heads:
             time_draw(head, counts, batches, record)
             check_logits(head, states[:CHECKED])
             for batch in (b for b in batches if b <= MOST_ROWS):
                 read = step_bytes(one, counts, batch) + batch * 4 * v
-                times = timed(steps_of(head, states, batch, step_bytes(one, counts, 1), CudaHead.launch_logits))
-                record("fitted, full-width logits", batch, times, read, counts)
-            out["counts"].append(expected_counts(subject, one, counts))
+                record("fitted, full-width logits", batch, times_of(steps_of(head, read, CudaHead.launch_logits), states, batch), read, counts)
         del head
         torch.cuda.empty_cache()
     out["records"] += records
-    return crossover
 
 
 def expected_counts(subject: Subject, index: HeadIndex, counts: np.ndarray) -> dict[str, Any]:

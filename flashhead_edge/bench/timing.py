@@ -10,8 +10,12 @@ import torch
 REPLAYS = 200
 
 
-def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS) -> np.ndarray:
-    """Microseconds of a step, one figure a replay of the graph that holds all `steps` once."""
+def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS, refill: Callable[[int], object] | None = None) -> np.ndarray:
+    """Microseconds of a step, one figure a replay of the graph that holds all `steps` once.
+
+    Args:
+        refill: called with the number of each replay before it, its time not counted: puts other input where the steps read it.
+    """
     for step in steps:
         step()
     torch.cuda.synchronize()
@@ -21,13 +25,15 @@ def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS) -> np.n
             step()
     for _ in range(3):
         graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
+    marks = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(replays)]
+    for i, (begin, end) in enumerate(marks):
+        if refill is not None:
+            refill(i)
+        begin.record()
         graph.replay()
-        mark.record()
+        end.record()
     torch.cuda.synchronize()
-    return np.array([1e3 * a.elapsed_time(b) / len(steps) for a, b in zip(marks, marks[1:])])
+    return np.array([1e3 * begin.elapsed_time(end) / len(steps) for begin, end in marks])
 
 
 def copy_bandwidth() -> float:

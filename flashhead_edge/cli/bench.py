@@ -24,6 +24,13 @@ def bench() -> None:
 @click.option("--store", is_flag=True, help="Keep the batch from which on the dense head is faster than OUT's, for cuda_head(choice='auto').")
 @click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made head, such as Llama-3.2-1B. Repeatable.  [default: all known]")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 64), help="Rows of a step. Repeatable.  [default: 1, 4, 16, 32]")
+@click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    type=click.Choice(["dense", "int8", "int4", "published", "flash", "auto"]),
+    help="What to time; flash is FlashHead at every batch, auto whichever of it and dense is faster. Repeatable.  [default: all]",
+)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page with plots to this file.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along.")
 @json_option
@@ -36,6 +43,7 @@ def head(
     store: bool,
     shapes: tuple[str, ...],
     batches: tuple[int, ...],
+    heads: tuple[str, ...],
     plot: Path | None,
     trust_remote_code: bool,
     as_json: bool,
@@ -46,6 +54,8 @@ def head(
     """
     if out is None and (text is not None or store):
         raise click.UsageError("--text and --store are about a checkpoint: name its folder.")
+    if store and heads and "auto" not in heads:
+        raise click.UsageError("--store keeps what auto goes by: add --head auto, or leave --head out.")
     if out is not None and (text is None or shapes):
         raise click.UsageError("a checkpoint has its own shape and is timed on a text: give --text FILE, and no --shape.")
     if plot is not None and not (plot.absolute().parent.is_dir() and os.access(plot if plot.exists() else plot.absolute().parent, os.W_OK)):
@@ -57,9 +67,9 @@ def head(
             from flashhead_edge.report.heads import show_heads, write_heads
 
             if out is None or text is None:
-                document = bench_shapes(shapes, batches, command, progress)
+                document = bench_shapes(shapes, batches, command, progress, heads=heads)
             else:
-                document = bench_checkpoint(out, text, batches, command, progress, store=store, trust_remote_code=trust_remote_code)
+                document = bench_checkpoint(out, text, batches, command, progress, heads=heads, store=store, trust_remote_code=trust_remote_code)
         show_heads(document, person(stdout, as_json))
         if as_json:
             write_json(document, stdout)

@@ -32,6 +32,11 @@ def architecture_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def capability_of(architecture: str) -> int:
+    """10 times the capability that an architecture names: 90 of ``sm_90``, ``sm_90a`` and ``compute_90``."""
+    return int("".join(c for c in architecture if c.isdigit()))
+
+
 def compiled(source: str, architecture: str) -> bytes:
     """The cubin of a source for one architecture, from the cache or compiled into it.
 
@@ -64,7 +69,10 @@ def _cached(source: str, architecture: str, instance: str) -> bytes:
     for file in [folder / source, *headers]:
         digest.update(file.read_bytes())
     target = cache_folder() / f"{Path(source).stem}-{architecture}-{digest.hexdigest()[:20]}.bin"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeviceError(f"CUDA kernels: {target.parent} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can") from error
     with FileLock(f"{target}.lock"):
         if target.exists():
             return target.read_bytes()
@@ -85,11 +93,13 @@ def _cached(source: str, architecture: str, instance: str) -> bytes:
         return bytes(kept)
 
 
-def check(result: tuple[Any, ...]) -> Any:
-    """The value of a driver call, or DeviceError with the driver's own name of what failed."""
+def check(result: tuple[Any, ...], what: str | Callable[[], str]) -> Any:
+    """The value of a driver call, or DeviceError with the driver's own name of what failed; `what` names the kernel."""
     code, *values = result
     if int(code):
-        raise DeviceError(f"CUDA driver: a kernel call returned {code.name}, expected success; see the driver's page of that name")
+        raise DeviceError(
+            f"CUDA kernels: {what if isinstance(what, str) else what()}: the driver returned {code.name}, expected success; see the driver's page of that name"
+        )
     return values[0] if values else None
 
 
@@ -156,11 +166,15 @@ def prepare(
     last = None
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments)) if isinstance(arguments, ctypes.Structure) else None
 
+    def what() -> str:
+        name = driver.cuFuncGetName(handle)[1].decode()
+        return f"{name} in {blocks[0]} x {blocks[1]} blocks of {threads} threads with {shared_bytes} bytes of shared memory"
+
     def run(stream: int) -> None:
         nonlocal last
         if stream != last:
             config.hStream = last = stream
-        check(driver.cuLaunchKernelEx(config, handle, arguments if pointers is None else ctypes.addressof(pointers), 0))
+        check(driver.cuLaunchKernelEx(config, handle, arguments if pointers is None else ctypes.addressof(pointers), 0), what)
 
     return run
 
@@ -168,9 +182,16 @@ def prepare(
 def _loaded(code: bytes, name: str, device: int) -> Any:
     from cuda.bindings import driver
 
-    module = check(driver.cuModuleLoadData(code + b"\0"))  # PTX ends with a zero, a cubin may
-    handle = check(driver.cuModuleGetFunction(module, name.encode()))
-    most = check(driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device))
-    static = check(driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, handle))
-    check(driver.cuFuncSetAttribute(handle, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most - static))
+    module = check(driver.cuModuleLoadData(code + b"\0"), name)  # PTX ends with a zero, a cubin may
+    handle = check(driver.cuModuleGetFunction(module, name.encode()), name)
+    most = check(driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device), name)
+    static = static_shared(handle, name)
+    check(driver.cuFuncSetAttribute(handle, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most - static), name)
     return handle
+
+
+def static_shared(handle: Any, name: str) -> int:
+    """Bytes of shared memory that a loaded kernel declares itself."""
+    from cuda.bindings import driver
+
+    return int(check(driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, handle), name))

@@ -16,11 +16,11 @@ from flashhead_edge.index import HeadIndex
 from flashhead_edge.kernels.build import Prepared, architecture_of
 from flashhead_edge.kernels.crossover import stored_crossover
 from flashhead_edge.kernels.ops import HALVES, check_step, head_logits, head_step, head_step_out, prepare_step, prepare_widen, widen_arguments
-from flashhead_edge.kernels.packing import Arguments, Plan, Widen, pack, plans
+from flashhead_edge.kernels.packing import Arguments, Layout, Widen, pack, plans, words_of
 
 MOST_ROWS = 32  # of one launch; more are split
 UNMEASURED = 8  # crossover where none was measured: below all that were (11 to 23 on an H100)
-STATIC_SHARED = 8 << 10  # shared memory that the kernel declares itself, at most
+STATIC_SHARED = 1 << 10  # shared memory that the kernel declares itself, at most; a test asks ptxas
 LOG = logging.getLogger(__name__)
 
 
@@ -32,7 +32,7 @@ class CudaHead:
     weight: Tensor  # [V or more, d] float16 or bfloat16
     bias: Tensor | None
     image: Tensor  # [bytes] uint8
-    plans: list[Plan]  # of launches of 1, 2, ... MOST_ROWS states
+    plans: list[Layout]  # of launches of 1, 2, ... MOST_ROWS states
     workspace: Tensor  # [bytes] uint8, of all plans: one stream at a time
     architecture: str
     dense_from: int | None = None  # batch from which on the dense head is taken; None: never
@@ -45,10 +45,10 @@ class CudaHead:
         """As `launch`, of `ops.head_logits`."""
         return head_logits(*self.arguments(hidden))
 
-    def arguments(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, list[int], int, str]:
+    def arguments(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, list[int], str]:
         """Of either operator for 1 to 32 hidden states."""
-        made = self.plans[max(1, len(hidden)) - 1]
-        return hidden, self.weight, self.bias, self.image, self.workspace, made.words(), made.shared_bytes, self.architecture
+        plan = words_of(self.plans[max(1, len(hidden)) - 1])
+        return hidden, self.weight, self.bias, self.image, self.workspace, plan, self.architecture
 
     def token(self, hidden: Tensor) -> Tensor:
         """Greedy tokens [N] int64 alone, of any number of states; captured by CUDA graphs as `launch` is."""
@@ -97,22 +97,24 @@ def logits_launcher(head: CudaHead, width: int, totals: Tensor | None = None) ->
         A function of hidden states [N, d] in 16 bits, N from 1 to 32: logits [N, width] float32 in memory that nobody else holds. Captured by CUDA graphs.
     """
     device = head.weight.device
-    out = head_step_out(head.weight[:MOST_ROWS], len(head.index.stages), head.plans[0].layout.candidates)
+    out = head_step_out(head.weight[:MOST_ROWS], len(head.index.stages), head.plans[0].candidates)
     prepared: dict[tuple[int, torch.dtype], tuple[Arguments, Prepared, Widen, Prepared]] = {}
 
     def made(rows: int, dtype: torch.dtype) -> tuple[Arguments, Prepared, Widen, Prepared]:
+        if not 1 <= rows <= MOST_ROWS:
+            raise SettingsError(f"logits_launcher: {rows} states were given, expected 1 to {MOST_ROWS}; split the batch")
         plan = head.plans[rows - 1]
-        check_step(head.weight.new_empty(rows, head.index.hidden_size, dtype=dtype), head.weight, head.bias, head.image, head.workspace, plan.layout)
+        check_step(head.weight.new_empty(rows, head.index.hidden_size, dtype=dtype), head.weight, head.bias, head.image, head.workspace, plan)
         inputs = (head.weight, head.bias, head.image, head.workspace)
         step = Arguments(
             None, *(t.data_ptr() if t is not None else None for t in (*inputs, *out)), None,
-            rows, dtype == torch.bfloat16, head.weight.dtype == torch.bfloat16, width, plan.layout,
+            rows, dtype == torch.bfloat16, head.weight.dtype == torch.bfloat16, width, plan,
         )  # fmt: skip
-        widen = widen_arguments(out, head.image, head.workspace, plan.layout, width, totals)
+        widen = widen_arguments(out, head.image, head.workspace, plan, width, totals)
         widen.rows = rows
         with torch.cuda.device(device):
-            first = prepare_step(step, plan.blocks, plan.shared_bytes, head.architecture, device.index)
-            return step, first, widen, prepare_widen(widen, head.architecture, device.index)
+            first = prepare_step(step, head.architecture, device.index)
+            return step, first, widen, prepare_widen(widen, plan.multiprocessors, head.architecture, device.index)
 
     def run(hidden: Tensor) -> Tensor:
         rows = len(hidden)
@@ -146,7 +148,7 @@ def cuda_head(
     Args:
         choice: ``auto`` takes the dense head for batches at or above the crossover that `flashhead bench head OUT --store` kept for this device and head,
             and says so in the log; where none is kept it takes it from 8 on, and says that.
-        multiprocessors, shared_bytes, architecture: a smaller device to plan and compile for; by default those found.
+        multiprocessors, shared_bytes (that a block may have in all), architecture: a smaller device to plan and compile for; by default those found.
     Raises:
         DeviceError: the index holds a code without a kernel, or the kernel does not fit the device.
         SettingsError: another choice, or a damaged file of the crossover.
@@ -155,7 +157,7 @@ def cuda_head(
         raise SettingsError(f"cuda_head: choice is {choice!r}, expected 'flash' or 'auto'; call again with one of them")
     properties = torch.cuda.get_device_properties(weight.device)
     packed = pack(index)
-    shared = shared_bytes or properties.shared_memory_per_block_optin - STATIC_SHARED  # type: ignore[attr-defined]
+    shared = (shared_bytes or properties.shared_memory_per_block_optin) - STATIC_SHARED  # type: ignore[attr-defined]
     made = plans(packed, multiprocessors or properties.multi_processor_count, shared, MOST_ROWS)
     return CudaHead(
         index=index,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.errors import DeviceError, SettingsError
-from flashhead_edge.kernels.build import architecture_of, instance, launch
+from flashhead_edge.kernels.build import architecture_of, capability_of, instance, launch
 
 ELEMENTS = {torch.float16: "fh::Fp16", torch.bfloat16: "fh::Bf16"}
 GROUPS, HEAD_SIZES, ACTIVATIONS = (32, 64, 128), (64, 96, 128, 256), ("silu", "gelu_tanh")
@@ -34,7 +34,7 @@ class Facts:
 
     @property
     def capability(self) -> int:
-        return int("".join(c for c in self.architecture if c.isdigit()))
+        return capability_of(self.architecture)
 
 
 def facts_of(device: torch.device, overlap: bool = False) -> Facts:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.errors import DeviceError, SettingsError
-from flashhead_edge.kernels.build import Prepared, function, launch, prepare
-from flashhead_edge.kernels.packing import THREADS, Arguments, Layout, Widen
+from flashhead_edge.kernels.build import Prepared, capability_of, function, launch, prepare
+from flashhead_edge.kernels.packing import THREADS, Arguments, Layout, Widen, layout_of
 
 HALVES = (torch.float16, torch.bfloat16)
 DENSE_ROWS, DENSE_THREADS, DENSE_WORKSPACE = 32, 512, 8 * 33  # dense_head.h: states of a launch, threads, bytes
@@ -31,7 +31,7 @@ def head_step_out(hidden: Tensor, stages: int, candidates: int) -> tuple[Tensor,
 
 @torch.library.custom_op("flashhead::head_step", mutates_args={"workspace"}, device_types="cuda")
 def head_step(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, image: Tensor, workspace: Tensor, layout: list[int], shared_bytes: int, architecture: str
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, image: Tensor, workspace: Tensor, layout: list[int], architecture: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One step of a packed head.
 
@@ -40,7 +40,7 @@ def head_step(
         weight: [V or more, d] float16 or bfloat16, the model's own rows; bias [V or more] of the same type, or None.
         image: [bytes] uint8 from `packing.pack`.
         workspace: [N or more, row_bytes] uint8 from `packing.plan`, zero before the first step; one stream at a time.
-        layout: `packing.Plan.words()`; shared_bytes: of the same plan.
+        layout: `packing.words_of` a plan.
         architecture: the kernel is compiled for, such as ``sm_90``.
     Returns:
         token [N] int64; counts [N, 2 + stages] int64; capped [N] bool; ids [N, C] int64 and logits [N, C] float32, of
@@ -50,11 +50,11 @@ def head_step(
     check_step(hidden, weight, bias, image, workspace, plan)
     out = head_step_out(hidden, plan.stages, plan.candidates)
     if len(hidden):
-        _launch_step((hidden, weight, bias, image, workspace), plan, shared_bytes, architecture, out, None)
+        _launch_step((hidden, weight, bias, image, workspace), plan, architecture, out, None)
     return out
 
 
-def _launch_step(inputs: tuple[Tensor | None, ...], plan: Layout, shared_bytes: int, architecture: str, out: tuple[Tensor, ...], wide: Tensor | None) -> None:
+def _launch_step(inputs: tuple[Tensor | None, ...], plan: Layout, architecture: str, out: tuple[Tensor, ...], wide: Tensor | None) -> None:
     hidden, weight = inputs[:2]
     assert hidden is not None and weight is not None
     arguments = Arguments(
@@ -63,34 +63,34 @@ def _launch_step(inputs: tuple[Tensor | None, ...], plan: Layout, shared_bytes: 
     )  # fmt: skip
     device = hidden.device.index
     with torch.cuda.device(device):
-        prepare_step(arguments, plan.blocks, shared_bytes, architecture, device)(torch.cuda.current_stream(device).cuda_stream)
+        prepare_step(arguments, architecture, device)(torch.cuda.current_stream(device).cuda_stream)
 
 
-def prepare_step(arguments: Arguments, blocks: int, shared_bytes: int, architecture: str, device: int) -> Prepared:
-    """The launch of `flashhead_step`; `blocks` share a row. `arguments` are read at each launch."""
-    groups = max(1, min(arguments.rows, torch.cuda.get_device_properties(device).multi_processor_count // blocks))
+def prepare_step(arguments: Arguments, architecture: str, device: int) -> Prepared:
+    """The launch of `flashhead_step` that its plan says, as `fh_head_step`. `arguments` are read at each launch."""
+    plan = arguments.layout
+    groups = max(1, min(arguments.rows, plan.multiprocessors // plan.blocks))
     handle = function("head_step.cu", "flashhead_step", device, architecture)
-    return prepare(handle, (groups * blocks, 1, 1), THREADS, shared_bytes, arguments, cooperative=True)
+    return prepare(handle, (groups * plan.blocks, 1, 1), THREADS, plan.shared_bytes, arguments, cooperative=True)
 
 
-def prepare_widen(arguments: Widen, architecture: str, device: int) -> Prepared:
-    """The launch of `flashhead_widen`, right behind the step's: likewise."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    blocks = min(max(1, processors // arguments.rows), -(-arguments.wide_stride // THREADS))
+def prepare_widen(arguments: Widen, multiprocessors: int, architecture: str, device: int) -> Prepared:
+    """The launch of `flashhead_widen` right behind the step's, as `fh_head_widen`: likewise."""
+    blocks = min(max(1, multiprocessors // arguments.rows), -(-arguments.wide_stride // THREADS))
     handle = function("head_step.cu", "flashhead_widen", device, architecture)
-    waits = int(architecture.rpartition("_")[2]) >= 90  # code for these waits by itself for the launch before it
-    return prepare(handle, (blocks, arguments.rows, 1), THREADS, 0, arguments, overlap=waits)
+    overlap = capability_of(architecture) >= 90  # code for these waits by itself for the launch before it
+    return prepare(handle, (blocks, arguments.rows, 1), THREADS, 0, arguments, overlap=overlap)
 
 
 @head_step.register_fake
-def _(hidden, weight, bias, image, workspace, layout, shared_bytes, architecture):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, image, workspace, layout, architecture):  # type: ignore[no-untyped-def]
     plan = layout_of(layout)
     return head_step_out(hidden, plan.stages, plan.candidates)
 
 
 @torch.library.custom_op("flashhead::head_logits", mutates_args={"workspace"}, device_types="cuda")
 def head_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, image: Tensor, workspace: Tensor, layout: list[int], shared_bytes: int, architecture: str
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, image: Tensor, workspace: Tensor, layout: list[int], architecture: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One step of a packed head with full-width logits: arguments and the first five results as `head_step`; two launches.
 
@@ -103,12 +103,12 @@ def head_logits(
     wide = hidden.new_empty(len(hidden), plan.vocab_size, dtype=torch.float32)
     if not len(hidden):
         return (*out, wide)
-    _launch_step((hidden, weight, bias, image, workspace), plan, shared_bytes, architecture, out, wide)
+    _launch_step((hidden, weight, bias, image, workspace), plan, architecture, out, wide)
     arguments = widen_arguments(out, image, workspace, plan, plan.vocab_size)
     arguments.rows, arguments.wide = len(hidden), wide.data_ptr()
     device = hidden.device.index
     with torch.cuda.device(device):
-        prepare_widen(arguments, architecture, device)(torch.cuda.current_stream(device).cuda_stream)
+        prepare_widen(arguments, plan.multiprocessors, architecture, device)(torch.cuda.current_stream(device).cuda_stream)
     return (*out, wide)
 
 
@@ -121,7 +121,7 @@ def widen_arguments(out: tuple[Tensor, ...], image: Tensor, workspace: Tensor, p
 
 
 @head_logits.register_fake
-def _(hidden, weight, bias, image, workspace, layout, shared_bytes, architecture):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, image, workspace, layout, architecture):  # type: ignore[no-untyped-def]
     plan = layout_of(layout)
     return (*head_step_out(hidden, plan.stages, plan.candidates), hidden.new_empty(len(hidden), plan.vocab_size, dtype=torch.float32))
 
@@ -282,11 +282,6 @@ def check_decode(ids: Tensor, logits: Tensor, count: Tensor, settings: tuple[Ten
     for name, tensor in zip(("logits", "count", *DECODE_SETTINGS), (logits, count, *settings)):
         if tensor.device != ids.device:
             raise DeviceError(f"decode: {name} is on {tensor.device}, expected {ids.device}; move it there")
-
-
-def layout_of(words: list[int]) -> Layout:
-    """The layout that `packing.Plan.words` wrote."""
-    return Layout.from_buffer_copy((ctypes.c_int32 * len(words))(*words))
 
 
 def check_step(hidden: Tensor, weight: Tensor, bias: Tensor | None, image: Tensor, workspace: Tensor, plan: Layout) -> None:

@@ -61,7 +61,8 @@ class Layout(ctypes.Structure):
         ("centroid", Stage),
         *[("probe_margin", F), ("probe_cap", I), ("tail_scale", F), ("tail_offset", F), ("candidates", I), ("parts", I), ("capacity", I)],
         *[("small_at", U), ("small_bytes", I), ("image_bytes", U), ("prefetch_at", U), ("prefetch_bytes", U)],
-        *[(n, I) for n in ("blocks", "chunks_a_block", "clusters_a_block", "shared_z", "shared_x", "shared_state", "shared_work")],
+        *[(n, I) for n in ("multiprocessors", "shared_bytes", "blocks", "chunks_a_block", "clusters_a_block")],
+        *[(n, I) for n in ("shared_z", "shared_x", "shared_state", "shared_work")],
         *[(n, I) for n in ("shared_items", "shared_clusters", "shared_errors", "shared_small")],
         *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_opened", "row_histograms", "row_items")],
         ("table", Table * MAX_TABLES),
@@ -96,20 +97,6 @@ class Packed:
 
     image: np.ndarray  # [bytes] uint8
     layout: Layout  # without its launch plan
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one step is launched on a device."""
-
-    layout: Layout
-    blocks: int  # that share one row
-    shared_bytes: int  # dynamic shared memory of a block
-    row_bytes: int  # workspace of a row
-
-    def words(self) -> list[int]:
-        """The layout as whole numbers, as the custom operator carries it."""
-        return np.frombuffer(bytes(self.layout), np.int32).tolist()
 
 
 class _Image:
@@ -386,16 +373,27 @@ def row_records(coded: Coded, error: np.ndarray | None) -> tuple[np.ndarray, int
     return np.concatenate(parts, 1), size, inside
 
 
-def plans(packed: Packed, multiprocessors: int, shared_bytes: int, most_rows: int) -> list[Plan]:
+def words_of(layout: Layout) -> list[int]:
+    """The layout as whole numbers, as the custom operators carry it."""
+    return np.frombuffer(bytes(layout), np.int32).tolist()
+
+
+def layout_of(words: list[int]) -> Layout:
+    """The layout that `words_of` wrote."""
+    return Layout.from_buffer_copy((ctypes.c_int32 * len(words))(*words))
+
+
+def plans(packed: Packed, multiprocessors: int, shared_bytes: int, most_rows: int) -> list[Layout]:
     """The launches of 1 to `most_rows` states on a device. They may share a workspace: a row's part of it is laid out alike in all of them."""
     made = [plan(packed, multiprocessors, shared_bytes, rows) for rows in range(1, most_rows + 1)]
+    most = max(one.row_bytes for one in made)
     for one in made:
-        one.layout.row_bytes = max(p.row_bytes for p in made)
-    return [dataclasses.replace(one, row_bytes=one.layout.row_bytes) for one in made]
+        one.row_bytes = most
+    return made
 
 
-def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> Plan:
-    """The launch of one step of `rows` states on a device.
+def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> Layout:
+    """The layout with the plan of a launch of `rows` states on a device.
 
     A row gets its share of the multiprocessors, or more, and rows wait for each other, where its items would else not fit into shared memory.
 
@@ -407,12 +405,12 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
     """
     share = max(1, multiprocessors // max(1, rows))
     tried = (_plan_of_blocks(packed, multiprocessors, shared_bytes, blocks) for blocks in range(share, multiprocessors + 1))
-    return next((p for p in tried if not p.layout.row_items), None) or _plan_of_blocks(packed, multiprocessors, shared_bytes, share)
+    return next((p for p in tried if not p.row_items), None) or _plan_of_blocks(packed, multiprocessors, shared_bytes, share)
 
 
-def _plan_of_blocks(packed: Packed, multiprocessors: int, shared_bytes: int, blocks: int) -> Plan:
+def _plan_of_blocks(packed: Packed, multiprocessors: int, shared_bytes: int, blocks: int) -> Layout:
     layout = Layout.from_buffer_copy(bytes(packed.layout))
-    layout.blocks = blocks
+    layout.multiprocessors, layout.blocks = multiprocessors, blocks
     layout.chunks_a_block, layout.clusters_a_block = -(-layout.chunks // layout.blocks), -(-layout.clusters // layout.blocks)
     opened = -(-min(layout.clusters, layout.probe_cap) // layout.blocks)  # a block's share, at most
     items = opened * layout.cluster_size + -(-layout.always // layout.blocks) + layout.cluster_size  # and the best cluster's rows
@@ -455,5 +453,5 @@ def _plan_of_blocks(packed: Packed, multiprocessors: int, shared_bytes: int, blo
     layout.row_histograms = row(4 * layout.stages * PASSES * HISTOGRAM)
     if not in_shared:
         layout.row_items = row(items * layout.blocks)
-    layout.row_bytes = used
-    return Plan(layout, layout.blocks, size, used)
+    layout.row_bytes, layout.shared_bytes = used, size
+    return layout

@@ -311,3 +311,19 @@ extern "C" __global__ void __launch_bounds__(FH_DECODE_THREADS) flashhead_decode
     a.best_logprobs[row * a.best + i] = i < there ? float(double(logit_of(keys[i])) - normaliser) : lowest;
   }
 }
+
+#ifndef __CUDACC_RTC__
+#include "launch.h"
+
+const char* fh_decode(const FlashHeadDecode* arguments, const fh_device* device, cudaStream_t stream) {
+  if (arguments->rows < 1 || arguments->width < 1 || arguments->width > FH_DECODE_CANDIDATES || arguments->best < 0) {
+    return fh::failure("decode: %d rows of %d candidates, the best %d of them, expected at least 1 row, 1 to %d candidates and 0 or more", arguments->rows,
+                       arguments->width, arguments->best, FH_DECODE_CANDIDATES);
+  }
+  int keys = 64;
+  while (keys < arguments->width) keys *= 2;
+  fh_device apart = *device;
+  apart.overlap = 0;  // a draw does not wait by itself for the launch before it
+  return fh::launch("decode", apart, stream, {dim3(arguments->rows), FH_DECODE_THREADS, 8 * keys}, flashhead_decode, *arguments);
+}
+#endif

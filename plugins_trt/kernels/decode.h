@@ -1,6 +1,6 @@
 /* decode.h: from the candidates of a step to the next token: temperature, min-p, top-k, top-p and a seeded draw, and the best candidates' log-probabilities.
  * The definition is flashhead_edge/decoding.py; scale and soft-cap, masks, bias and penalties are applied to the logits before.
- * No includes: NVRTC, nvcc and a C compiler all read it as it is.
+ * NVRTC, nvcc and a C compiler all read it; NVRTC, which has no host functions, without an include.
  */
 #ifndef FLASHHEAD_DECODE_H
 #define FLASHHEAD_DECODE_H
@@ -26,4 +26,19 @@ struct FlashHeadDecode {
   int rows, width, count_stride, best;
 };
 
+#ifndef __CUDACC_RTC__
+#include "device.h"
+struct CUstream_st; /* what cudaStream_t points to */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Tokens of rows >= 1 rows; width from 1 to FH_DECODE_CANDIDATES. */
+const char* fh_decode(const struct FlashHeadDecode* arguments, const fh_device* device, struct CUstream_st* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
 #endif

@@ -270,3 +270,32 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                 histograms[s * FLASHHEAD_PASSES * FLASHHEAD_HISTOGRAM + i] = 0;
     }
 }
+
+#ifndef __CUDACC_RTC__
+#include "launch.h"
+
+const char* fh_head_step(const FlashHeadArguments* arguments, const fh_device* device, cudaStream_t stream) {
+    const FlashHeadLayout& plan = arguments->layout;
+    if (arguments->rows < 1 || arguments->rows > FLASHHEAD_MAX_ROWS)
+        return fh::failure("head_step: %d states, expected 1 to %d; split the batch", arguments->rows, FLASHHEAD_MAX_ROWS);
+    if (plan.blocks < 1 || plan.blocks > device->multiprocessors)
+        return fh::failure("head_step: the plan is for %d blocks a state, the device has %d multiprocessors; plan for this device", plan.blocks,
+                           device->multiprocessors);
+    const int groups = max(1, min(arguments->rows, plan.multiprocessors / plan.blocks));
+    fh_device apart = *device;
+    apart.overlap = 0;  // a step does not wait by itself for the launch before it
+    fh::Grid grid = {dim3(groups * plan.blocks), FLASHHEAD_THREADS, plan.shared_bytes};
+    grid.cooperative = true;
+    return fh::launch("head_step", apart, stream, grid, flashhead_step, *arguments);
+}
+
+const char* fh_head_widen(const FlashHeadWiden* arguments, const fh_device* device, cudaStream_t stream) {
+    if (arguments->rows < 1 || arguments->rows > FLASHHEAD_MAX_ROWS)
+        return fh::failure("head_widen: %d states, expected 1 to %d; split the batch", arguments->rows, FLASHHEAD_MAX_ROWS);
+    const int most = (arguments->wide_stride + FLASHHEAD_THREADS - 1) / FLASHHEAD_THREADS;
+    fh_device overlapping = *device;
+    overlapping.overlap = device->capability >= 90;  // code for these waits by itself for the step
+    const fh::Grid grid = {dim3(min(max(1, device->multiprocessors / arguments->rows), most), arguments->rows), FLASHHEAD_THREADS};
+    return fh::launch("head_widen", overlapping, stream, grid, flashhead_widen, *arguments);
+}
+#endif

@@ -1,4 +1,4 @@
-// head_step.h: what the host hands to head_step.cu. No includes: NVRTC and nvcc both read it as it is.
+// head_step.h: what the host hands to head_step.cu. NVRTC, nvcc and a C compiler all read it; NVRTC, which has no host functions, without an include.
 //
 // An index reaches the kernel as one *image*: all of its arrays in one device buffer, found by byte offsets in the
 // layout below (made once by flashhead_edge/kernels/packing.py, every array 256-byte aligned). All fields of the layout
@@ -10,6 +10,7 @@
 #define FLASHHEAD_MAX_STAGES 4
 #define FLASHHEAD_MAX_TABLES (FLASHHEAD_MAX_STAGES + 1)
 #define FLASHHEAD_THREADS 512
+#define FLASHHEAD_MAX_ROWS 32       // states of one launch
 #define FLASHHEAD_BATCH_CHUNKS 4    // chunks of four rotated coordinates that a block handles at a time
 #define FLASHHEAD_EARLY 64         // exact rows that a block scores before it knows that all of them pass, at most
 #define FLASHHEAD_BINS 2048         // of a pass of the threshold search
@@ -74,6 +75,8 @@ struct FlashHeadLayout {
     unsigned image_bytes;
     unsigned prefetch_at, prefetch_bytes;  // small arrays that every step reads
     // launch plan
+    int multiprocessors;        // of the device that it is for; one block each
+    int shared_bytes;           // dynamic shared memory of a block
     int blocks;                 // blocks that share one row
     int chunks_a_block, clusters_a_block;  // of the rotation and of the probe: the last blocks may have fewer
     int shared_z, shared_x, shared_state, shared_work, shared_items, shared_clusters, shared_errors, shared_small;
@@ -115,3 +118,23 @@ struct FlashHeadWiden {
     unsigned cluster_of_at, row_bytes, row_scores, row_opened;
     float tail_scale, tail_offset;
 };
+
+#ifndef __CUDACC_RTC__
+#include "device.h"
+struct CUstream_st; /* what cudaStream_t points to */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* One step as the plan in arguments->layout says (packing.plan, for the multiprocessors and the shared memory of `device`).
+ * 1 <= rows <= FLASHHEAD_MAX_ROWS; one stream at a time a workspace. */
+const char* fh_head_step(const struct FlashHeadArguments* arguments, const fh_device* device, struct CUstream_st* stream);
+
+/* Full-width logits, right behind a step with `wide`. */
+const char* fh_head_widen(const struct FlashHeadWiden* arguments, const fh_device* device, struct CUstream_st* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -24,6 +24,7 @@ struct Grid {
   int threads;
   int shared = 0;   // dynamic shared memory, bytes
   int cluster = 1;  // blocks along x that form a thread block cluster, at most 8 (capability 90 and up)
+  bool cooperative = false;  // every block is resident, or the launch fails
 };
 
 // Launches kernel with the arguments given; what names it in an error.
@@ -35,7 +36,7 @@ const char* launch(const char* what, const fh_device& device, cudaStream_t strea
   }
   cudaError_t error = cudaSuccess;
   if (grid.shared > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared);
-  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchAttribute attributes[3]{};
   cudaLaunchConfig_t config{};
   config.gridDim = grid.blocks;
   config.blockDim = dim3(grid.threads);
@@ -51,6 +52,10 @@ const char* launch(const char* what, const fh_device& device, cudaStream_t strea
     attributes[config.numAttrs].val.clusterDim.x = grid.cluster;
     attributes[config.numAttrs].val.clusterDim.y = 1;
     attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
+  if (grid.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
   }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   if (error == cudaSuccess) return nullptr;

@@ -42,6 +42,8 @@ def test_without_a_gpu_it_is_one_sentence(inside: Callable[..., Any], arguments:
         (("--text", "x"), "--text and --store are about a checkpoint"),
         (("out",), "give --text FILE, and no --shape"),
         (("out", "--text", "x", "--shape", "Qwen3-0.6B"), "give --text FILE, and no --shape"),
+        (("out", "--text", "x", "--store", "--head", "flash"), "--store keeps what auto goes by: add --head auto"),
+        (("--head", "sparse"), "'sparse' is not one of"),
         (("--batch", "65"), "65 is not in the range 1<=x<=64"),
         (("--plot", "nowhere/x.html"), "nowhere/x.html cannot be written"),
         (("--shape", "GPT-2"), "shape GPT-2 is not known, expected one of Llama-3.2-1B"),
@@ -115,7 +117,7 @@ def test_the_page_is_whole_and_self_contained(tmp_path: Path) -> None:
 
 
 def test_json_is_the_document_alone(inside: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench, "bench_shapes", lambda *arguments: document())
+    monkeypatch.setattr(bench, "bench_shapes", lambda *arguments, **options: document())
     result = inside("bench", "head", "--json", "--plot", tmp_path / "plot.html")
     assert result.returncode == 0
     assert one_document(result.stdout) == document()

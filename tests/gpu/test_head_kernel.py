@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from flashhead_edge.bench.head import LOGITS_WITHIN, with_shares
-from flashhead_edge.cases import CASES, made_index, made_rows, made_states
-from flashhead_edge.kernels.head import cuda_head, logits_launcher
-from flashhead_edge.reference import run_stages, torch_head
+from flashhead_edge.cases import CASES, huge_row, made_index, made_rows, made_states
+from flashhead_edge.kernels.build import architecture_of, function, static_shared
+from flashhead_edge.kernels.head import STATIC_SHARED, cuda_head, logits_launcher
+from flashhead_edge.reference import torch_head
 
 pytestmark = pytest.mark.gpu
 
@@ -19,48 +20,45 @@ BOARDS = {
     "found": {},
     "Orin Nano": {"multiprocessors": 8, "shared_bytes": 163 << 10, "architecture": "compute_87"},
     "AGX Orin": {"multiprocessors": 16, "shared_bytes": 163 << 10, "architecture": "compute_87"},
-    "sm_86": {"multiprocessors": 84, "shared_bytes": 99 << 10, "architecture": "compute_86"},
+    "sm_86": {"multiprocessors": 84, "shared_bytes": 99 << 10, "architecture": "compute_86"},  # sm_120 gives a block as much
 }
 STATES = 96
+ROUNDING = 2e-5  # relative to a state: what sums of some hundred terms in float32 may be wrong by at most (head_step.cu), 20 times what they mostly are
+COMPARED = 0.7  # of a case's states, at least, float32 cannot decide otherwise
+DRAWS = 6  # of that rounding: an item nearer to a margin, to a cap's threshold or to the winner than the kernel is wrong moves in one of them, nearly surely
 
 
 @functools.cache
-def heads(case, dtype):
-    """Index, rows and states of a case, margins set on its own states."""
-    weight = torch.from_numpy(made_rows(case)).to("cuda", dtype)
-    hidden = torch.from_numpy(made_states(case, STATES)).to("cuda", dtype)
+def heads(case, dtype, device="cuda"):
+    """Index, rows and states of a case, margins set on its own states; what the reference says, and which states float32 may decide otherwise."""
+    weight = torch.from_numpy(made_rows(case)).to(device, dtype)
+    hidden = torch.from_numpy(made_states(case, STATES)).to(device, dtype)
     index = with_shares(made_index(case), weight, hidden[:16], case.shares)
     reference = torch_head(index, weight)
-    return index, weight, hidden, reference.step(hidden), near_misses(reference, hidden)
+    want = reference.step(hidden)
+    return index, weight, hidden, want, near_misses(reference, hidden, want)
 
 
-def near_misses(reference, hidden):
-    """States of which an item lies so near to a margin, a cap or the winner that float32 may decide otherwise, [N] bool.
+def near_misses(reference, hidden, want):
+    """States in which an item lies so near to a margin, to where a cap cuts, or to the winner that float32 may decide otherwise, [N] bool.
 
-    Gaps are perturbed by what float32 sums may be wrong by (2^-24 times some hundred terms, relative to the scores), and
-    a state whose counts or token move is left out.
+    A state is one where the definition itself, in float64, gives other candidates, counts or another token once the state is moved by ROUNDING.
+    Equal rows with equal codes stay equal however the state moves, so ties are no near misses.
     """
-    import dataclasses
-
-    from flashhead_edge.caps import with_gates
-
-    index = reference.index
-    margins = [index.probe.margin, *(s.gate.margin for s in index.stages)]
-    caps = [index.probe.cap, *(s.gate.cap for s in index.stages)]
-    want = run_stages(reference, hidden)
+    generator = torch.Generator("cpu").manual_seed(5)
     out = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-    for factor in (1 - 2e-5, 1 + 2e-5):
-        moved = run_stages(dataclasses.replace(reference, **gates_of(with_gates(index, [m * factor for m in margins], caps), reference)), hidden)
-        out |= (moved.counts != want.counts).any(1)
-    return out | want.capped  # where a cap cuts, the order of near equals decides: compared apart
+    for _ in range(DRAWS):
+        noise = torch.randn(hidden.shape, dtype=torch.float64, generator=generator).to(hidden.device)
+        moved = reference.step(hidden.double() * (1 + ROUNDING * noise))
+        width = max(moved.ids.shape[1], want.ids.shape[1])
+        other = (wide_ids(moved, width) != wide_ids(want, width)).any(1)
+        out |= other | (moved.counts != want.counts).any(1) | (moved.token != want.token) | (moved.capped != want.capped)
+    return out
 
 
-def gates_of(index, reference):
-    import dataclasses
-
-    gates = [index.probe, *(s.gate for s in index.stages)]
-    new = [dataclasses.replace(old, margin=g.margin) for g, old in zip(gates, [reference.probe, *(g for _, g in reference.stages)])]
-    return {"probe": new[0], "stages": tuple((rows, g) for (rows, _), g in zip(reference.stages, new[1:]))}
+def wide_ids(step, width):
+    """A step's candidates [N, width], -1 where there is none."""
+    return torch.nn.functional.pad(step.ids, (0, width - step.ids.shape[1]), value=-1)
 
 
 @pytest.mark.parametrize("board", BOARDS)
@@ -72,15 +70,16 @@ def test_step_is_the_reference(case, dtype, board):
     found = [head.step(part) for part in hidden.split([1, 3, 32, 28, 32])]
     token, counts = torch.cat([f.token for f in found]), torch.cat([f.counts for f in found])
     capped = torch.cat([f.capped for f in found])
-    best = want.logits.amax(1)
-    second = want.logits.masked_fill(want.logits == best[:, None], -math.inf).amax(1)
-    clear = ~near & ((best - second) > 1e-5 * (1 + best.abs()))
+    clear = ~near
+    assert float(clear.float().mean()) >= COMPARED
     assert torch.equal(token[clear], want.token[clear])
-    assert torch.equal(counts[~near], want.counts[~near])
-    # a cap that cuts keeps exactly as many items, and the token of almost all states
+    assert torch.equal(counts[clear], want.counts[clear])
+    assert torch.equal(capped[clear], want.capped[clear])
+    # the others: an item at a threshold goes either way
     assert float((token == want.token).float().mean()) >= 0.97
-    assert float((capped == want.capped).float().mean()) >= 0.97
     assert int((counts - want.counts).abs().max()) <= max(2, int(0.01 * want.counts.max()))
+    width = max(s.ids.shape[1] for s in (want, *found))
+    assert torch.equal(torch.cat([wide_ids(f, width) for f in found])[clear], wide_ids(want, width)[clear])
     n = 0
     for f in found:
         ids, logits = f.ids.cpu().numpy(), f.logits.double().cpu().numpy()
@@ -91,6 +90,50 @@ def test_step_is_the_reference(case, dtype, board):
             assert (np.abs(logits[i][valid] - exact) <= (case.hidden_size / 32 + 7) * 2.0**-24 * scale).all()
             assert int(valid.sum()) == int(counts[n, -1]) and (np.diff(ids[i][valid]) > 0).all()
             n += 1
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if c.states in ("tied", "huge")], ids=str)
+def test_cases_are_what_they_are_called(case):
+    """Most winners of tied cases are two equal rows, and the huge row wins where its logit is not negative."""
+    _, _, _, want, near = heads(case, torch.bfloat16)
+    share = (want.token == huge_row(case.vocab_size)) if case.states == "huge" else (want.logits == want.logits.amax(1, keepdim=True)).sum(1) > 1
+    assert float(share[~near].float().mean()) > 0.3
+
+
+def test_bias_spare_rows_and_other_types():
+    """A bias, rows beyond the vocabulary that would win, and states of another type than the rows."""
+    case = next(c for c in SMALL if c.name == "two codes")
+    index, weight, hidden, _, _ = heads(case, torch.bfloat16)
+    v = case.vocab_size
+    bias = 3 * torch.randn(v, generator=torch.Generator("cuda").manual_seed(6), device="cuda").to(weight.dtype)
+    spare = torch.full((61, case.hidden_size), 50.0, dtype=weight.dtype, device="cuda")
+    head = cuda_head(index, torch.cat([weight, spare]), torch.cat([bias, bias.new_full((61,), 1e4)]))
+    for states in (hidden, hidden.half(), hidden.float()):
+        reference = torch_head(index, weight, bias)
+        seen = states if states.dtype != torch.float32 else states.to(weight.dtype)
+        want, found = reference.step(seen), head.step(states)
+        clear = ~near_misses(reference, seen, want)
+        assert float(clear.float().mean()) >= COMPARED
+        assert torch.equal(found.token[clear], want.token[clear]) and torch.equal(found.counts[clear], want.counts[clear])
+        width = max(found.ids.shape[1], want.ids.shape[1])
+        assert torch.equal(wide_ids(found, width)[clear], wide_ids(want, width)[clear])
+        off = (found.logits.amax(1) - want.logits.amax(1)).abs() / (1 + want.logits.amax(1).abs())
+        assert float(off[clear].max()) < 1e-5  # float32 sums of 256 terms
+        logits = head.logits(states)
+        assert logits.shape == (STATES, v) and torch.equal(logits.argmax(1), found.token)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_state_that_is_not_finite_harms_no_other(value):
+    for name in ("fitted", "published", "bits alone"):
+        case = next(c for c in SMALL if c.name == name)
+        index, weight, hidden, _, _ = heads(case, torch.bfloat16)
+        head, bad = cuda_head(index, weight), hidden[:8].clone()
+        bad[3, 17] = value
+        others = [0, 1, 2, 4, 5, 6, 7]
+        want, token = head.token(hidden[:8]), head.token(bad)
+        assert torch.equal(token[others], want[others]) and 0 <= int(token[3]) < case.vocab_size
+        assert torch.equal(head.token(hidden[:8]), want)  # the workspace is as it was
 
 
 @pytest.mark.parametrize("case", [c for c in SMALL if c.name in ("fitted", "every cap hit", "tied rows, caps hit", "published", "SmolLM2-135M")], ids=str)
@@ -180,6 +223,22 @@ def test_a_graph_replays_on_new_states():
         graph.replay()
         keep = ~near[start : start + 4]
         assert torch.equal(token[keep], want.token[start : start + 4][keep])
+
+
+def test_a_step_is_traced():
+    index, weight, hidden, _, _ = heads(SMALL[0], torch.bfloat16)
+    head = cuda_head(index, weight)
+
+    def step(states):
+        return head.launch(2 * states)[0] + 1
+
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(hidden[:4]), step(hidden[:4]))
+
+
+def test_the_kernel_declares_as_much_shared_memory_as_plans_leave_it():
+    for architecture in (architecture_of(torch.device("cuda", 0)), "compute_87"):
+        for name in ("flashhead_step", "flashhead_widen"):
+            assert static_shared(function("head_step.cu", name, 0, architecture), name) <= STATIC_SHARED
 
 
 def test_fakes_say_the_shapes():

@@ -40,7 +40,7 @@ def test_w4a16_is_the_product(n, k, group, asymmetric, dtype, board):
     matrix = w4a16(codes, scales, zeros, facts(board))
     assert matrix.shape == (n, k)
     alone = []
-    for m in (1, 3, 8, 9, 64, 200):
+    for m in (1, 3, 8, 9, 64, 200, *((513, 4096) if n == 256 else ())):
         x = random(m, k, dtype=dtype, seed=2)
         want, size = x.double() @ dense.T, x.double().abs() @ dense.abs().T
         y = matrix(x)
@@ -50,6 +50,7 @@ def test_w4a16_is_the_product(n, k, group, asymmetric, dtype, board):
         if m <= 8:
             alone.append(matrix(x[:1]))
             assert torch.equal(y[:1], alone[0])  # decode's bits depend on K alone, not on M
+    x = random(200, k, dtype=dtype, seed=3)
     assert torch.equal(matrix(x.view(10, 20, k)), matrix(x).view(10, 20, n))
 
 
@@ -89,7 +90,7 @@ def rotations_of(length, head_size):
 @DTYPES
 @pytest.mark.parametrize(
     ("batch", "queries", "q_heads", "kv_heads", "head_size", "window"),
-    [(1, 1, 32, 8, 64, 0), (2, 3, 16, 8, 128, 0), (1, 1, 4, 1, 256, 100), (3, 2, 6, 3, 96, 37)],
+    [(1, 1, 32, 8, 64, 0), (2, 3, 16, 8, 128, 0), (1, 1, 4, 1, 256, 100), (3, 2, 6, 3, 96, 37), (1, 64, 8, 2, 64, 0), (2, 33, 4, 1, 256, 100)],
 )
 def test_attention_over_what_rope_wrote(batch, queries, q_heads, kv_heads, head_size, window, dtype, board):
     f, length = facts(board), 600
