@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 REPLAYS = 200
+WARM_SECONDS = 0.2
 
 
 def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS, refill: Callable[[int], object] | None = None) -> np.ndarray:
@@ -23,8 +25,10 @@ def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS, refill:
     with torch.cuda.graph(graph):
         for step in steps:
             step()
-    for _ in range(3):
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < WARM_SECONDS:  # a card that was idle runs up to a fifth slower at first
         graph.replay()
+        torch.cuda.synchronize()
     marks = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(replays)]
     for i, (begin, end) in enumerate(marks):
         if refill is not None:
