@@ -33,6 +33,7 @@ class CudaHead:
     bias: Tensor | None
     image: Tensor  # [bytes] uint8
     plans: list[Layout]  # of launches of 1, 2, ... MOST_ROWS states
+    words: list[list[int]]  # of these, as operators carry them and torch.compile can trace them
     workspace: Tensor  # [bytes] uint8, of all plans: one stream at a time
     architecture: str
     dense_from: int | None = None  # batch from which on the dense head is taken; None: never
@@ -47,8 +48,7 @@ class CudaHead:
 
     def arguments(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, list[int], str]:
         """Of either operator for 1 to 32 hidden states."""
-        plan = words_of(self.plans[max(1, len(hidden)) - 1])
-        return hidden, self.weight, self.bias, self.image, self.workspace, plan, self.architecture
+        return hidden, self.weight, self.bias, self.image, self.workspace, self.words[max(1, len(hidden)) - 1], self.architecture
 
     def token(self, hidden: Tensor) -> Tensor:
         """Greedy tokens [N] int64 alone, of any number of states; captured by CUDA graphs as `launch` is."""
@@ -165,6 +165,7 @@ def cuda_head(
         bias=bias,
         image=torch.from_numpy(packed.image).to(weight.device),
         plans=made,
+        words=[words_of(plan) for plan in made],
         workspace=torch.zeros(MOST_ROWS * made[0].row_bytes, dtype=torch.uint8, device=weight.device),
         architecture=architecture or architecture_of(weight.device),
         dense_from=chosen_crossover(properties.name, index, weight) if choice == "auto" else None,
