@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from flashhead_edge.cases import CASES, made_bits, made_index, made_product
+from flashhead_edge.calibration import options
+from flashhead_edge.cases import CASES, Case, made_bits, made_index, made_product
 from flashhead_edge.coding import decode, to_torch
+from flashhead_edge.devices import device_named
 from flashhead_edge.errors import DeviceError
-from flashhead_edge.kernels.packing import bit_weights, factors, fields, pack, pack_book, pack_rotation, plan, plans, row_records, table_bound
+from flashhead_edge.kernels.packing import bit_weights, check_codes, factors, fields, pack, pack_book, pack_rotation, plan, plans, row_records, table_bound
 
 
 def decoded(coded):
@@ -120,3 +122,13 @@ def test_a_code_without_a_kernel_is_refused():
     other = dataclasses.replace(index, rotation=dataclasses.replace(index.rotation, kind="int", scale=index.rotation.scale))
     with pytest.raises(DeviceError, match="rotation code is int"):
         pack(other)
+
+
+def test_everything_that_calibration_may_choose_has_a_kernel():
+    """On the largest vocabulary known, whose clusters are the most."""
+    found = dict(options(device_named("h100")))
+    vocab_size, hidden_size = 262_208, 64  # of Gemma 3
+    for size in found["cluster_size"]:
+        for centroids in found["centroids"]:
+            for rows in found["codes"]:
+                check_codes(made_index(Case("any", vocab_size, hidden_size, size, rows, centroids, (1.0,) * 5, (1.0,) * 5)))
