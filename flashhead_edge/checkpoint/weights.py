@@ -45,8 +45,8 @@ def fingerprint(weight: Tensor, bias: Tensor | None = None) -> str:
     digest = hashlib.sha256()
     for part in (weight,) if bias is None else (weight, bias):
         digest.update(f"{str(part.dtype).removeprefix('torch.')} {list(part.shape)}".encode())
-        for block in part.detach().cpu().contiguous().split(BLOCK):
-            digest.update(memoryview(block.reshape(-1).view(torch.uint8).numpy()))
+        for block in part.detach().split(BLOCK):  # a block of a matrix on a GPU at a time on the host
+            digest.update(memoryview(block.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return f"sha256:{digest.hexdigest()}"
 
 

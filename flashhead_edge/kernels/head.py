@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,6 +86,49 @@ class CudaHead:
         return joined([packed_step(*f[:5]) for f in found]), torch.cat([f[5] for f in found])
 
 
+def step_preparer(head: CudaHead, out: tuple[Tensor, ...], width: int, totals: Tensor | None) -> Callable[[int, torch.dtype], tuple[Arguments, Prepared]]:
+    """Steps with everything prepared but `hidden` and what is written freshly each time, by number of states and their type.
+
+    Args:
+        out: what `head_step_out` made, for MOST_ROWS states.
+        width, totals: as in `logits_launcher`.
+    Raises (when called):
+        SettingsError: more states than a launch takes, or none.
+    """
+
+    @functools.cache
+    def prepared(rows: int, dtype: torch.dtype) -> tuple[Arguments, Prepared]:
+        if not 1 <= rows <= MOST_ROWS:
+            raise SettingsError(f"head: {rows} states were given, expected 1 to {MOST_ROWS}; split the batch")
+        plan, device = head.plans[rows - 1], head.weight.device
+        check_step(head.weight.new_empty(rows, head.index.hidden_size, dtype=dtype), head.weight, head.bias, head.image, head.workspace, plan)
+        step = Arguments(
+            None, *(None if t is None else t.data_ptr() for t in (head.weight, head.bias, head.image, head.workspace, *out, None, totals)),
+            rows, dtype == torch.bfloat16, head.weight.dtype == torch.bfloat16, width, plan,
+        )  # fmt: skip
+        with torch.cuda.device(device):
+            return step, prepare_step(step, head.architecture, device.index)
+
+    return prepared
+
+
+def token_launcher(head: CudaHead, totals: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """Greedy tokens at the least host time, one launch: as `logits_launcher`, of tokens [N] int64."""
+    device = head.weight.device
+    out = head_step_out(head.weight[:MOST_ROWS], len(head.index.stages), head.plans[0].candidates)
+    prepared = step_preparer(head, out, head.index.vocab_size, totals)
+
+    def run(hidden: Tensor) -> Tensor:
+        step, launch = prepared(len(hidden), hidden.dtype)
+        token = torch.empty(len(hidden), dtype=torch.int64, device=device)
+        hidden = hidden.contiguous()
+        step.hidden, step.token = hidden.data_ptr(), token.data_ptr()
+        launch(torch.cuda.current_stream(device).cuda_stream)
+        return token
+
+    return run
+
+
 def logits_launcher(head: CudaHead, width: int, totals: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """Full-width logits at the least host time: what a server calls at every step, from Python, outside of any graph.
 
@@ -98,30 +142,20 @@ def logits_launcher(head: CudaHead, width: int, totals: Tensor | None = None) ->
     """
     device = head.weight.device
     out = head_step_out(head.weight[:MOST_ROWS], len(head.index.stages), head.plans[0].candidates)
-    prepared: dict[tuple[int, torch.dtype], tuple[Arguments, Prepared, Widen, Prepared]] = {}
+    prepared = step_preparer(head, out, width, totals)
 
-    def made(rows: int, dtype: torch.dtype) -> tuple[Arguments, Prepared, Widen, Prepared]:
-        if not 1 <= rows <= MOST_ROWS:
-            raise SettingsError(f"logits_launcher: {rows} states were given, expected 1 to {MOST_ROWS}; split the batch")
+    @functools.cache
+    def widening(rows: int) -> tuple[Widen, Prepared]:
         plan = head.plans[rows - 1]
-        check_step(head.weight.new_empty(rows, head.index.hidden_size, dtype=dtype), head.weight, head.bias, head.image, head.workspace, plan)
-        inputs = (head.weight, head.bias, head.image, head.workspace)
-        step = Arguments(
-            None, *(t.data_ptr() if t is not None else None for t in (*inputs, *out)), None,
-            rows, dtype == torch.bfloat16, head.weight.dtype == torch.bfloat16, width, plan,
-        )  # fmt: skip
-        widen = widen_arguments(out, head.image, head.workspace, plan, width, totals)
+        widen = widen_arguments(out, head.image, head.workspace, plan, width)
         widen.rows = rows
         with torch.cuda.device(device):
-            first = prepare_step(step, head.architecture, device.index)
-            return step, first, widen, prepare_widen(widen, plan.multiprocessors, head.architecture, device.index)
+            return widen, prepare_widen(widen, plan.multiprocessors, head.architecture, device.index)
 
     def run(hidden: Tensor) -> Tensor:
         rows = len(hidden)
-        kind = (rows, hidden.dtype)
-        if kind not in prepared:
-            prepared[kind] = made(*kind)
-        step, first, widen, second = prepared[kind]
+        step, first = prepared(rows, hidden.dtype)
+        widen, second = widening(rows)
         wide = torch.empty(rows, width, dtype=torch.float32, device=device)
         hidden = hidden.contiguous()
         step.hidden = hidden.data_ptr()

@@ -58,7 +58,7 @@ def _launch_step(inputs: tuple[Tensor | None, ...], plan: Layout, architecture: 
     hidden, weight = inputs[:2]
     assert hidden is not None and weight is not None
     arguments = Arguments(
-        *(t.data_ptr() if t is not None else None for t in (*inputs, *out, wide)),
+        *(t.data_ptr() if t is not None else None for t in (*inputs, *out, wide, None)),
         len(hidden), hidden.dtype == torch.bfloat16, weight.dtype == torch.bfloat16, plan.vocab_size, plan,
     )  # fmt: skip
     device = hidden.device.index
@@ -112,10 +112,10 @@ def head_logits(
     return (*out, wide)
 
 
-def widen_arguments(out: tuple[Tensor, ...], image: Tensor, workspace: Tensor, plan: Layout, width: int, totals: Tensor | None = None) -> Widen:
+def widen_arguments(out: tuple[Tensor, ...], image: Tensor, workspace: Tensor, plan: Layout, width: int) -> Widen:
     """What `flashhead_widen` takes behind a step with outputs `out`, all but `rows` and `wide`."""
-    _, counts, capped, ids, logits = out
-    pointers = (*(t.data_ptr() for t in (ids, logits, counts, capped, image, workspace)), None, None if totals is None else totals.data_ptr())
+    _, counts, _, ids, logits = out
+    pointers = (*(t.data_ptr() for t in (ids, logits, counts, image, workspace)), None)
     sizes = (0, plan.vocab_size, width, plan.candidates, counts.shape[1])
     return Widen(*pointers, *sizes, *(getattr(plan, name) for name, _ in Widen._fields_[len(pointers) + len(sizes) :]))
 

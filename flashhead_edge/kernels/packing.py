@@ -74,7 +74,7 @@ class Widen(ctypes.Structure):
     """`FlashHeadWiden` of head_step.h."""
 
     _fields_: ClassVar[Fields] = [
-        *[(n, ctypes.c_void_p) for n in ("ids", "logits", "counts", "capped", "image", "workspace", "wide", "totals")],
+        *[(n, ctypes.c_void_p) for n in ("ids", "logits", "counts", "image", "workspace", "wide")],
         *[(n, I) for n in ("rows", "vocab_size", "wide_stride", "candidates", "counted")],
         *[(n, U) for n in ("cluster_of_at", "row_bytes", "row_scores", "row_opened")],
         *[("tail_scale", F), ("tail_offset", F)],
@@ -85,7 +85,7 @@ class Arguments(ctypes.Structure):
     """`FlashHeadArguments` of head_step.h."""
 
     _fields_ = [
-        *[(n, ctypes.c_void_p) for n in ("hidden", "weight", "bias", "image", "workspace", "token", "counts", "capped", "ids", "logits", "wide")],
+        *[(n, ctypes.c_void_p) for n in ("hidden", "weight", "bias", "image", "workspace", "token", "counts", "capped", "ids", "logits", "wide", "totals")],
         *[(n, I) for n in ("rows", "hidden_bf16", "weight_bf16", "wide_stride")],
         ("layout", Layout),
     ]

@@ -7,6 +7,7 @@
 //   counts   out  [N, 2 + stages] int64: clusters opened, slots scored by each code, rows scored exactly
 //   capped   out  [N] uint8; ids [N, C] int64 and logits [N, C] fp32: the rows scored exactly, in no order
 //   wide     out  [N, V] fp32 or null: full-width logits, once flashhead_widen has been over them
+//   totals   in, out  [4] uint64 or null: counters that outlive the step
 //
 // Judge: flashhead_edge/reference.py. Launch: grid = (groups * layout.blocks), 512 threads, every block resident at once
 // (cooperative); group g takes the rows g, g + groups, ...; a row never looks at its neighbours.
@@ -260,6 +261,10 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
             a.token[row] = all.best ? 0xffffffffu - (unsigned)all.best : 0;  // of a state that is not finite nothing passes
             counts[0] = opened, counts[1 + L.stages] = all.second;
             a.capped[row] = cut;
+            if (a.totals) {
+                atomicAdd(a.totals, 1ull), atomicAdd(a.totals + 1, (u64)opened), atomicAdd(a.totals + 2, (u64)all.second);
+                if (cut) atomicAdd(a.totals + 3, 1ull);
+            }
             state->counter = state->candidates[~epoch & 1] = 0;
             state->epoch = epoch;
         }

@@ -98,6 +98,7 @@ struct FlashHeadArguments {
     long long* ids;              // out [rows, candidates], the first counts[.., 1 + stages] are written, in no order
     float* logits;               // out [rows, candidates]
     float* wide;                 // out [rows, wide_stride] the last score that a code gave to a token: what flashhead_widen goes on from; or null
+    unsigned long long* totals;  // [4] grows by what a step counts: rows, clusters opened, rows scored exactly, rows that a cap cut; or null
     int rows, hidden_bf16, weight_bf16;
     int wide_stride;             // vocab_size or more
     struct FlashHeadLayout layout;
@@ -108,11 +109,9 @@ struct FlashHeadWiden {
     const long long* ids;
     const float* logits;
     const long long* counts;
-    const unsigned char* capped;
     const unsigned char* image;
     const unsigned char* workspace;
     float* wide;
-    unsigned long long* totals;  // [4] grows by what a step counts: rows, clusters opened, rows scored exactly, rows that a cap cut; or null
     int rows, vocab_size, wide_stride, candidates;
     int counted;                 // numbers of a row in `counts`, the last is that of the candidates
     unsigned cluster_of_at, row_bytes, row_scores, row_opened;

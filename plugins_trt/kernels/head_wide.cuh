@@ -93,8 +93,4 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS) flashhead_widen(
 #pragma unroll 1
     for (int i = threadIdx.x + AHEAD * FLASHHEAD_THREADS; i < count; i += FLASHHEAD_THREADS)
         if (ids[i] >= first && ids[i] < end) wide[ids[i]] = logits[i];
-    if (a.totals && blockIdx.x == 0 && threadIdx.x == 0) {
-        atomicAdd(a.totals, 1ull), atomicAdd(a.totals + 1, (u64)counts[0]), atomicAdd(a.totals + 2, (u64)count);
-        if (a.capped[row]) atomicAdd(a.totals + 3, 1ull);
-    }
 }

@@ -9,8 +9,9 @@ import torch
 
 from flashhead_edge.bench.head import LOGITS_WITHIN, with_shares
 from flashhead_edge.cases import CASES, huge_row, made_index, made_rows, made_states
+from flashhead_edge.errors import SettingsError
 from flashhead_edge.kernels.build import architecture_of, function, static_shared
-from flashhead_edge.kernels.head import STATIC_SHARED, cuda_head, logits_launcher
+from flashhead_edge.kernels.head import STATIC_SHARED, cuda_head, logits_launcher, token_launcher
 from flashhead_edge.reference import torch_head
 
 pytestmark = pytest.mark.gpu
@@ -187,6 +188,13 @@ def test_a_launcher_gives_the_same_logits_in_fresh_memory(case):
     step = head.step(hidden[:32])
     wanted = [[n, *(int(step.counts[:n, j].sum()) for j in (0, -1)), int(step.capped[:n].sum())] for n in rows]
     assert totals.tolist() == [sum(column) for column in zip(*wanted)]
+    tokens = token_launcher(head, totals)
+    found = [tokens(hidden[:n]) for n in (32, 5)]
+    assert torch.equal(found[0], step.token) and torch.equal(found[1], step.token[:5])
+    assert int(totals[0]) == sum(rows) + 37
+    for few in (launcher, tokens):
+        with pytest.raises(SettingsError, match="33 states were given, expected 1 to 32"):
+            few(torch.cat([hidden[:32], hidden[:1]]))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = launcher(hidden[:7])

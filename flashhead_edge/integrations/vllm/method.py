@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
@@ -24,17 +25,19 @@ from flashhead_edge.checkpoint import read_index
 from flashhead_edge.errors import SettingsError, UnsupportedModelError
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.integrations.hf import PADDING_LOGIT, check_fits
+from flashhead_edge.integrations.vllm import check_version
 from flashhead_edge.integrations.vllm.files import checkpoint_folder
 from flashhead_edge.integrations.vllm.metrics import serve
+from flashhead_edge.integrations.vllm.requests import ASKED
 from flashhead_edge.integrations.vllm.settings import Settings, read_settings
-from flashhead_edge.kernels.head import MOST_ROWS, CudaHead, cuda_head, logits_launcher
+from flashhead_edge.kernels.head import MOST_ROWS, CudaHead, cuda_head, logits_launcher, token_launcher
 from flashhead_edge.reference import TorchHead, torch_head
 
 log = init_logger("vllm.flashhead")  # below vLLM's own logger, so that its handlers show it
 
 
-def install(model: nn.Module, config: VllmConfig) -> None:
-    """Replace the `quant_method` of a model's head, before its weights are loaded.
+def install(model: nn.Module, config: VllmConfig) -> FlashHeadMethod | None:
+    """Replace the `quant_method` of a model's head, before its weights are loaded. None where there is no head, or FlashHead is switched off.
 
     Raises:
         CheckpointError: the index is missing, damaged or made for another head.
@@ -42,24 +45,39 @@ def install(model: nn.Module, config: VllmConfig) -> None:
         UnsupportedModelError: the head is no plain matrix.
     """
     settings, name = read_settings(config.additional_config), config.model_config.model
-    head = find_head(model)
+    head = find_head(model) if get_pp_group().is_last_rank else None
     if head is None:
-        return  # a pipeline's stage without a head
+        return None  # a pipeline's stage whose head nobody asks
     if not settings.enabled:
         log.warning("FlashHead: switched off by --additional-config, the dense head computes every step of %s", name)
-        return
+        return None
+    if (untried := check_version()) is not None:
+        log.warning("FlashHead: %s", untried)
     wanted, given = getattr(config.model_config, "head_dtype", None), config.model_config.dtype
     if wanted is not None and wanted != given:
         raise SettingsError(f"flashhead: head_dtype is {wanted} beside a model in {given}, expected one type; leave head_dtype out or switch FlashHead off")
-    if get_tensor_model_parallel_world_size() > 1:
-        raise SettingsError("flashhead: tensor parallelism was asked for, expected one rank; use one GPU a replica or switch FlashHead off")
-    if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+    if not isinstance(head.quant_method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)):
         found = type(head.quant_method).__name__
         raise UnsupportedModelError(f"{name}: the head's weights are packed ({found}), expected a plain matrix; convert a model whose head is not quantised")
     index = read_index(checkpoint_folder(config))
     if settings.score_all_rows:
         index = dataclasses.replace(index, probe=dataclasses.replace(index.probe, margin=math.inf, cap=index.n_clusters))
-    head.quant_method = FlashHeadMethod(head.quant_method, index, settings, name, checked=config.load_config.load_format != "dummy")
+    method = FlashHeadMethod(head.quant_method, index, settings, name, checked=config.load_config.load_format != "dummy", engine=config.instance_id)
+    head.quant_method = method
+    if config.lora_config is not None:
+        keep_adapters_off_the_head(model)
+        log.warning("FlashHead: LoRA is on; an adapter of the output head is refused, one of the body moves hidden states that the margins were not set on")
+    if config.speculative_config is not None and not config.use_v2_model_runner and settings.exact_for:
+        log.warning("FlashHead: vLLM's V1 runner tells nobody of a request's constraints beside drafts: exact_for has no effect")
+    return method
+
+
+def keep_adapters_off_the_head(model: nn.Module) -> None:
+    """Take the head out of the modules that LoRA adapters may change: vLLM then refuses an adapter that does, by name."""
+    for module in model.modules():
+        names: Any = getattr(module, "embedding_modules", None) or {}
+        if "lm_head" in names:
+            module.embedding_modules = {k: v for k, v in names.items() if k != "lm_head"}  # type: ignore[assignment]
 
 
 def find_head(model: nn.Module) -> VocabParallelEmbedding | None:
@@ -81,11 +99,16 @@ def find_head(model: nn.Module) -> VocabParallelEmbedding | None:
 class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
     """Full-width logits by a FlashHead; all else is the dense method's."""
 
-    def __init__(self, dense: QuantizeMethodBase, index: HeadIndex, settings: Settings, name: str, checked: bool) -> None:
-        self.dense, self.index, self.settings, self.name, self.checked = dense, index, settings, name, checked
+    def __init__(self, dense: QuantizeMethodBase, index: HeadIndex, settings: Settings, name: str, checked: bool, engine: str) -> None:
+        self.dense, self.index, self.settings, self.name, self.checked, self.engine = dense, index, settings, name, checked, engine
         self.logits: Callable[[Tensor], Tensor] | None = None  # of [rows, d]: [rows, width of the layer]
+        self.tokens: Callable[[Tensor], Tensor] | None = None  # of [rows, d]: greedy tokens [rows]; None on a CPU
         self.dense_from: int | None = None  # batch from which on the dense head is taken; None: never
-        self.dense_states = 0
+        self.dense_states = self.exact_states = 0
+        self.rows: Tensor | None = None  # the head's whole matrix [rows, d]: the layer's own, or on each of several ranks all of them gathered
+        self.bias: Tensor | None = None
+        self.given: Tensor | None = None  # what the model's compute_logits was called with
+        self.straight = False  # what it is called with is what reaches the head
         self.totals = torch.zeros(4, dtype=torch.int64)  # states, clusters opened, rows scored exactly, states that a cap cut
         self.served = False
 
@@ -99,12 +122,34 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         return self.dense.tie_weights(layer, embed_tokens)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Build the head over the loaded rows: every way of loading passes here, before memory is profiled."""
+        """Build the head over the loaded rows: every way of loading passes here, before memory is profiled.
+
+        A reload passes here once more, with rows in memory of its own: vLLM copies them to where the first ones lie, over which the head is built.
+        """
         self.dense.process_weights_after_loading(layer)
-        weight, bias = layer.weight, getattr(layer, "bias", None)
+        self.build(layer)
+
+    def build(self, layer: Any) -> None:
+        """Check the rows against the index and put a head over them, the first time.
+
+        Raises:
+            CheckpointError: they are not the rows that the index was made for.
+        """
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        weight, bias = (None if part is None else whole(part, ranks) for part in (layer.weight, getattr(layer, "bias", None)))
+        assert weight is not None
         rows = min(layer.org_vocab_size, len(weight))
         if self.checked:
             check_fits(self.index, weight[:rows], None if bias is None else bias[:rows], self.name)
+        if self.logits is not None:
+            for kept, part in ((self.rows, weight), (self.bias, bias)):
+                if kept is not None and part is not None and ranks > 1:
+                    kept.copy_(part)
+            return
+        self.rows, self.bias = weight, bias
+        if ranks > 1:
+            layer.register_buffer("flashhead_rows", weight, persistent=False)
+            layer.register_buffer("flashhead_bias", bias, persistent=False)
         self.totals = self.totals.to(weight.device)
         layer.register_buffer("flashhead_totals", self.totals, persistent=False)
         if weight.device.type == "cuda":
@@ -112,8 +157,11 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             layer.register_buffer("flashhead_image", head.image, persistent=False)
             layer.register_buffer("flashhead_workspace", head.workspace, persistent=False)
             self.logits, self.dense_from = by_kernel(head, len(weight), self.totals), head.dense_from
+            self.tokens = tokens_by_kernel(head, self.totals)
         else:
             self.logits = by_reference(torch_head(self.index, weight, bias), len(weight), self.totals)
+        if ranks > 1:
+            self.logits = columns_of(self.logits, rank * len(layer.weight), len(layer.weight))
         if isinstance(self.settings.crossover, int):
             self.dense_from = self.settings.crossover
         if self.settings.metrics_port is not None and not self.served:
@@ -123,22 +171,56 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits [rows, width of the layer] of hidden states [rows, d]: finite, in memory that nobody else holds; float32 where FlashHead computes them."""
+        given, self.given = self.given, None
+        self.straight = given is not None and given.data_ptr() == x.data_ptr() and given.shape == x.shape
         if self.logits is None:
-            raise SettingsError(f"{self.name}: FlashHead was not built when the weights were loaded, expected it; load them in vLLM's default format")
+            self.build(layer)  # a way of loading that did not pass by process_weights_after_loading: the first call is before memory is profiled
+            assert self.logits is not None
+        asked = ASKED.get(self.engine)
+        if asked is not None and asked.exact:
+            self.exact_states += len(x)
+            return self.dense.apply(layer, x, bias)
         if self.dense_from is not None and len(x) >= self.dense_from:
             self.dense_states += len(x)
             return self.dense.apply(layer, x, bias)
         return self.logits(x)
 
+    def takes_tokens(self, x: Tensor) -> bool:
+        """Whether the step wants greedy tokens alone, of states that reach the head as they are, below the crossover: asked once a step."""
+        asked = ASKED.get(self.engine)
+        if asked is None or not asked.greedy or not asked.takes_tokens:
+            return False
+        asked.greedy = False  # whoever calls next in this step, such as a draft, gets logits
+        return self.straight and self.tokens is not None and x.ndim == 2 and (self.dense_from is None or len(x) < self.dense_from)
+
     def counts(self) -> dict[str, int]:
         """What was computed so far, by the names of `metrics.NAMES`."""
         states, opened, exact, capped = self.totals.tolist()
-        return {"steps_flash": states, "steps_dense": self.dense_states, "clusters_opened": opened, "exact_rows": exact, "capped": capped}
+        return {
+            **{"steps_flash": states, "steps_dense": self.dense_states, "steps_dense_asked": self.exact_states},
+            **{"clusters_opened": opened, "exact_rows": exact, "capped": capped},
+        }
+
+
+def whole(part: Tensor, ranks: int) -> Tensor:
+    """The head's matrix or bias of which each rank has an equal part, padding last: one rank's own, or gathered from all."""
+    return part if ranks == 1 else tensor_model_parallel_all_gather(part.detach(), dim=0)
+
+
+def columns_of(logits: Callable[[Tensor], Tensor], start: int, count: int) -> Callable[[Tensor], Tensor]:
+    """A rank's columns of full-width logits, which vLLM gathers again."""
+    return lambda x: logits(x)[:, start : start + count].contiguous()
 
 
 def by_kernel(head: CudaHead, width: int, totals: Tensor) -> Callable[[Tensor], Tensor]:
     """Full-width logits of any number of states on a GPU."""
     launcher = logits_launcher(head, width, totals)
+    return lambda x: launcher(x) if len(x) <= MOST_ROWS else torch.cat([launcher(part) for part in x.split(MOST_ROWS)])
+
+
+def tokens_by_kernel(head: CudaHead, totals: Tensor) -> Callable[[Tensor], Tensor]:
+    """Greedy tokens of any number of states on a GPU."""
+    launcher = token_launcher(head, totals)
     return lambda x: launcher(x) if len(x) <= MOST_ROWS else torch.cat([launcher(part) for part in x.split(MOST_ROWS)])
 
 

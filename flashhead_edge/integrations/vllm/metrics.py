@@ -14,6 +14,7 @@ from flashhead_edge.errors import DeviceError
 NAMES = {
     "steps_flash": "states whose logits FlashHead computed",
     "steps_dense": "states whose logits the dense head computed, above the crossover",
+    "steps_dense_asked": "states whose logits the dense head computed, for a request that wants them exact",
     "clusters_opened": "clusters opened",
     "exact_rows": "rows of the head scored exactly",
     "capped": "states of which a cap cut off tokens within a margin",

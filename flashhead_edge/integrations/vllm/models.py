@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
 
-from flashhead_edge.integrations.vllm import PREFIX
-from flashhead_edge.integrations.vllm.method import install
+from flashhead_edge.integrations.vllm import PREFIX, check_version
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -22,10 +21,32 @@ def __getattr__(name: str) -> type[nn.Module]:
 
 
 def subclass(name: str, original: type[nn.Module]) -> type[nn.Module]:
-    """The class `original` of vLLM with a FlashHead in the place of its head."""
+    """The class `original` of vLLM with a FlashHead in the place of its head.
+
+    Raises:
+        DeviceError: this vLLM is too old, or lacks what the plugin leans on.
+    """
+    check_version()  # before what follows is imported
+    from flashhead_edge.integrations.vllm.method import FlashHeadMethod, install
+    from flashhead_edge.integrations.vllm.requests import state_class
 
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
         original.__init__(self, vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
-        install(self, vllm_config)
+        self.flashhead_config = vllm_config
+        self.flashhead = install(self, vllm_config)
 
-    return type(name, (original,), {"__init__": __init__, "__module__": __name__, "__doc__": f"vLLM's {original.__name__} with a FlashHead."})
+    def compute_logits(self: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor | None:
+        method: FlashHeadMethod | None = self.flashhead
+        if method is not None and not args and not options and method.takes_tokens(hidden_states):
+            return method.tokens(hidden_states)[:, None]  # type: ignore[misc]
+        if method is not None:
+            method.given = hidden_states
+        return original.compute_logits(self, hidden_states, *args, **options)  # type: ignore[attr-defined, no-any-return]
+
+    def get_model_state_cls(self: Any) -> type:
+        return state_class(original, self, self.flashhead_config)
+
+    methods: dict[str, Any] = {"__init__": __init__, "__module__": __name__, "__doc__": f"vLLM's {original.__name__} with a FlashHead."}
+    if hasattr(original, "compute_logits"):
+        methods |= {"compute_logits": compute_logits, "get_model_state_cls": get_model_state_cls}
+    return type(name, (original,), methods)

@@ -8,6 +8,8 @@ from typing import Any
 
 from flashhead_edge.errors import SettingsError
 
+CONSTRAINED, LOGPROBS = "constrained", "logprobs"  # kinds of requests
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -15,6 +17,7 @@ class Settings:
 
     enabled: bool = True  # False: the dense head, and the log says so
     crossover: int | str = "auto"  # batch from which on the dense head is taken; auto: as measured on this device, never: no batch
+    exact_for: tuple[str, ...] = (CONSTRAINED, LOGPROBS)  # of a step with such a request the dense head computes the logits
     score_all_rows: bool = False  # every row by the row code, not only those of open clusters: nearer to dense where tokens are few or their odds matter
     metrics_port: int | None = None  # on 127.0.0.1, of the worker's own; None: no port
 
@@ -26,6 +29,8 @@ class Settings:
         number = isinstance(self.crossover, int) and not isinstance(self.crossover, bool) and self.crossover >= 1
         if not number and self.crossover not in ("auto", "never"):
             raise SettingsError(f"flashhead: crossover is {self.crossover!r}, expected auto, never or a batch from 1 on; change --additional-config")
+        if not isinstance(self.exact_for, tuple) or not set(self.exact_for) <= {CONSTRAINED, LOGPROBS}:
+            raise SettingsError(f"flashhead: exact_for is {self.exact_for!r}, expected a list of {CONSTRAINED} and {LOGPROBS}; change --additional-config")
         port = self.metrics_port
         if port is not None and (not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= 65_535):
             raise SettingsError(f"flashhead: metrics_port is {port!r}, expected 1 to 65535; change --additional-config")
@@ -44,4 +49,5 @@ def read_settings(additional: Any) -> Settings:
     for name in found:
         if name not in known:
             raise SettingsError(f"flashhead: the setting {name} is not known, expected one of {', '.join(known)}; change --additional-config")
-    return Settings(**found)
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return Settings(**values)
