@@ -46,6 +46,8 @@ def compare(folder: str, texts: list[Path], wanted: int, dtype: str) -> dict[str
     from flashhead_edge.reference import exact_logits, torch_head
 
     source, states = captured(folder, texts, wanted)
+    if len(states) < wanted:
+        sys.exit(f"real_states: the texts have {len(states)} positions, expected {wanted}; name more texts, or fewer --states")
     rows = read_head(source)
     weight = rows.weight[: rows.vocab_size].to("cuda", getattr(torch, dtype))
     bias = None if rows.bias is None else rows.bias[: rows.vocab_size].to(weight)
@@ -72,6 +74,9 @@ def main() -> int:
     parser.add_argument("--states", type=int, default=100_000)
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16", help="of the exact rows")
     options = parser.parse_args()
+    for path in (Path(options.folder), *options.texts):
+        if not path.exists():
+            sys.exit(f"real_states: {path} is not there, expected a checkpoint's folder and texts; name others")
     found = compare(options.folder, options.texts, options.states, options.dtype)
     print(json.dumps(found))
     return int(bool(found["other_tokens"]))

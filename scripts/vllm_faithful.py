@@ -54,9 +54,9 @@ def main() -> None:
     prompts = cut(args.texts, args.prompts)
 
     def run(params, dense):
-        method.dense_from = 1 if dense else None
+        method.dense_from = method.tokens_dense_from = 1 if dense else None
         found = llm.generate(prompts, params, use_tqdm=False)
-        method.dense_from = None
+        method.dense_from = method.tokens_dense_from = None
         return [f.outputs[0] for f in found]
 
     def beside(**options):

@@ -26,12 +26,12 @@ def index():
     return made_index(CASES[0])
 
 
-@pytest.mark.parametrize("crossover", [1, 8, None])
-def test_what_is_stored_is_read(index, crossover):
+@pytest.mark.parametrize("crossovers", [{"tokens": 1, "logits": 8}, {"tokens": None, "logits": 3}])
+def test_what_is_stored_is_read(index, crossovers):
     assert stored_crossover(DEVICE, index, "bfloat16") is None
-    path = store_crossover(DEVICE, index, "bfloat16", crossover, MEASURED, "flashhead bench head out --store")
+    path = store_crossover(DEVICE, index, "bfloat16", crossovers, MEASURED, "flashhead bench head out --store")
     found = stored_crossover(DEVICE, index, "bfloat16")
-    assert (found["crossover"], found["measured"], found["device"]) == (crossover, MEASURED, DEVICE)
+    assert (found["crossovers"], found["measured"], found["device"]) == (crossovers, MEASURED, DEVICE)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -48,10 +48,14 @@ def test_device_type_shape_and_head_each_have_their_own(index):
     ("text", "message"),
     [
         ("{", "not JSON"),
-        (json.dumps({"format": 1, "crossover": 0}), "crossover is 0, expected a batch of 1 or more, or null, in format 1; delete the file"),
-        (json.dumps({"format": 2, "crossover": 4}), "crossover is 'absent'"),
-        (json.dumps({"format": 1}), "crossover is 'absent'"),
-        ("[]", "crossover is 'absent'"),
+        (
+            json.dumps({"format": 2, "crossovers": {"tokens": 0, "logits": 1}}),
+            "tokens is 0, expected a batch of 1 or more, or null, in format 2; delete",
+        ),
+        (json.dumps({"format": 2, "crossovers": {"tokens": 1}}), "that of logits is 'absent'"),
+        (json.dumps({"format": 1, "crossover": 4}), "that of tokens is 'absent'"),
+        (json.dumps({"format": 2}), "that of tokens is 'absent'"),
+        ("[]", "that of tokens is 'absent'"),
     ],
 )
 def test_a_damaged_file_is_refused(index, text, message):
@@ -66,16 +70,16 @@ def test_a_damaged_file_is_refused(index, text, message):
     ("crossover", "level", "words"),
     [
         ("nothing", logging.WARNING, "no crossover is kept for this head"),
-        (None, logging.INFO, "the flash head at every batch: faster"),
-        (6, logging.INFO, "the dense head for batches of 6 and more, the flash head below"),
+        (None, logging.INFO, "the dense head at no batch that was measured where tokens are wanted, for batches of 5 and more where logits are"),
+        (6, logging.INFO, "the dense head for batches of 6 and more where tokens are wanted, for batches of 5 and more where logits are, the flash head else"),
     ],
 )
 def test_auto_says_what_it_takes(index, caplog, crossover, level, words):
     if crossover != "nothing":
-        store_crossover(DEVICE, index, "bfloat16", crossover, MEASURED, "")
+        store_crossover(DEVICE, index, "bfloat16", {"tokens": crossover, "logits": 5}, MEASURED, "")
     with caplog.at_level(logging.INFO, logger="flashhead_edge.kernels.head"):
-        found = head.chosen_crossover(DEVICE, index, torch.zeros(1, dtype=torch.bfloat16))
-    assert found == (head.UNMEASURED if crossover == "nothing" else crossover)
+        found = head.chosen_crossovers(DEVICE, index, torch.zeros(1, dtype=torch.bfloat16))
+    assert found == dict.fromkeys(("tokens", "logits"), head.UNMEASURED) if crossover == "nothing" else {"tokens": crossover, "logits": 5}
     ((_, said, text),) = caplog.record_tuples
     assert said == level and words in text and "5,003 x 256 (bfloat16) on NVIDIA H100 80GB HBM3" in text
 
@@ -85,8 +89,9 @@ def test_from_the_crossover_on_a_step_is_the_dense_head(index, bias):
     """Without a GPU: the dense side of `auto` is torch alone."""
     weight = torch.from_numpy(made_rows(CASES[0])).bfloat16()
     extra = torch.linspace(-1, 1, len(weight), dtype=torch.bfloat16) if bias else None
-    flash = head.CudaHead(index, weight, extra, torch.empty(0), [], torch.empty(0), "sm_90", dense_from=3)
+    flash = head.CudaHead(index, weight, extra, torch.empty(0), [], [], torch.empty(0), "sm_90", dense_from=3, logits_dense_from=2)
     assert [flash.takes_dense(n) for n in (2, 3, 64)] == [False, True, True]
+    assert [flash.takes_dense(n, logits=True) for n in (1, 2)] == [False, True]
     assert not dataclasses.replace(flash, dense_from=None).takes_dense(64)
     hidden = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     step = flash.step(hidden)

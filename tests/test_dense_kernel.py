@@ -10,9 +10,10 @@ import torch
 
 from flashhead_edge.cases import DENSE_CASES, DenseCase, made_dense
 from flashhead_edge.codes import Coded
-from flashhead_edge.errors import SettingsError
+from flashhead_edge.errors import DeviceError, SettingsError
 from flashhead_edge.kernels import build, ops
 from flashhead_edge.kernels.dense import packed_rows
+from flashhead_edge.kernels.ops import most_dense_rows
 
 SMALL = [c for c in DENSE_CASES if c.vocab_size <= 5_003]
 
@@ -92,3 +93,11 @@ def test_arguments_that_the_kernel_cannot_read_are_refused():
     ):
         with pytest.raises(SettingsError, match=message):
             ops.check_dense(**{**good, **change})
+
+
+def test_a_launch_takes_as_many_states_as_shared_memory_holds():
+    assert [most_dense_rows(d, 8, 0, 227 << 10) for d in (576, 2_048, 3_072)] == [32, 32, 32]
+    assert [most_dense_rows(d, 8, 0, 163 << 10) for d in (576, 2_048, 3_072)] == [32, 32, 16]
+    assert [most_dense_rows(d, 4, 128, 99 << 10) for d in (576, 2_048, 3_072)] == [32, 16, 8]
+    with pytest.raises(DeviceError, match="states of 9000 need more shared memory than the device's 101376 bytes a block"):
+        most_dense_rows(9_000, 8, 0, 99 << 10)

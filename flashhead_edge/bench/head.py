@@ -52,7 +52,7 @@ from flashhead_edge.costs import bytes_per_step, dense_bytes
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import DeviceError, SettingsError
 from flashhead_edge.index import HeadIndex
-from flashhead_edge.kernels.crossover import store_crossover
+from flashhead_edge.kernels.crossover import KINDS, store_crossover
 from flashhead_edge.kernels.dense import CudaDense, cuda_dense
 from flashhead_edge.kernels.head import MOST_ROWS, CudaHead, cuda_head
 from flashhead_edge.kernels.ops import decode
@@ -145,7 +145,8 @@ def bench_checkpoint(
     if store:
         dtype = str(weight.dtype).removeprefix("torch.")
         found = out["crossovers"][-1]
-        out["stored"] = str(store_crossover(torch.cuda.get_device_name(), index, dtype, found["crossover"], found["measured"], command))
+        crossovers, measured = ({kind: one[what] for kind, one in found["kinds"].items()} for what in ("crossover", "measured"))
+        out["stored"] = str(store_crossover(torch.cuda.get_device_name(), index, dtype, crossovers, measured, command))
     return out
 
 
@@ -202,7 +203,7 @@ def _stage_gaps(index: HeadIndex, margins: Sequence[float], caps: Sequence[int],
 
 
 def check_head(head: CudaHead, states: Tensor) -> np.ndarray:
-    """Counts of steps [N, 2 + stages], after each was compared with the reference.
+    """Counts of steps [N, 2 + stages], after each was compared with the reference: tokens, counts, and where these are equal the candidates.
 
     Raises:
         DeviceError: a token, a count or a set of candidates is not the reference's.
@@ -215,6 +216,12 @@ def check_head(head: CudaHead, states: Tensor) -> np.ndarray:
     off = float(((want.counts - found.counts).abs() / want.counts.clamp(min=100)).max())
     if off > 0.02:
         raise DeviceError(f"head_step: counts differ from the reference's by {off:.1%}, expected rounding at margins alone; do not use this kernel")
+    same = (want.counts == found.counts).all(1)
+    width = max(want.ids.shape[1], found.ids.shape[1])
+    ids = [torch.nn.functional.pad(s.ids, (0, width - s.ids.shape[1]), value=-1)[same] for s in (want, found)]
+    wrong = int((ids[0] != ids[1]).any(1).sum())
+    if wrong > 1:  # of a hundred states one has two items that change places at a threshold
+        raise DeviceError(f"head_step: candidates of {wrong} of {len(states)} states are not the reference's, expected all; do not use this kernel")
     return found.counts.cpu().numpy()
 
 
@@ -257,10 +264,16 @@ def steps_of(head: CudaHead, bytes_read: float, work: Callable[[CudaHead, Tensor
     return [functools.partial(work, twin(head)) for _ in range(copies_of(bytes_read))]
 
 
-def dense_steps(subject: Subject, vocab_size: int) -> list[Step]:
-    """The dense head: torch's product and argmax in the rows' own precision. It passes the cache by itself."""
-    weight, bias = subject.weight[:vocab_size].T, None if subject.bias is None else subject.bias[:vocab_size]
-    return [lambda h: (h @ weight if bias is None else torch.addmm(bias, h, weight)).argmax(1)] * 4
+def dense_steps(subject: Subject, vocab_size: int, logits: bool = False) -> list[Step]:
+    """The dense head over copies of its matrix: torch's product in the rows' own precision, and its argmax unless `logits` are all that is wanted."""
+    first, bias = subject.weight[:vocab_size], None if subject.bias is None else subject.bias[:vocab_size]
+    weights = [first, *(first.clone() for _ in range(copies_of(first.numel() * first.element_size()) - 1))]
+
+    def product(weight: Tensor, h: Tensor) -> Tensor:
+        found = h @ weight.T if bias is None else torch.addmm(bias, h, weight.T)
+        return found if logits else found.argmax(1)
+
+    return [functools.partial(product, weight) for weight in weights]
 
 
 def coded_steps(head: CudaDense) -> list[Step]:
@@ -278,15 +291,16 @@ def step_bytes(index: HeadIndex, counts: np.ndarray, batch: int) -> float:
     return fixed + batch * (one - fixed)
 
 
-def find_crossover(head: CudaHead, subject: Subject, counts: np.ndarray) -> tuple[int | None, list[dict[str, Any]]]:
-    """The smallest batch at which the dense head is faster than the flash head, and what was measured.
+def find_crossover(head: CudaHead, subject: Subject, counts: np.ndarray, logits: bool = False) -> tuple[int | None, list[dict[str, Any]]]:
+    """The smallest batch at which the dense head is faster than the flash head, and what was measured: of greedy tokens, or of full-width logits.
 
     Upwards over LADDER until the dense head is faster, then by halves down to one batch; None where it never is.
     """
     measured: list[dict[str, Any]] = []
 
     def dense_wins(batch: int) -> bool:
-        steps = dense_steps(subject, head.index.vocab_size), steps_of(head, step_bytes(head.index, counts, batch))
+        read = step_bytes(head.index, counts, batch)
+        steps = dense_steps(subject, head.index.vocab_size, logits), steps_of(head, read, CudaHead.wide_logits if logits else CudaHead.token)
         dense, flash = (float(np.median(times_of(s, subject.states, batch, CROSSOVER_REPLAYS))) for s in steps)
         measured.append({"batch": batch, "dense": dense, "flash": flash})
         return flash > dense
@@ -383,7 +397,8 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
             continue
         progress(f"{subject.name}: {label}", None)
         head = cuda_head(one, subject.weight, subject.bias)
-        counts = check_head(head, states[:counted]).mean(0)
+        check_head(head, states[:counted])
+        counts = head.step(states).counts.double().mean(0).cpu().numpy()
         for batch in batches if label == "published" or "flash" in heads else ():
             check_batch(head, states[:batch])
             read = step_bytes(one, counts, batch)
@@ -392,9 +407,12 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
             out["counts"].append(expected_counts(subject, one, counts))
         if label == "fitted" and "auto" in heads:
             progress(f"{subject.name}: crossover", None)
-            crossover, measured = find_crossover(head, subject, counts)
-            out["crossovers"].append({"model": subject.name, "shape": [v, d], "crossover": crossover, "measured": measured})
-            auto = dataclasses.replace(head, dense_from=crossover)
+            kinds: dict[str, dict[str, Any]] = {}
+            for kind in KINDS:
+                crossover, measured = find_crossover(head, subject, counts, kind == "logits")
+                kinds[kind] = {"crossover": crossover, "measured": measured}
+            out["crossovers"].append({"model": subject.name, "shape": [v, d], "kinds": kinds})
+            auto = dataclasses.replace(head, dense_from=kinds["tokens"]["crossover"])
             for batch in batches:
                 is_dense = auto.takes_dense(batch)
                 read = dense_bytes(v, d) if is_dense else step_bytes(one, counts, batch)
@@ -402,9 +420,9 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
         if label == "fitted" and "flash" in heads:
             time_draw(head, counts, batches, record)
             check_logits(head, states[:CHECKED])
-            for batch in (b for b in batches if b <= MOST_ROWS):
+            for batch in batches:
                 read = step_bytes(one, counts, batch) + batch * 4 * v
-                record("fitted, full-width logits", batch, times_of(steps_of(head, read, CudaHead.launch_logits), states, batch), read, counts)
+                record("fitted, full-width logits", batch, times_of(steps_of(head, read, CudaHead.wide_logits), states, batch), read, counts)
         del head
         torch.cuda.empty_cache()
     out["records"] += records

@@ -16,7 +16,7 @@ from flashhead_edge.bench.vllm import MARK
 from flashhead_edge.caps import with_gates
 from flashhead_edge.cases import FEW_CODES, PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES, Case, made_index
 from flashhead_edge.errors import SettingsError
-from flashhead_edge.integrations.vllm.method import FlashHeadMethod, by_kernel, find_head
+from flashhead_edge.integrations.vllm.method import FlashHeadMethod, by_kernel, find_head, tokens_by_kernel
 from flashhead_edge.kernels.head import cuda_head
 
 FITTED = 64  # states that set the margins of a made head
@@ -76,13 +76,13 @@ class BenchWorker:
         self.bench_layer, self.bench_marks = layer, Marks()
         self.bench_states: list[Tensor] = []
         method, runner = layer.quant_method, self.model_runner
-        method.dense_from = None
+        method.dense_from = method.tokens_dense_from = None
 
         def capture(x: Tensor) -> Tensor:
             self.bench_states.append(x.detach().clone())
             return method.dense.apply(layer, x)
 
-        method.logits = capture
+        method.logits, method.tokens = capture, None
         runner.execute_model = self.bench_marks.around("step", runner.execute_model)
         runner.sampler = Marked(runner.sampler, self.bench_marks.around("sampler", runner.sampler))
         weight = layer.weight
@@ -96,16 +96,21 @@ class BenchWorker:
         v, d = index.vocab_size, index.hidden_size
         index = with_shares(index, weight[:v], states[:: max(1, len(states) // FITTED)], FEW_CODES.mean)
         published = made_index(Case("published", v, d, PUBLISHED_CLUSTER_SIZE, (), "float16", (math.inf,), (1.0,), always=0, state_power=0.0))
+        flash = cuda_head(index, weight)
         self.bench_totals = {name: torch.zeros(4, dtype=torch.int64, device=weight.device) for name in ("published", "flash")}
         self.bench_heads: dict[str, Callable[[Tensor], Tensor]] = {
             "dense": lambda x: method.dense.apply(layer, x),
             "published": by_kernel(cuda_head(with_gates(published, [math.inf], [PUBLISHED_PROBES]), weight), len(weight), self.bench_totals["published"]),
-            "flash": by_kernel(cuda_head(index, weight), len(weight), self.bench_totals["flash"]),
+            "flash": by_kernel(flash, len(weight), self.bench_totals["flash"]),
         }
+        self.bench_heads["flash, logits"] = self.bench_heads["flash"]
+        self.bench_tokens = tokens_by_kernel(flash, self.bench_totals["flash"])
 
     def bench_mode(self, mode: str) -> None:
-        """Which head computes the steps from now on."""
-        self.bench_layer.quant_method.logits = self.bench_marks.around("head", self.bench_heads[mode])
+        """Which head computes the steps from now on; `flash` gives tokens alone where the runner takes them."""
+        method = self.bench_layer.quant_method
+        method.logits = self.bench_marks.around("head", self.bench_heads[mode])
+        method.tokens = self.bench_marks.around("head", self.bench_tokens) if mode == "flash" else None
 
     def bench_counts(self) -> dict[str, list[int]]:
         """By head: states, clusters opened, rows scored exactly and states that a cap cut, since the start."""

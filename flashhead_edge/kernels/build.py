@@ -75,7 +75,9 @@ def _cached(source: str, architecture: str, instance: str) -> bytes:
         raise DeviceError(f"CUDA kernels: {target.parent} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can") from error
     with FileLock(f"{target}.lock"):
         if target.exists():
-            return target.read_bytes()
+            digest_, code = target.read_bytes()[:32], target.read_bytes()[32:]
+            if digest_ == hashlib.sha256(code).digest():  # else a damaged file: made anew
+                return code
         options = ProgramOptions(name=source, arch=architecture, std="c++17", include_path=[str(folder)])
         names = (instance,) if instance else ()
         try:
@@ -88,7 +90,7 @@ def _cached(source: str, architecture: str, instance: str) -> bytes:
             name = found.symbol_mapping[instance]
             kept = (name if isinstance(name, bytes) else name.encode()) + b"\n" + kept
         partial = target.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(kept)
+        partial.write_bytes(hashlib.sha256(kept).digest() + kept)
         os.replace(partial, target)
         return bytes(kept)
 

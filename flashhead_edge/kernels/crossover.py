@@ -16,7 +16,8 @@ from flashhead_edge.errors import SettingsError
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.kernels.build import cache_folder
 
-FORMAT = 1
+FORMAT = 2
+KINDS = ("tokens", "logits")  # steps that give greedy tokens alone, and those that give full-width logits
 
 
 def head_fingerprint(index: HeadIndex) -> str:
@@ -33,20 +34,22 @@ def crossover_file(device: str, index: HeadIndex, dtype: str) -> Path:
     return cache_folder().parent / "crossover" / f"{name}-{index.vocab_size}x{index.hidden_size}-{dtype}-{head_fingerprint(index)}.json"
 
 
-def store_crossover(device: str, index: HeadIndex, dtype: str, crossover: int | None, measured: list[dict[str, Any]], command: str) -> Path:
-    """Keep a crossover, whole or not at all.
+def store_crossover(
+    device: str, index: HeadIndex, dtype: str, crossovers: dict[str, int | None], measured: dict[str, list[dict[str, Any]]], command: str
+) -> Path:
+    """Keep a head's crossovers, whole or not at all.
 
     Args:
         device: the GPU's name; dtype: of the rows, ``bfloat16`` or ``float16``.
-        crossover: the smallest batch at which the dense head is faster; None: none that was measured.
-        measured: what it was read from, `batch` and microseconds `dense` and `flash`.
+        crossovers: of each of KINDS the smallest batch at which the dense head is faster; None: none that was measured.
+        measured: what these were read from, `batch` and microseconds `dense` and `flash`.
     Returns:
         The file.
     """
     path = crossover_file(device, index, dtype)
     document = {
         "format": FORMAT, "device": device, "shape": [index.vocab_size, index.hidden_size], "dtype": dtype, "head": head_fingerprint(index),
-        "crossover": crossover, "measured": measured, "command": command,
+        "crossovers": crossovers, "measured": measured, "command": command,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
@@ -70,10 +73,12 @@ def stored_crossover(device: str, index: HeadIndex, dtype: str) -> dict[str, Any
         raise SettingsError(
             f"crossover {path}: not JSON ({error}), expected what flashhead bench head --store writes; delete the file and run that again"
         ) from error
-    found = document.get("crossover", "absent") if isinstance(document, dict) and document.get("format") == FORMAT else "absent"
-    if not (found is None or (isinstance(found, int) and not isinstance(found, bool) and found >= 1)):
-        raise SettingsError(
-            f"crossover {path}: crossover is {found!r}, expected a batch of 1 or more, or null, in format {FORMAT}; "
-            "delete the file and run flashhead bench head --store again"
-        )
+    found = document.get("crossovers") if isinstance(document, dict) and document.get("format") == FORMAT else None
+    for kind in KINDS:
+        batch = found.get(kind, "absent") if isinstance(found, dict) else "absent"
+        if not (batch is None or (isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1)):
+            raise SettingsError(
+                f"crossover {path}: that of {kind} is {batch!r}, expected a batch of 1 or more, or null, in format {FORMAT}; "
+                "delete the file and run flashhead bench head --store again"
+            )
     return document

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashhead_edge.codes import Coded
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.kernels.build import architecture_of
-from flashhead_edge.kernels.ops import DENSE_ROWS, DENSE_WORKSPACE, dense_head
+from flashhead_edge.kernels.ops import DENSE_WORKSPACE, dense_head, most_dense_rows
 
 TILE = 16  # rows
 CHUNK_BYTES = 64  # of a row
@@ -29,6 +29,7 @@ class CudaDense:
     bits: int
     group: int  # columns that share a scale; 0: the row
     blocks: int  # of a launch
+    most_rows: int  # of a launch: as many states as shared memory holds
     architecture: str
 
     def launch(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,7 @@ class CudaDense:
 
     def token(self, hidden: Tensor) -> Tensor:
         """Greedy tokens [N] int64 of hidden states [N, d] float16 or bfloat16."""
-        return torch.cat([self.launch(part.contiguous())[0] for part in hidden.split(DENSE_ROWS)])
+        return torch.cat([self.launch(part.contiguous())[0] for part in hidden.split(self.most_rows)])
 
     @property
     def bytes_per_step(self) -> int:
@@ -45,17 +46,24 @@ class CudaDense:
         return self.codes.numel() + 2 * self.scales.numel()
 
 
-def cuda_dense(rows: Coded, device: torch.device | str = "cuda", multiprocessors: int | None = None, architecture: str | None = None) -> CudaDense:
+def cuda_dense(
+    rows: Coded,
+    device: torch.device | str = "cuda",
+    multiprocessors: int | None = None,
+    shared_bytes: int | None = None,
+    architecture: str | None = None,
+) -> CudaDense:
     """Put a dense head's rows, coded as `int` in 8 or 4 bits, on a GPU.
 
     Args:
         rows: [V, d] with a scale for each 32 or 128 columns, in 8 bits also for the row.
-        multiprocessors, architecture: a smaller device to plan and compile for; by default those found.
+        multiprocessors, shared_bytes, architecture: a smaller device to plan and compile for; by default those found.
     Raises:
         SettingsError: another code, width or group.
     """
     codes, scales, bits, group = packed_rows(rows, device)
     properties = torch.cuda.get_device_properties(codes.device)
+    shared = shared_bytes or properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return CudaDense(
         codes=codes,
         scales=scales,
@@ -65,6 +73,7 @@ def cuda_dense(rows: Coded, device: torch.device | str = "cuda", multiprocessors
         bits=bits,
         group=group,
         blocks=multiprocessors or properties.multi_processor_count,
+        most_rows=most_dense_rows(rows.columns, bits, group, shared),
         architecture=architecture or architecture_of(codes.device),
     )
 

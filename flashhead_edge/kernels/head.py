@@ -15,13 +15,13 @@ from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.kernels.build import Prepared, architecture_of
-from flashhead_edge.kernels.crossover import stored_crossover
+from flashhead_edge.kernels.crossover import KINDS, stored_crossover
 from flashhead_edge.kernels.ops import HALVES, check_step, head_logits, head_step, head_step_out, prepare_step, prepare_widen, widen_arguments
 from flashhead_edge.kernels.packing import Arguments, Layout, Widen, pack, plans, words_of
 
 MOST_ROWS = 32  # of one launch; more are split
-UNMEASURED = 8  # crossover where none was measured: below all that were (11 to 23 on an H100)
-STATIC_SHARED = 1 << 10  # shared memory that the kernel declares itself, at most; a test asks ptxas
+UNMEASURED = 8  # crossover where none was measured: below all that were (10 to 19 on an H100)
+STATIC_SHARED = 1 << 10  # shared memory that the kernel declares itself, at most; a test asks the driver
 LOG = logging.getLogger(__name__)
 
 
@@ -38,6 +38,7 @@ class CudaHead:
     workspace: Tensor  # [bytes] uint8, of all plans: one stream at a time
     architecture: str
     dense_from: int | None = None  # batch from which on the dense head is taken; None: never
+    logits_dense_from: int | None = None  # likewise of full-width logits
 
     def launch(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`ops.head_step` of 1 to 32 hidden states: what a CUDA graph captures (after one call outside of it)."""
@@ -65,9 +66,18 @@ class CudaHead:
             return dense_step(self.dense_logits(hidden), 2 + len(self.index.stages))
         return joined([packed_step(*self.launch(part.contiguous())) for part in hidden.split(MOST_ROWS)])
 
-    def takes_dense(self, batch: int) -> bool:
-        """Whether a step of this batch is the dense head's."""
-        return self.dense_from is not None and batch >= self.dense_from
+    def wide_logits(self, hidden: Tensor) -> Tensor:
+        """Full-width logits [N, V] alone, of any number of states; captured by CUDA graphs as `launch` is."""
+        hidden = hidden if hidden.dtype in HALVES else hidden.to(self.weight.dtype)
+        if self.takes_dense(len(hidden), logits=True):
+            return self.dense_logits(hidden)
+        found = [self.launch_logits(part.contiguous())[5] for part in hidden.split(MOST_ROWS)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def takes_dense(self, batch: int, logits: bool = False) -> bool:
+        """Whether a step of this batch is the dense head's, or one that gives full-width logits."""
+        least = self.logits_dense_from if logits else self.dense_from
+        return least is not None and batch >= least
 
     def dense_logits(self, hidden: Tensor) -> Tensor:
         """The dense head as the model computes it, in the rows' own precision: [N, V]."""
@@ -79,15 +89,18 @@ class CudaHead:
 
     def step_with_logits(self, hidden: Tensor) -> tuple[Step, Tensor]:
         hidden = hidden if hidden.dtype in HALVES else hidden.to(self.weight.dtype)
-        if self.takes_dense(len(hidden)):
+        if self.takes_dense(len(hidden), logits=True):
             logits = self.dense_logits(hidden).float()
             return dense_step(logits, 2 + len(self.index.stages)), logits
         found = [self.launch_logits(part.contiguous()) for part in hidden.split(MOST_ROWS)]
         return joined([packed_step(*f[:5]) for f in found]), torch.cat([f[5] for f in found])
 
 
-def step_preparer(head: CudaHead, out: tuple[Tensor, ...], width: int, totals: Tensor | None) -> Callable[[int, torch.dtype], tuple[Arguments, Prepared]]:
-    """Steps with everything prepared but `hidden` and what is written freshly each time, by number of states and their type.
+Preparer = Callable[[torch.Size, torch.dtype, torch.device], tuple[Arguments, Prepared]]
+
+
+def step_preparer(head: CudaHead, out: tuple[Tensor, ...], width: int, totals: Tensor | None) -> Preparer:
+    """Steps with everything prepared but `hidden` and what is written freshly each time, by shape, type and device of the states.
 
     Args:
         out: what `head_step_out` made, for MOST_ROWS states.
@@ -97,11 +110,12 @@ def step_preparer(head: CudaHead, out: tuple[Tensor, ...], width: int, totals: T
     """
 
     @functools.cache
-    def prepared(rows: int, dtype: torch.dtype) -> tuple[Arguments, Prepared]:
+    def prepared(shape: torch.Size, dtype: torch.dtype, place: torch.device) -> tuple[Arguments, Prepared]:
+        rows = shape[0]
         if not 1 <= rows <= MOST_ROWS:
             raise SettingsError(f"head: {rows} states were given, expected 1 to {MOST_ROWS}; split the batch")
         plan, device = head.plans[rows - 1], head.weight.device
-        check_step(head.weight.new_empty(rows, head.index.hidden_size, dtype=dtype), head.weight, head.bias, head.image, head.workspace, plan)
+        check_step(torch.empty(shape, dtype=dtype, device=place), head.weight, head.bias, head.image, head.workspace, plan)
         step = Arguments(
             None, *(None if t is None else t.data_ptr() for t in (head.weight, head.bias, head.image, head.workspace, *out, None, totals)),
             rows, dtype == torch.bfloat16, head.weight.dtype == torch.bfloat16, width, plan,
@@ -119,7 +133,7 @@ def token_launcher(head: CudaHead, totals: Tensor | None = None) -> Callable[[Te
     prepared = step_preparer(head, out, head.index.vocab_size, totals)
 
     def run(hidden: Tensor) -> Tensor:
-        step, launch = prepared(len(hidden), hidden.dtype)
+        step, launch = prepared(hidden.shape, hidden.dtype, hidden.device)
         token = torch.empty(len(hidden), dtype=torch.int64, device=device)
         hidden = hidden.contiguous()
         step.hidden, step.token = hidden.data_ptr(), token.data_ptr()
@@ -154,7 +168,7 @@ def logits_launcher(head: CudaHead, width: int, totals: Tensor | None = None) ->
 
     def run(hidden: Tensor) -> Tensor:
         rows = len(hidden)
-        step, first = prepared(rows, hidden.dtype)
+        step, first = prepared(hidden.shape, hidden.dtype, hidden.device)
         widen, second = widening(rows)
         wide = torch.empty(rows, width, dtype=torch.float32, device=device)
         hidden = hidden.contiguous()
@@ -191,6 +205,7 @@ def cuda_head(
         raise SettingsError(f"cuda_head: choice is {choice!r}, expected 'flash' or 'auto'; call again with one of them")
     properties = torch.cuda.get_device_properties(weight.device)
     packed = pack(index)
+    least = chosen_crossovers(properties.name, index, weight) if choice == "auto" else dict.fromkeys(KINDS)
     shared = (shared_bytes or properties.shared_memory_per_block_optin) - STATIC_SHARED  # type: ignore[attr-defined]
     made = plans(packed, multiprocessors or properties.multi_processor_count, shared, MOST_ROWS)
     return CudaHead(
@@ -202,12 +217,13 @@ def cuda_head(
         words=[words_of(plan) for plan in made],
         workspace=torch.zeros(MOST_ROWS * made[0].row_bytes, dtype=torch.uint8, device=weight.device),
         architecture=architecture or architecture_of(weight.device),
-        dense_from=chosen_crossover(properties.name, index, weight) if choice == "auto" else None,
+        dense_from=least["tokens"],
+        logits_dense_from=least["logits"],
     )
 
 
-def chosen_crossover(device: str, index: HeadIndex, weight: Tensor) -> int | None:
-    """The crossover that is kept for a head on a device, or a guess, said in the log; None is the flash head at every batch."""
+def chosen_crossovers(device: str, index: HeadIndex, weight: Tensor) -> dict[str, int | None]:
+    """The crossovers that are kept for a head on a device, by `crossover.KINDS`, or a guess, said in the log; None is the flash head at every batch."""
     dtype = str(weight.dtype).removeprefix("torch.")
     stored = stored_crossover(device, index, dtype)
     shape = f"{index.vocab_size:,} x {index.hidden_size:,} ({dtype}) on {device}"
@@ -216,13 +232,11 @@ def chosen_crossover(device: str, index: HeadIndex, weight: Tensor) -> int | Non
             "auto: the dense head for batches of %d and more, a guess on the safe side: no crossover is kept for this head of %s; "
             "flashhead bench head OUT --store measures one", UNMEASURED, shape,
         )  # fmt: skip
-        return UNMEASURED
-    crossover: int | None = stored["crossover"]
-    if crossover is None:
-        LOG.info("auto: the flash head at every batch: faster than the dense head wherever it was measured, %s", shape)
-    else:
-        LOG.info("auto: the dense head for batches of %d and more, the flash head below, %s", crossover, shape)
-    return crossover
+        return dict.fromkeys(KINDS, UNMEASURED)
+    found: dict[str, int | None] = stored["crossovers"]
+    said = ("at no batch that was measured" if found[kind] is None else f"for batches of {found[kind]} and more" for kind in KINDS)
+    LOG.info("auto: the dense head %s where tokens are wanted, %s where logits are, the flash head else, %s", *said, shape)
+    return found
 
 
 def dense_step(logits: Tensor, counted: int) -> Step:

@@ -19,6 +19,7 @@ from flashhead_edge.kernels.build import architecture_of, capability_of, instanc
 ELEMENTS = {torch.float16: "fh::Fp16", torch.bfloat16: "fh::Bf16"}
 GROUPS, HEAD_SIZES, ACTIVATIONS = (32, 64, 128), (64, 96, 128, 256), ("silu", "gelu_tanh")
 DECODE_ROWS = 8  # w4a16.h: up to so many rows the decode kernel runs
+WIDE_FORMS = ((256, 128, 83), (128, 128, 50), (128, 64, 41))  # w4a16.cu: outputs and tokens of a block of wgmma, and what a chunk takes it
 MOST_ROWS, MOST_CLUSTER, STEP = 8, 8, 16  # attention.cu: query rows of a block, blocks of a cluster, positions a warp takes at once
 LOG2E = 1.4426950408889634
 
@@ -142,19 +143,40 @@ def w4a16(codes: Tensor, scales: Tensor, zeros: Tensor | None = None, facts: Fac
     return W4A16(packed[0].view(n // 16, k // 64, 512), packed[1].view(shape), None if packed[2] is None else packed[2].view(shape), group, facts)
 
 
-def w4a16_plan(n: int, k: int, group: int, rows: int, multiprocessors: int) -> tuple[int, Grid]:
-    """Tokens that a block of the prefill computes (0: decode) and the launch, as `fh_w4a16_make_plan`."""
+@dataclass(frozen=True)
+class LinearPlan:
+    """How a product of some rows is cut (`fh_w4a16_plan`)."""
+
+    decode: bool
+    wide: bool  # a prefill by wgmma, compiled for sm_90a
+    outputs: int  # of a prefill's block
+    tokens: int
+    grid: Grid
+
+
+def w4a16_plan(n: int, k: int, group: int, rows: int, multiprocessors: int, capability: int) -> LinearPlan:
+    """The plan of `fh_w4a16_make_plan`."""
     if rows <= DECODE_ROWS:
         chunks = k // 64
         panels = -(-chunks // 64)
         warps = -(-chunks // (4 * panels))
         resident = multiprocessors * (1 if warps > 8 else 16 // warps)
-        return 0, Grid((min(n // 16, resident), 1, 1), 32 * warps, 1024 * warps)
+        return LinearPlan(True, False, 0, 0, Grid((min(n // 16, resident), 1, 1), 32 * warps, 1024 * warps))
+    groups = 2 if group == 32 else 1
+    if capability == 90:
+        cut = [(-(-rows // tokens), -(-n // outputs)) for outputs, tokens, _ in WIDE_FORMS]
+        times = [-(-x * y // multiprocessors) * cost for (x, y), (*_, cost) in zip(cut, WIDE_FORMS)]
+        best = times.index(min(times))
+        outputs, tokens, _ = WIDE_FORMS[best]
+        teams, stages = (1, 6) if tokens == 128 else (2, 8)
+        stage = -(-(tokens * 128 + outputs * 32 + outputs * groups * 3) // 1024) * 1024
+        threads = 2 * outputs * teams + (128 if outputs == 256 else 256)
+        return LinearPlan(False, True, outputs, tokens, Grid((*cut[best], 1), threads, stages * stage + 1024))
     high = -(-n // 128)
     tokens = 128 if high * -(-rows // 128) >= 2 * multiprocessors else 64
-    stage = 8 * 512 + tokens * 128 + 128 * (2 if group == 32 else 1) * 3
+    stage = 8 * 512 + tokens * 128 + 128 * groups * 3
     teams, stages = (1, 3) if tokens == 128 else (3, 2)
-    return tokens, Grid((-(-rows // tokens), high, 1), 128 * teams, stages * teams * stage)
+    return LinearPlan(False, False, 128, tokens, Grid((-(-rows // tokens), high, 1), 128 * teams, stages * teams * stage))
 
 
 @torch.library.custom_op("flashhead::w4a16_linear", mutates_args=(), device_types="cuda")
@@ -171,10 +193,12 @@ def w4a16_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None,
     _want(fits, "w4a16_linear", "x", f"{x.dtype} {list(x.shape)}", f"{scales.dtype} [M, {k}]")
     y = x.new_empty(len(x), n)
     if len(x):
-        tokens, grid = w4a16_plan(n, k, group, len(x), multiprocessors)
+        plan = w4a16_plan(n, k, group, len(x), multiprocessors, capability_of(architecture))
         form = f"{_element(x)}, {group}, {'false' if zeros is None else 'true'}"
-        expression = f"fh::w4a16_prefill<{form}, {tokens}>" if tokens else f"fh::w4a16_decode<{form}>"
-        _run("w4a16.cu", expression, grid, x.device, architecture, overlap, codes, scales, zeros, x, y, len(x), n, k)
+        name = "w4a16_decode" if plan.decode else "w4a16_prefill_wide" if plan.wide else "w4a16_prefill"
+        tile = "" if plan.decode else f", {plan.outputs}, {plan.tokens}" if plan.wide else f", {plan.tokens}"
+        target = "sm_90a" if plan.wide else architecture
+        _run("w4a16.cu", f"fh::{name}<{form}{tile}>", plan.grid, x.device, target, overlap, codes, scales, zeros, x, y, len(x), n, k)
     return y
 
 

@@ -13,6 +13,7 @@ from flashhead_edge.kernels.packing import THREADS, Arguments, Layout, Widen, la
 
 HALVES = (torch.float16, torch.bfloat16)
 DENSE_ROWS, DENSE_THREADS, DENSE_WORKSPACE = 32, 512, 8 * 33  # dense_head.h: states of a launch, threads, bytes
+DENSE_STATIC = 8 << 10  # shared memory that the dense kernel declares itself, at most
 DECODE_THREADS, DECODE_CANDIDATES = 256, 8_192  # decode.h
 DECODE_SETTINGS = ("temperature", "top_p", "min_p", "top_k", "seed", "step")
 
@@ -39,7 +40,7 @@ def head_step(
         hidden: [N, d] float16 or bfloat16, after the final norm.
         weight: [V or more, d] float16 or bfloat16, the model's own rows; bias [V or more] of the same type, or None.
         image: [bytes] uint8 from `packing.pack`.
-        workspace: [N or more, row_bytes] uint8 from `packing.plan`, zero before the first step; one stream at a time.
+        workspace: [N * row_bytes or more] uint8, row_bytes of the plan, zero before the first step; one stream at a time.
         layout: `packing.words_of` a plan.
         architecture: the kernel is compiled for, such as ``sm_90``.
     Returns:
@@ -176,6 +177,19 @@ def dense_plan(n: int, hidden_size: int, bits: int, group: int) -> tuple[int, in
     """Rows of the kernel and bytes of shared memory for n states, as `fh_dense_head_make_plan`."""
     rows = 8 if n <= 8 else 16 if n <= 16 else 32
     return rows, rows * 2 * (dense_columns(hidden_size, bits, group) + 32)
+
+
+def most_dense_rows(hidden_size: int, bits: int, group: int, shared_bytes: int) -> int:
+    """States that one launch takes on a device whose blocks may have so much shared memory.
+
+    Raises:
+        DeviceError: not even 8 of them fit.
+    """
+    static = DENSE_STATIC  # what the kernel declares itself
+    for rows in (32, 16, 8):
+        if dense_plan(rows, hidden_size, bits, group)[1] + static <= shared_bytes:
+            return rows
+    raise DeviceError(f"dense_head: states of {hidden_size} need more shared memory than the device's {shared_bytes} bytes a block; use the torch backend")
 
 
 def check_dense(hidden: Tensor, codes: Tensor, scales: Tensor, workspace: Tensor, vocab_size: int, bits: int, group: int) -> None:

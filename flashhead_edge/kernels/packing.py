@@ -64,7 +64,7 @@ class Layout(ctypes.Structure):
         *[(n, I) for n in ("multiprocessors", "shared_bytes", "blocks", "chunks_a_block", "clusters_a_block")],
         *[(n, I) for n in ("shared_z", "shared_x", "shared_state", "shared_work")],
         *[(n, I) for n in ("shared_items", "shared_clusters", "shared_errors", "shared_small")],
-        *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_opened", "row_histograms", "row_items")],
+        *[(n, U) for n in ("row_bytes", "row_messages", "row_tables", "row_z", "row_scores", "row_opened", "row_histograms", "row_items", "row_clusters")],
         ("table", Table * MAX_TABLES),
         ("stage", Stage * MAX_STAGES),
     ]
@@ -395,7 +395,7 @@ def plans(packed: Packed, multiprocessors: int, shared_bytes: int, most_rows: in
 def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> Layout:
     """The layout with the plan of a launch of `rows` states on a device.
 
-    A row gets its share of the multiprocessors, or more, and rows wait for each other, where its items would else not fit into shared memory.
+    A row gets its share of the multiprocessors, or a few more where its items then fit into shared memory and no row has to wait longer.
 
     Args:
         multiprocessors: of the device; every block must be resident, and a block takes one.
@@ -404,8 +404,10 @@ def plan(packed: Packed, multiprocessors: int, shared_bytes: int, rows: int) -> 
         DeviceError: the index needs more shared memory than a block can have.
     """
     share = max(1, multiprocessors // max(1, rows))
-    tried = (_plan_of_blocks(packed, multiprocessors, shared_bytes, blocks) for blocks in range(share, multiprocessors + 1))
-    return next((p for p in tried if not p.row_items), None) or _plan_of_blocks(packed, multiprocessors, shared_bytes, share)
+    waves = -(-rows // (multiprocessors // share))
+    tried = (b for b in range(share, multiprocessors + 1) if -(-rows // (multiprocessors // b)) == waves)
+    plans_ = (_plan_of_blocks(packed, multiprocessors, shared_bytes, blocks) for blocks in tried)
+    return next((p for p in plans_ if not p.row_items), None) or _plan_of_blocks(packed, multiprocessors, shared_bytes, share)
 
 
 def _plan_of_blocks(packed: Packed, multiprocessors: int, shared_bytes: int, blocks: int) -> Layout:
@@ -425,17 +427,20 @@ def _plan_of_blocks(packed: Packed, multiprocessors: int, shared_bytes: int, blo
         size += -(-count // 64) * 64  # tables of bits codes must start at a multiple of 64
         return start
 
-    layout.shared_z, layout.shared_x = shared(4 * layout.coordinates), shared(4 * layout.hidden_size)
-    layout.shared_state = shared(4 * layout.hidden_size)
-    layout.shared_work, layout.shared_clusters = shared(max(work, 4 * HISTOGRAM)), shared(4 * layout.clusters)
-    layout.shared_errors = shared(layout.clusters)
+    layout.shared_z, layout.shared_state = shared(4 * layout.coordinates), shared(4 * layout.hidden_size)
+    layout.shared_work, layout.shared_errors = shared(max(work, 4 * HISTOGRAM)), shared(layout.clusters)
+    layout.shared_small = shared(layout.small_bytes)
+    layout.shared_x = size  # the rotation's input is done with when tables are made: they take its place
     looked_up = [layout.centroid] if layout.chunks and layout.centroid.table < 0 else []
     for s in [*looked_up, *layout.stage[: layout.stages]]:
         s.shared_table = shared(1024 * s.bytes if s.table >= 0 else 2048 * -(-s.words // 4))
-    layout.shared_small = shared(layout.small_bytes)
-    items = 16 * layout.capacity
-    in_shared = size + items <= shared_bytes
-    if in_shared:
+    size = max(size, layout.shared_x + (4 * layout.hidden_size if layout.chunks else 0))
+    scores, items = 4 * layout.clusters, 16 * layout.capacity
+    scores_fit = size + scores <= shared_bytes
+    if scores_fit:
+        layout.shared_clusters = shared(scores)
+    items_fit = size + items <= shared_bytes
+    if items_fit:
         layout.shared_items = shared(items)
     if size > shared_bytes:
         raise DeviceError(f"head index: a block needs {size} bytes of shared memory, the device gives {shared_bytes}; use the torch backend")
@@ -451,7 +456,9 @@ def _plan_of_blocks(packed: Packed, multiprocessors: int, shared_bytes: int, blo
     layout.row_tables, layout.row_z, layout.row_scores = row(2048 * layout.parts), row(8 * layout.coordinates), row(8 * layout.clusters)
     layout.row_opened = row(4 * layout.clusters)
     layout.row_histograms = row(4 * layout.stages * PASSES * HISTOGRAM)
-    if not in_shared:
+    if not items_fit:
         layout.row_items = row(items * layout.blocks)
+    if not scores_fit:
+        layout.row_clusters = row(scores * layout.blocks)
     layout.row_bytes, layout.shared_bytes = used, size
     return layout

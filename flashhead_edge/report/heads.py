@@ -54,11 +54,13 @@ def by_model(document: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
 
 
 def crossover_sentence(c: Mapping[str, Any]) -> str:
-    """From which batch on the dense head is faster."""
-    most = max(m["batch"] for m in c["measured"])
-    if c["crossover"] is None:
-        return f"the flash head is faster than the dense head at every batch measured, up to {most}"
-    return f"the dense head is faster from a batch of {c['crossover']} on; auto takes it there"
+    """From which batch on the dense head is faster, where tokens and where logits are wanted."""
+    parts = []
+    for kind, found in c["kinds"].items():
+        most = max(m["batch"] for m in found["measured"])
+        least = f"at no batch up to {most}" if found["crossover"] is None else f"from a batch of {found['crossover']} on"
+        parts.append(f"{least} for {kind}")
+    return f"the dense head is faster {', '.join(parts)}; auto takes it there"
 
 
 def write_heads(document: Mapping[str, Any], path: str | Path) -> None:

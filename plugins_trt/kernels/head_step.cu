@@ -17,6 +17,8 @@
 // added as 64-bit whole numbers, whose order is free. An item is summed by a number of lanes fixed by its code. Ties go
 // to the smaller number; a cap keeps the items of largest (gap, number) key, found by counting, never by arrival. Exact
 // rows that a block scored before it knew that they pass count only if they do.
+// Formally, blocks also rely on this: the sums of codebooks are cleared once a block's message of the next phase has come, which it sends after it has used
+// what it read of them; and a tag of 24 bits tells a step's messages from those of 2^24 steps before.
 // Rounding. Sums are float32 of exact products: with u = 2^-24, a coordinate of d terms is wrong by at most
 // (d/32 + 12) u sum|terms|, an item's score by (bits/lanes + 16) u sum|terms| beside what its coordinates carry over, an
 // exact logit by (d/32 + 7) u sum|terms|; a gap by 4 u more, relatively, and the state's unit by 16 u. The token is the
@@ -49,23 +51,16 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
     const int owned = max(0, min(L.clusters_a_block, L.clusters - block * L.clusters_a_block));
     const unsigned char* filled = a.image + L.filled_at;
     float* z = (float*)(shared + L.shared_z);
-    float* cluster_scores = (float*)(shared + L.shared_clusters);
     unsigned char* cluster_errors = shared + L.shared_errors;
     unsigned* bins = (unsigned*)(shared + L.shared_work);
     const float4* state_low = (const float4*)(shared + L.shared_state);
     const float* inverse = (const float*)(shared + L.shared_small);  // [1 + stages][256] 1 / own error in logits: of the clusters, then of each code
     const float4* weights = (const float4*)(inverse + 256 * (1 + L.stages));  // [bits / 2] of two bits: half weight, coordinate
 
-    // the parameters lie in memory that no cache holds yet: each warp asks for other lines of them, so that none waits for all
-#pragma unroll 1
-    for (unsigned i = 16 * warp; i < sizeof(a) / 4; i += FLASHHEAD_THREADS / 2) asm volatile("" ::"r"(((const unsigned*)&a)[i]));
-    // what every step reads, small and scattered, likewise
+    // what every step reads, small and scattered
 #pragma unroll 1
     for (unsigned i = (block * FLASHHEAD_THREADS + threadIdx.x) * 128; i < L.prefetch_bytes; i += blocks * FLASHHEAD_THREADS * 128)
         prefetch(a.image + L.prefetch_at + i);
-    // and a line of every page of the image, so that a page's address is looked up before it is needed
-#pragma unroll 1
-    for (u64 i = threadIdx.x * (2ull << 20); i < L.image_bytes; i += FLASHHEAD_THREADS * (2ull << 20)) prefetch(a.image + i);
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < L.small_bytes / 16; i += FLASHHEAD_THREADS) copy_async(shared + L.shared_small + 16 * i, a.image + L.small_at + 16 * i);
@@ -83,6 +78,8 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
         unsigned* histograms = (unsigned*)(work + L.row_histograms);
         uint2* items = L.row_items ? (uint2*)(work + L.row_items) + (size_t)block * 2 * L.capacity : (uint2*)(shared + L.shared_items);
         uint2* others = items + L.capacity;
+        float* cluster_scores = L.row_clusters ? (float*)(work + L.row_clusters) + (size_t)block * L.clusters : (float*)(shared + L.shared_clusters);
+        if (row >= groups) __syncthreads();  // of the row before nothing is read any more: the rotation's input takes the place of its tables
         const unsigned epoch = __ldcg(&state->epoch) + 1, tag = epoch & 0xffffff;
         unsigned target = 0, passes_used = 0;
         bool cut = false;
@@ -283,8 +280,8 @@ const char* fh_head_step(const FlashHeadArguments* arguments, const fh_device* d
     const FlashHeadLayout& plan = arguments->layout;
     if (arguments->rows < 1 || arguments->rows > FLASHHEAD_MAX_ROWS)
         return fh::failure("head_step: %d states, expected 1 to %d; split the batch", arguments->rows, FLASHHEAD_MAX_ROWS);
-    if (plan.blocks < 1 || plan.blocks > device->multiprocessors)
-        return fh::failure("head_step: the plan is for %d blocks a state, the device has %d multiprocessors; plan for this device", plan.blocks,
+    if (plan.blocks < 1 || plan.multiprocessors > device->multiprocessors)
+        return fh::failure("head_step: the plan is for %d multiprocessors, the device has %d; plan for this device", plan.multiprocessors,
                            device->multiprocessors);
     const int groups = max(1, min(arguments->rows, plan.multiprocessors / plan.blocks));
     fh_device apart = *device;
@@ -298,9 +295,7 @@ const char* fh_head_widen(const FlashHeadWiden* arguments, const fh_device* devi
     if (arguments->rows < 1 || arguments->rows > FLASHHEAD_MAX_ROWS)
         return fh::failure("head_widen: %d states, expected 1 to %d; split the batch", arguments->rows, FLASHHEAD_MAX_ROWS);
     const int most = (arguments->wide_stride + FLASHHEAD_THREADS - 1) / FLASHHEAD_THREADS;
-    fh_device overlapping = *device;
-    overlapping.overlap = device->capability >= 90;  // code for these waits by itself for the step
     const fh::Grid grid = {dim3(min(max(1, device->multiprocessors / arguments->rows), most), arguments->rows), FLASHHEAD_THREADS};
-    return fh::launch("head_widen", overlapping, stream, grid, flashhead_widen, *arguments);
+    return fh::launch("head_widen", *device, stream, grid, flashhead_widen, *arguments);
 }
 #endif

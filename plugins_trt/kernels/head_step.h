@@ -82,6 +82,7 @@ struct FlashHeadLayout {
     int shared_z, shared_x, shared_state, shared_work, shared_items, shared_clusters, shared_errors, shared_small;
     unsigned row_bytes, row_messages, row_tables, row_z, row_scores, row_opened, row_histograms;
     unsigned row_items;         // 0: items lie in shared memory
+    unsigned row_clusters;      // [blocks][clusters] float, 0: in shared memory
     struct FlashHeadTable table[FLASHHEAD_MAX_TABLES];
     struct FlashHeadStage stage[FLASHHEAD_MAX_STAGES];
 };

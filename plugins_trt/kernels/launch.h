@@ -59,7 +59,12 @@ const char* launch(const char* what, const fh_device& device, cudaStream_t strea
   }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   if (error == cudaSuccess) return nullptr;
-  return failure("%s could not be launched: %s; check that the build holds code for capability %d", what, cudaGetErrorString(error), device.capability);
+  cudaGetLastError();  // ours to report, not that of the next call
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    return failure("%s could not be launched: %s; build it for capability %d", what, cudaGetErrorString(error), device.capability);
+  }
+  return failure("%s could not be launched in %u x %u blocks of %d threads: %s; look that the plan is made for this device, and that nothing failed before",
+                 what, grid.blocks.x, grid.blocks.y, grid.threads, cudaGetErrorString(error));
 }
 
 }  // namespace fh

@@ -37,7 +37,9 @@ enum { FH_W4A16_DECODE_ROWS = 8 }; /* up to this M the decode kernel runs, above
 
 /* How a launch of M rows is cut; read by every caller that launches the kernels itself. */
 typedef struct {
-  int decode;       /* 1: w4a16_decode; 0: w4a16_prefill */
+  int decode;       /* 1: w4a16_decode; 0: a prefill */
+  int wide;         /* prefill: 1: w4a16_prefill_wide, compiled for sm_90a (capability 90); 0: w4a16_prefill */
+  int tile_outputs; /* prefill: outputs a block computes, 128, or with wide 256 */
   int tile_tokens;  /* prefill: tokens a block computes, 64 or 128 */
   int grid_x, grid_y;
   int threads;

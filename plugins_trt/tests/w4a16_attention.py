@@ -78,7 +78,7 @@ class Kernels:
 def build(folder: Path, arch: str) -> None:
     """Compiles the launchers and kernels into folder/libkernels.so; a virtual architecture's code is assembled for capability 9.0."""
     folder.mkdir(parents=True, exist_ok=True)
-    code = "sm_90" if arch.startswith("compute") else arch
+    code = "sm_90a" if arch.startswith("compute") else arch
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-gencode", f"arch={arch.replace('sm', 'compute')},code={code}"]
 
     def compile_one(source: Path) -> str:

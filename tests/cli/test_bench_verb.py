@@ -56,6 +56,9 @@ def test_wrong_calls_are_refused_before_a_gpu_is_looked_for(inside: Callable[...
     assert words in result.stderr
 
 
+MEASURED = [{"batch": 8, "dense": 220.0, "flash": 296.0}]
+
+
 def document() -> dict[str, Any]:
     """What a run over two batches returns, with invented figures."""
     records = []
@@ -81,7 +84,7 @@ def document() -> dict[str, Any]:
     return {
         "device": "NVIDIA H100 80GB HBM3", "bandwidth": 3.01e12, "records": records,
         "counts": [{"model": "Llama-3.2-1B", "source": "an evaluation", "clusters": 4_008, "counts": counts}],
-        "crossovers": [{"model": "Llama-3.2-1B", "crossover": 5, "measured": [{"batch": 8, "dense": 220.0, "flash": 296.0}]}],
+        "crossovers": [{"model": "Llama-3.2-1B", "kinds": {name: {"crossover": n, "measured": MEASURED} for name, n in (("tokens", 5), ("logits", 4))}}],
     }  # fmt: skip
 
 
@@ -94,17 +97,17 @@ def test_the_table_names_heads_counts_and_the_crossover() -> None:
         "from an evaluation",
         "24,195",
         "auto (dense)",
-        "the dense head is faster from a batch of 5 on; auto takes it there",
+        "the dense head is faster from a batch of 5 on for tokens, from a batch of 4 on for logits; auto takes it there",
         "kept in /cache/x.json",
     ):
         assert words in text
     (line,) = [row for row in text.splitlines() if row.strip().startswith("fitted") and " 1 " in row]
     assert "5.95" in line and "1.08" in line  # times as fast as dense and as published
     never = document()
-    never["crossovers"][0]["crossover"] = None
+    never["crossovers"][0]["kinds"]["tokens"]["crossover"] = None
     stream = io.StringIO()
     show_heads(never, Console(file=stream, width=160))
-    assert "the flash head is faster than the dense head at every batch measured, up to 8" in stream.getvalue()
+    assert "the dense head is faster at no batch up to 8 for tokens, from a batch of 4 on for logits" in stream.getvalue()
 
 
 def test_the_page_is_whole_and_self_contained(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ SCHEMA = json.dumps({"type": "object", "properties": {"name": {"type": "string"}
 @contextlib.contextmanager
 def dense(method):
     """The dense head for every batch, meanwhile."""
-    before, method.dense_from = method.dense_from, 1
+    before, method.dense_from, method.tokens_dense_from = method.dense_from, 1, 1
     try:
         yield
     finally:
-        method.dense_from = before
+        method.dense_from = method.tokens_dense_from = before
 
 
 def ids(outputs):
@@ -151,13 +151,13 @@ def test_apply_gives_the_references_tokens_alone_and_among_others(engine, method
 
 def test_above_the_crossover_the_step_is_dense(engine, method):
     before = method.counts()
-    method.dense_from = 3
+    method.dense_from = method.tokens_dense_from = 3
     try:
         engine.generate(PROMPTS[:2], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
         middle = method.counts()
         engine.generate(PROMPTS[:4], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
     finally:
-        method.dense_from = None
+        method.dense_from = method.tokens_dense_from = None
     after = method.counts()
     assert middle["steps_dense"] == before["steps_dense"] and middle["steps_flash"] == before["steps_flash"] + 6
     assert after["steps_dense"] - middle["steps_dense"] >= 8

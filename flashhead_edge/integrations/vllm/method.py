@@ -104,6 +104,7 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         self.logits: Callable[[Tensor], Tensor] | None = None  # of [rows, d]: [rows, width of the layer]
         self.tokens: Callable[[Tensor], Tensor] | None = None  # of [rows, d]: greedy tokens [rows]; None on a CPU
         self.dense_from: int | None = None  # batch from which on the dense head is taken; None: never
+        self.tokens_dense_from: int | None = None  # likewise where greedy tokens are all that is wanted
         self.dense_states = self.exact_states = 0
         self.rows: Tensor | None = None  # the head's whole matrix [rows, d]: the layer's own, or on each of several ranks all of them gathered
         self.bias: Tensor | None = None
@@ -156,14 +157,14 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             head = cuda_head(self.index, weight, bias, choice="auto" if self.settings.crossover == "auto" else "flash")
             layer.register_buffer("flashhead_image", head.image, persistent=False)
             layer.register_buffer("flashhead_workspace", head.workspace, persistent=False)
-            self.logits, self.dense_from = by_kernel(head, len(weight), self.totals), head.dense_from
-            self.tokens = tokens_by_kernel(head, self.totals)
+            self.logits, self.dense_from = by_kernel(head, len(weight), self.totals), head.logits_dense_from
+            self.tokens, self.tokens_dense_from = tokens_by_kernel(head, self.totals), head.dense_from
         else:
             self.logits = by_reference(torch_head(self.index, weight, bias), len(weight), self.totals)
         if ranks > 1:
             self.logits = columns_of(self.logits, rank * len(layer.weight), len(layer.weight))
         if isinstance(self.settings.crossover, int):
-            self.dense_from = self.settings.crossover
+            self.dense_from = self.tokens_dense_from = self.settings.crossover
         if self.settings.metrics_port is not None and not self.served:
             serve(self.settings.metrics_port, self.counts, self.name)
             self.served = True
@@ -191,7 +192,7 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         if asked is None or not asked.greedy or not asked.takes_tokens:
             return False
         asked.greedy = False  # whoever calls next in this step, such as a draft, gets logits
-        return self.straight and self.tokens is not None and x.ndim == 2 and (self.dense_from is None or len(x) < self.dense_from)
+        return self.straight and self.tokens is not None and x.ndim == 2 and (self.tokens_dense_from is None or len(x) < self.tokens_dense_from)
 
     def counts(self) -> dict[str, int]:
         """What was computed so far, by the names of `metrics.NAMES`."""
