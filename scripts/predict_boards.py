@@ -49,6 +49,7 @@ KERNELS = (
     # rotation: 3 operations a weight; centroids and rows: 2.5 for each half byte of 41,000 codes of 96 bytes; exact rows: 2 a weight
     Kernel("head step, few codes", 10.5, 3 * 2048 * 2049 + 2.5 * 2 * 96 * (4008 + 36908) + 2 * 1048 * 2048, exchanges=3),
     # tables of the product codes on top: 256 sums for each of some 600 coordinates
+    Kernel("head step, few codes, at the caps", 24.6, 3 * 2048 * 2049 + 2.5 * 2 * 96 * (4008 + 57_618) + 2 * 5242 * 2048, exchanges=5),
     Kernel("head step, fewest bytes", 4.4, 3 * 2048 * 2049 + 256 * 600 * 2 + 2 * 8 * 41_120 + 2.5 * 2 * (30 * 24_000 + 64 * 5_400 + 128 * 510), exchanges=7),
     Kernel("dense bf16 (a library's)", 525.3, 2 * 128_256 * 2048 / 8),
     Kernel("dense int8, one scale a row", 262.9, 1.2 * 128_256 * 2048),

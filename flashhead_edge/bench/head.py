@@ -66,7 +66,7 @@ BATCHES = (1, 4, 16, 32)
 HEADS = ("dense", "int8", "int4", "published", "flash", "auto")  # what can be timed
 DENSE_RIVALS = ((8, 0), (8, 32), (4, 32), (4, 128))  # bits, columns that share a scale (0: the row)
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches at which the dense and the flash head are compared
-CROSSOVER_REPLAYS = 40
+CROSSOVER_REPLAYS = 30
 DRAW = DecodeCase(0.8, 50, 0.95, 0.05)  # what a draw is timed with; the number of candidates is the shape's
 
 

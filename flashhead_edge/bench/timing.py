@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 REPLAYS = 200
-WARM_SECONDS = 0.2
-LEAST_STEPS = 16  # of a graph: its own start is shared among them
+WARM_SECONDS = 0.1
+LEAST_STEPS = 8  # of a graph: its own start is shared among them
 
 
 def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS, refill: Callable[[int], object] | None = None) -> np.ndarray:

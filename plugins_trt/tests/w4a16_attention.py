@@ -1,6 +1,6 @@
 """Checks the W4A16, attention and elementwise kernels against float64, and with --time times them.
 
-Needs an NVIDIA GPU of capability 9.0, torch, and for --time an installed flashhead_edge.
+Needs an NVIDIA GPU of capability 9.0, torch, and an installed flashhead_edge.
 
 python plugins_trt/tests/w4a16_attention.py --build build/kernels     # nvcc, once; --arch compute_87 builds and checks the code of an Orin
 python plugins_trt/tests/w4a16_attention.py --library build/kernels/libkernels.so [--arch compute_87] [--time] [--json figures.json]
@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashhead_edge.kernels.build import capability_of
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [*(HERE.parent / "kernels" / f"{name}.cu" for name in ("w4a16", "attention", "elementwise")), HERE / "empty.cu"]
@@ -422,7 +424,7 @@ def check_elementwise(k: Kernels) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, metavar="FOLDER", help="compile into FOLDER/libkernels.so, and stop")
-    parser.add_argument("--arch", default="sm_90", help="sm_NN, or compute_NN for the code of an older device on this one (default: %(default)s)")
+    parser.add_argument("--arch", default="sm_90a", help="sm_NN, or compute_NN for the code of an older device on this one (default: %(default)s)")
     parser.add_argument("--library", type=Path, help="the library to check")
     parser.add_argument("--time", action="store_true", help="time the kernels after the checks")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -435,7 +437,7 @@ def main() -> None:
     torch.manual_seed(20261124)
     torch.backends.cuda.matmul.allow_tf32 = False
     properties = torch.cuda.get_device_properties(0)
-    capability = int(options.arch.split("_")[1])  # of the code: an older architecture's has neither overlap nor clusters
+    capability = capability_of(options.arch)  # of the code: an older architecture's has neither overlap nor clusters
     facts = (capability, properties.multi_processor_count, properties.shared_memory_per_block_optin, int(capability >= 90))
     k = Kernels(options.library, Device(*facts))
     failed = False

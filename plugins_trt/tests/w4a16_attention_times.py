@@ -79,7 +79,7 @@ def time_linear(k: Kernels, table: Table, layer: str, dtype: torch.dtype, group:
     name = f"{layer} {N}x{K} M{M} g{group} {'asym' if asymmetric else 'sym'} {str(dtype)[6:]}"
     table.add(name, weight_bytes + 2 * M * (N + K), launches(k), launches(k.on(overlap=0)))
     if dtype == torch.bfloat16 and M == 1:
-        packed = [torch._convert_weight_to_int4pack(m.neutral[0], 8) for m in matrices]
+        packed = [torch._convert_weight_to_int4pack(m.neutral[0], 8) for m in matrices]  # torch launches without overlap: compare it with "serial", too
         pairs = torch.randn(K // group, N, 2, device="cuda").to(dtype)
         table.add("  torch _weight_int4pack_mm", weight_bytes, [partial(torch._weight_int4pack_mm, x, p, group, pairs) for p in packed])
 

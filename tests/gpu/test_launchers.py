@@ -80,7 +80,7 @@ def test_a_step_is_the_operators(name, rows, call):
 def test_what_cannot_be_launched_is_a_sentence(call):
     *_, step, widen, _, _, _kept = step_of("two codes", 1)
     assert call("fh_head_step", step, multiprocessors=8) == (
-        f"head_step: the plan is for {step.layout.blocks} blocks a state, the device has 8 multiprocessors; plan for this device"
+        f"head_step: the plan is for {step.layout.multiprocessors} multiprocessors, the device has 8; plan for this device"
     )
     assert "bytes of shared memory a block, the device has 1024" in call("fh_head_step", step, shared_bytes=1024)
     step.rows = widen.rows = 33
