@@ -19,7 +19,9 @@ def test_nothing_set_is_the_default(given):
         ({"crossover": "often"}, "crossover is 'often'"),
         ({"metrics_port": 70_000}, "metrics_port is 70000, expected 1 to 65535"),
         ({"score_all_rows": 1}, "score_all_rows is 1, expected true or false"),
-        ({"speed": 1}, "the setting speed is not known, expected one of enabled, crossover, score_all_rows, metrics_port"),
+        ({"exact_for": ["all"]}, r"exact_for is \('all',\), expected a list of constrained and logprobs"),
+        ({"exact_for": "logprobs"}, "exact_for is 'logprobs', expected a list"),
+        ({"speed": 1}, "the setting speed is not known, expected one of enabled, crossover, exact_for, score_all_rows, metrics_port"),
         ([], r"the settings are \[\], expected an object"),
     ],
 )

@@ -12,6 +12,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from flashhead_edge.integrations.vllm.method import FlashHeadMethod, find_head
+from flashhead_edge.integrations.vllm.requests import wants_exact, wants_greedy
 from flashhead_edge.reference import torch_head
 
 PROMPTS = ["The capital of France is", "def fib(n):", "Once upon a time,", "Die Hauptstadt von Deutschland ist", "Water boils at"]
@@ -46,7 +47,8 @@ def test_the_head_is_flashheads(engine, method):
     before = method.counts()
     engine.generate(PROMPTS[:2], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
     after = method.counts()
-    assert after["steps_flash"] - before["steps_flash"] == 8 and after["steps_dense"] == before["steps_dense"]
+    assert after["steps_flash"] - before["steps_flash"] == 8
+    assert (after["steps_dense"], after["steps_dense_asked"]) == (before["steps_dense"], before["steps_dense_asked"])
     assert after["clusters_opened"] > before["clusters_opened"] and after["exact_rows"] > before["exact_rows"]
 
 
@@ -110,6 +112,106 @@ def test_constraints_are_kept(engine, name):
             assert set(output.outputs[0].token_ids) <= {10, 20, 30, 400, 5000}
         elif output.outputs[0].finish_reason == "stop":
             assert set(json.loads(text)) >= {"name", "age"}
+
+
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_a_constrained_request_gets_the_dense_heads_tokens(engine, method, name):
+    """The mask decides among logits that are all exact: the step is the dense head's, and counted."""
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, **CONSTRAINED[name])
+    before = method.counts()
+    found = engine.generate(PROMPTS, params, use_tqdm=False)
+    after = method.counts()
+    with dense(method):
+        want = engine.generate(PROMPTS, params, use_tqdm=False)
+    assert ids(found) == ids(want)
+    assert after["steps_flash"] == before["steps_flash"]
+    assert after["steps_dense_asked"] - before["steps_dense_asked"] >= sum(map(len, ids(found)))
+
+
+def test_log_probabilities_are_the_dense_heads(engine, method):
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=3, prompt_logprobs=1)
+    found = engine.generate(PROMPTS, params, use_tqdm=False)
+    with dense(method):
+        want = engine.generate(PROMPTS, params, use_tqdm=False)
+    for a, b in zip(found, want):
+        shown = [*zip(a.outputs[0].logprobs, b.outputs[0].logprobs), *zip(a.prompt_logprobs[1:], b.prompt_logprobs[1:])]
+        assert shown and all(x.keys() == y.keys() and all(abs(x[t].logprob - y[t].logprob) < 1e-4 for t in x) for x, y in shown)
+
+
+def test_other_requests_are_flashheads_again(engine, method):
+    """What a request asked for is over with it: rows of the runner's batch are used again by others."""
+    before = method.counts()
+    engine.generate(PROMPTS, SamplingParams(temperature=0.8, seed=1, max_tokens=4), use_tqdm=False)
+    after = method.counts()
+    assert after["steps_flash"] - before["steps_flash"] == 4 * len(PROMPTS)
+    assert after["steps_dense_asked"] == before["steps_dense_asked"]
+
+
+def on_v2(engine):
+    return ".gpu.model_runner" in type(engine.llm_engine.model_executor.driver_worker.model_runner).__module__
+
+
+def test_greedy_steps_give_tokens_alone(engine, method):
+    """On the V2 runner neither logits nor the sampler's passes over them are computed, and the text is the same; one drawn request in the batch wants logits."""
+    if not on_v2(engine):
+        pytest.skip("the V1 runner has no place for tokens")
+    greedy = SamplingParams(temperature=0, max_tokens=TOKENS)
+    calls, tokens, logits = {"tokens": 0, "logits": 0}, method.tokens, method.logits
+
+    def counted(name, work):
+        def run(x):
+            calls[name] += 1
+            return work(x)
+
+        return run
+
+    method.tokens, method.logits = counted("tokens", tokens), counted("logits", logits)
+    try:
+        found = engine.generate(PROMPTS, greedy, use_tqdm=False)
+        alone = dict(calls)
+        method.tokens = None
+        want = engine.generate(PROMPTS, greedy, use_tqdm=False)
+        method.tokens = counted("tokens", tokens)
+        before = dict(calls)
+        engine.generate(PROMPTS[:2], [greedy, SamplingParams(temperature=0.9, seed=2, max_tokens=TOKENS)], use_tqdm=False)
+        mixed = dict(calls)
+    finally:
+        method.tokens, method.logits = tokens, logits
+    assert alone["tokens"] >= TOKENS - 1 and alone["logits"] <= 1  # the first call shows how hidden states reach the head
+    assert ids(found) == ids(want)
+    assert mixed["tokens"] == before["tokens"] and mixed["logits"] > before["logits"]
+
+
+@pytest.mark.parametrize(
+    ("options", "greedy", "exact"),
+    [
+        ({"temperature": 0}, True, False),
+        ({"temperature": 0, "max_tokens": 7, "stop": ["x"], "seed": 4, "n": 1}, True, False),
+        ({"temperature": 0.5}, False, False),
+        ({"temperature": 0, "min_tokens": 3}, False, False),
+        ({"temperature": 0, "repetition_penalty": 1.1}, False, False),
+        ({"temperature": 0, "bad_words": ["a"]}, False, False),
+        ({"temperature": 0, "logprobs": 1}, False, True),
+        ({"temperature": 0, "prompt_logprobs": 1}, False, True),
+        ({"temperature": 0, "logit_bias": {5: -3.0}}, False, False),
+        ({"temperature": 0, "logit_bias": {5: 3.0}}, False, True),
+        ({"temperature": 0, "allowed_token_ids": [5]}, False, True),
+        ({"temperature": 1, "structured_outputs": StructuredOutputsParams(regex="a")}, False, True),
+    ],
+    ids=str,
+)
+def test_what_a_request_asks_of_the_head(options, greedy, exact):
+    params = SamplingParams(**options)
+    assert (wants_greedy(params), wants_exact(params, ("constrained", "logprobs"))) == (greedy, exact)
+    assert not wants_exact(params, ())
+
+
+def test_a_reload_keeps_the_head(engine, method):
+    params = SamplingParams(temperature=0, max_tokens=8)
+    before, logits = ids(engine.generate(PROMPTS, params, use_tqdm=False)), method.logits
+    engine.collective_rpc("reload_weights")
+    assert method.logits is logits and engine.apply_model(lambda model: find_head(model).quant_method is method)[0]
+    assert ids(engine.generate(PROMPTS, params, use_tqdm=False)) == before
 
 
 def test_apply_gives_the_references_tokens_alone_and_among_others(engine, method):
