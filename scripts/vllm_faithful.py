@@ -3,7 +3,8 @@
     python scripts/vllm_faithful.py CHECKPOINT TEXT...
 
 Prints one JSON document. A share of steps is counted along the dense head's text up to the first token that differs: there
-both heads saw the same tokens. Log-probabilities are compared on the same steps. `reference` compares, on hidden states
+both heads saw the same tokens. Constrained requests go as a server answers them, by the dense head, and once more by FlashHead
+alone ("without exact_for"), where log-probabilities are compared as well. `reference` compares, on hidden states
 that reached the head, the kernel's token with that of the reference in torch; what differs must be a tie within float32.
 """
 
@@ -43,6 +44,7 @@ def main() -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
     from flashhead_edge.integrations.vllm.method import find_head
+    from flashhead_edge.integrations.vllm.requests import ASKED
     from flashhead_edge.reference import torch_head
 
     gpu = torch.cuda.is_available()
@@ -59,28 +61,43 @@ def main() -> None:
         method.dense_from = method.tokens_dense_from = None
         return [f.outputs[0] for f in found]
 
-    def beside(**options):
-        params = SamplingParams(temperature=0.0, logprobs=1, max_tokens=args.tokens, **options)
+    asked = ASKED[method.engine]  # whichever of vLLM's runners it is of
+    given = asked.exact_for
+
+    def beside(exact_for=given, logprobs=None, **options):
+        params = SamplingParams(temperature=0.0, logprobs=logprobs, max_tokens=args.tokens, **options)
         same = steps = 0
         errors, lengths = [], []
-        for a, b in zip(run(params, False), run(params, True)):
+        asked.exact_for = exact_for
+        answers = run(params, False)
+        asked.exact_for = given
+        for a, b in zip(answers, run(params, True)):
             length = first_difference(a.token_ids, b.token_ids)
             lengths.append(length)
             same, steps = same + length, steps + length + (length < min(len(a.token_ids), len(b.token_ids)))
-            for i in range(length):
+            for i in range(length if logprobs is not None else 0):
                 x, y = a.logprobs[i][a.token_ids[i]].logprob, b.logprobs[i][a.token_ids[i]].logprob
                 if math.isfinite(x) and math.isfinite(y):  # -inf: of a token that a mask leaves alone
                     errors.append(abs(x - y))
         errors.sort()
         out = {"steps": steps, "equal": same, "share": round(same / steps, 5), "same_text_tokens": round(statistics.mean(lengths), 1)}
-        return out | {"logprob_error_mean": round(statistics.mean(errors), 5), "logprob_error_p99": round(errors[int(0.99 * len(errors))], 5)}
+        return (
+            out
+            if logprobs is None
+            else out | {"logprob_error_mean": round(statistics.mean(errors), 5), "logprob_error_p99": round(errors[int(0.99 * len(errors))], 5)}
+        )
 
     report = {"vllm": __import__("vllm").__version__, "device": torch.cuda.get_device_name() if gpu else "cpu", "runner": type(runner_of(llm)).__module__}
     report["greedy"] = beside()
-    report["schema"] = beside(structured_outputs=StructuredOutputsParams(json=SCHEMA))
-    report["regex"] = beside(structured_outputs=StructuredOutputsParams(regex=r"[A-Z][a-z]{2,9} [0-9]{1,4}(, [a-z]{3,12}){3,8}"))
-    report["choice"] = beside(structured_outputs=StructuredOutputsParams(choice=CHOICES))
-    report["allowed"] = beside(allowed_token_ids=ALLOWED)
+    report["with log-probabilities"] = beside(logprobs=1)
+    kinds = {
+        "schema": {"structured_outputs": StructuredOutputsParams(json=SCHEMA)},
+        "regex": {"structured_outputs": StructuredOutputsParams(regex=r"[A-Z][a-z]{2,9} [0-9]{1,4}(, [a-z]{3,12}){3,8}")},
+        "choice": {"structured_outputs": StructuredOutputsParams(choice=CHOICES)},
+        "allowed": {"allowed_token_ids": ALLOWED},
+    }
+    report |= {name: beside(**options) for name, options in kinds.items()}
+    report["without exact_for"] = {name: beside((), 1, **options) for name, options in {"greedy": {}, **kinds}.items()}
 
     captured, before = [], method.logits
     method.logits = lambda x: captured.append(x.detach().clone()) or before(x)

@@ -1,0 +1,53 @@
+"""Tiny checkpoints of the families, with random weights and a head whose margins let everything through: FlashHead then gives the dense head's tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+VOCAB_SIZE, HIDDEN_SIZE = 1_003, 128  # not divisible by vLLM's padding of 64
+COMMON = {
+    **{"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "dtype": "float32"},
+}
+FAMILIES = {  # transformers' model class, and what differs from COMMON
+    "Llama": ("LlamaForCausalLM", {"tie_word_embeddings": False}),
+    "Llama, tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "Mistral": ("MistralForCausalLM", {"tie_word_embeddings": False}),
+    "Qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "Qwen3": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),
+    "Qwen3 MoE": ("Qwen3MoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "tie_word_embeddings": False}),
+    "Gemma 3, soft cap": ("Gemma3ForCausalLM", {"final_logit_softcapping": 20.0, "query_pre_attn_scalar": 32, "sliding_window": 64}),
+    "Phi-3": ("Phi3ForCausalLM", {"tie_word_embeddings": False, "pad_token_id": 0}),
+}
+
+
+def made_model(folder: Path, family: str, seed: int = 0) -> Path:
+    """A checkpoint of a family with a FlashHead."""
+    import torch
+    import transformers
+
+    from flashhead_edge.caps import with_gates
+    from flashhead_edge.cases import Case, made_index
+    from flashhead_edge.checkpoint import fingerprint
+    from flashhead_edge.checkpoint.assets import ASSETS, index_arrays
+    from flashhead_edge.checkpoint.write import write_index
+
+    kind, changes = FAMILIES[family]
+    torch.manual_seed(seed)
+    model_class = getattr(transformers, kind)
+    model = model_class(model_class.config_class(**{**COMMON, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that the best logit leads by more than sums in another order differ
+    model.save_pretrained(folder)
+    weight = model.get_output_embeddings().weight.detach()
+    index = made_index(Case("made", VOCAB_SIZE, HIDDEN_SIZE, 16, ("bits32",), "bits32", (1.0, 1.0), (1.0, 1.0)))
+    gates = [index.probe, *(stage.gate for stage in index.stages)]
+    index = with_gates(dataclasses.replace(index, fingerprint=fingerprint(weight)), [math.inf] * 2, [len(gate.error) for gate in gates])
+    config = model.config.to_dict() | {"architectures": [f"FlashHead{kind}"], "flash_head_cache_dir": ASSETS}
+    (folder / ASSETS).mkdir()
+    (folder / "config.json").unlink()
+    write_index(folder, config, index, index_arrays(index))
+    return folder

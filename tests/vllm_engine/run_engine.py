@@ -1,0 +1,47 @@
+"""One vLLM engine in a process of its own: reads a task as JSON on stdin, writes what it said as JSON on a line of stdout that begins with MARK.
+
+Task: `options` of `vllm.LLM`, `prompts` (token ids), `tokens`, `dense` (once more by the dense head, switched in the engine), `lora` (an adapter's folder).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+MARK = "RESULT "  # the line of the answer begins so
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def main() -> None:
+    task = json.loads(sys.stdin.read())
+    if not task["options"].get("tensor_parallel_size") and not task["options"].get("pipeline_parallel_size"):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    llm = LLM(
+        **{"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True, "enable_prefix_caching": False} | task["options"]
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=task["tokens"], ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
+    lora = LoRARequest("adapter", 1, task["lora"]) if task.get("lora") else None
+
+    def answers() -> list[list[int]]:
+        return [list(map(int, o.outputs[0].token_ids)) for o in llm.generate(prompts, params, use_tqdm=False, lora_request=lora)]
+
+    result: dict[str, object] = {"tokens": answers()}
+    if task.get("dense"):
+        from flashhead_edge.integrations.vllm.method import FlashHeadMethod, find_head
+
+        method = llm.apply_model(lambda model: find_head(model).quant_method)[0]
+        assert isinstance(method, FlashHeadMethod), type(method)
+        result["counts"] = method.counts()
+        method.dense_from = method.tokens_dense_from = 1
+        result["dense"] = answers()
+    print(f"\n{MARK}{json.dumps(result)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Engines in processes of their own: the families, several ranks, drafts, adapters, and what is refused at start."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: see docs/vllm.md")
+
+from vllm_engine.made import FAMILIES, HIDDEN_SIZE, VOCAB_SIZE, made_model
+from vllm_engine.run_engine import MARK
+
+PROMPTS = [[random.Random(i).randrange(3, VOCAB_SIZE) for _ in range(6 + i)] for i in range(5)]
+HERE = Path(__file__).parent
+
+
+def engine(options, tokens=16, **task):
+    """What an engine says, and its log."""
+    text = json.dumps({"options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}, "prompts": PROMPTS, "tokens": tokens, **task})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, HERE / "run_engine.py"], input=text, capture_output=True, text=True, timeout=500, env=environment, check=False)
+    log = done.stdout + done.stderr
+    found = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    return json.loads(found[0]) if found else None, log
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Folders of made checkpoints, by family."""
+    folders = {}
+
+    def folder(family):
+        if family not in folders:
+            folders[family] = made_model(tmp_path_factory.mktemp("made") / "model", family)
+        return folders[family]
+
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_gives_the_dense_heads_tokens(made, family):
+    result, log = engine({"model": made(family), "additional_config": {"flashhead": {"crossover": "never"}}}, dense=True)
+    assert result, log[-3000:]
+    assert "FlashHead is active on" in log
+    assert result["tokens"] == result["dense"] and len(set(map(tuple, result["tokens"]))) > 1
+    assert result["counts"]["steps_flash"] >= 16 * len(PROMPTS) and result["counts"]["steps_dense"] == 0
+
+
+@pytest.mark.parametrize("parallel", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=lambda p: next(iter(p)))
+def test_two_ranks_give_the_tokens_of_one(made, parallel):
+    """The vocabulary is no multiple of the padding: the second rank's last rows are none."""
+    alone, log = engine({"model": made("Llama")})
+    assert alone, log[-3000:]
+    both, log = engine({"model": made("Llama"), "distributed_executor_backend": "mp", **parallel})
+    assert both, log[-3000:]
+    assert both["tokens"] == alone["tokens"]
+    assert log.count("FlashHead is active on") == (2 if "tensor_parallel_size" in parallel else 1)
+
+
+def test_drafts_of_n_grams_change_no_token(made):
+    alone, log = engine({"model": made("Llama")}, tokens=40)
+    assert alone, log[-3000:]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    drafted, log = engine({"model": made("Llama"), "speculative_config": drafts}, tokens=40)
+    assert drafted, log[-3000:]
+    assert drafted["tokens"] == alone["tokens"]
+    assert "exact_for has no effect" in log
+
+
+def adapter(folder, module, rows):
+    """A LoRA adapter of one module."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": [module.rsplit(".", 1)[-1]], "base_model_name_or_path": "", "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+    a, b = torch.randn(4, HIDDEN_SIZE) * 0.1, torch.randn(rows, 4) * 0.1
+    save_file({f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_of_the_body_works_and_one_of_the_head_is_refused(made, tmp_path):
+    options = {"model": made("Llama"), "enable_lora": True, "max_lora_rank": 8}
+    plain, log = engine(options)
+    assert plain, log[-3000:]
+    body, log = engine(options, lora=str(adapter(tmp_path / "body", "model.layers.0.self_attn.q_proj", HIDDEN_SIZE)))
+    assert body and body["tokens"] != plain["tokens"], log[-3000:]
+    head, log = engine(options, lora=str(adapter(tmp_path / "head", "lm_head", VOCAB_SIZE)))
+    assert head is None and "lm_head" in log and "expected target modules" in log
+
+
+def changed(folder, tmp_path, change):
+    """A copy of a checkpoint with something about it changed."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    change(copy)
+    return copy
+
+
+def move_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] += 0.01
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_index(folder):
+    for path in (folder / "flash_head_assets").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_index(folder):
+    shutil.rmtree(folder / "flash_head_assets")
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "words"),
+    [
+        (move_weights, {}, "the output head has fingerprint"),
+        (cut_index, {}, "convert the model again"),
+        (lose_index, {}, "flash_head_assets"),
+        (None, {"speed": 1}, "the setting speed is not known"),
+    ],
+    ids=["a fine-tune with the old index", "a damaged index", "no index", "an unknown setting"],
+)
+def test_a_start_that_cannot_be_says_why(made, tmp_path, change, settings, words):
+    folder = made("Llama") if change is None else changed(made("Llama"), tmp_path, change)
+    result, log = engine({"model": folder, "additional_config": {"flashhead": settings}})
+    assert result is None and words in log, log[-3000:]
+
+
+def test_switched_off_and_plain_checkpoints(made, tmp_path):
+    """Off is dense, and said; a plain checkpoint is not touched, with not one line of the plugin's."""
+    folder = made("Llama")
+    flash, _ = engine({"model": folder})
+    off, log = engine({"model": folder, "additional_config": {"flashhead": {"enabled": False}}})
+    assert off["tokens"] == flash["tokens"] and "FlashHead: switched off" in log and "active" not in log.replace("inactive", "")
+
+    def make_plain(copy):
+        config = json.loads((copy / "config.json").read_text())
+        config["architectures"] = ["LlamaForCausalLM"]
+        (copy / "config.json").write_text(json.dumps(config))
+
+    plain, log = engine({"model": changed(folder, tmp_path, make_plain)})
+    assert plain["tokens"] == flash["tokens"] and "FlashHead" not in log.replace(str(tmp_path), "")
