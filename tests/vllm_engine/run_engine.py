@@ -16,8 +16,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 def main() -> None:
     task = json.loads(sys.stdin.read())
-    if not task["options"].get("tensor_parallel_size") and not task["options"].get("pipeline_parallel_size"):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    several = "tensor_parallel_size" in task["options"]
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(several))  # in this process, so that the head can be switched
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -40,7 +40,8 @@ def main() -> None:
         result["counts"] = method.counts()
         method.dense_from = method.tokens_dense_from = 1
         result["dense"] = answers()
-    print(f"\n{MARK}{json.dumps(result)}", flush=True)
+    sys.stdout.write(f"\n{MARK}{json.dumps(result)}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

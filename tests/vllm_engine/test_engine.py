@@ -152,7 +152,7 @@ def on_v2(engine):
 
 
 def test_greedy_steps_give_tokens_alone(engine, method):
-    """On the V2 runner neither logits nor the sampler's passes over them are computed, and the text is the same. One drawn request in the batch wants logits."""
+    """On the V2 runner neither logits nor the sampler's passes over them are computed, and the text is the same; beside a drawn request they are."""
     if not on_v2(engine):
         pytest.skip("the V1 runner has no place for tokens")
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS)

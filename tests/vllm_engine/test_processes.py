@@ -51,15 +51,14 @@ def test_a_family_gives_the_dense_heads_tokens(made, family):
     assert result["counts"]["steps_flash"] >= 16 * len(PROMPTS) and result["counts"]["steps_dense"] == 0
 
 
-@pytest.mark.parametrize("parallel", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=lambda p: next(iter(p)))
-def test_two_ranks_give_the_tokens_of_one(made, parallel):
+def test_two_ranks_give_the_tokens_of_one(made):
     """The vocabulary is no multiple of the padding: the second rank's last rows are none."""
     alone, log = engine({"model": made("Llama")})
     assert alone, log[-3000:]
-    both, log = engine({"model": made("Llama"), "distributed_executor_backend": "mp", **parallel})
+    both, log = engine({"model": made("Llama"), "distributed_executor_backend": "mp", "tensor_parallel_size": 2})
     assert both, log[-3000:]
     assert both["tokens"] == alone["tokens"]
-    assert log.count("FlashHead is active on") == (2 if "tensor_parallel_size" in parallel else 1)
+    assert log.count("FlashHead is active on") == 2
 
 
 def test_drafts_of_n_grams_change_no_token(made):
@@ -123,7 +122,7 @@ def lose_index(folder):
     ("change", "settings", "words"),
     [
         (move_weights, {}, "the output head has fingerprint"),
-        (cut_index, {}, "convert the model again"),
+        (cut_index, {}, "the file has"),
         (lose_index, {}, "flash_head_assets"),
         (None, {"speed": 1}, "the setting speed is not known"),
     ],
@@ -140,7 +139,7 @@ def test_switched_off_and_plain_checkpoints(made, tmp_path):
     folder = made("Llama")
     flash, _ = engine({"model": folder})
     off, log = engine({"model": folder, "additional_config": {"flashhead": {"enabled": False}}})
-    assert off["tokens"] == flash["tokens"] and "FlashHead: switched off" in log and "active" not in log.replace("inactive", "")
+    assert off["tokens"] == flash["tokens"] and "FlashHead: switched off" in log and "FlashHead is active" not in log
 
     def make_plain(copy):
         config = json.loads((copy / "config.json").read_text())
