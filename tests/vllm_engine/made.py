@@ -1,9 +1,13 @@
-"""Tiny checkpoints of the families, with random weights and a head whose margins let everything through: FlashHead then gives the dense head's tokens."""
+"""What the tests here share: tiny checkpoints of the families.
+
+Their weights are random and their head's margins let everything through: FlashHead then gives the dense head's tokens.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import socket
 from pathlib import Path
 
 VOCAB_SIZE, HIDDEN_SIZE = 1_003, 128  # not divisible by vLLM's padding of 64
@@ -51,3 +55,10 @@ def made_model(folder: Path, family: str, seed: int = 0) -> Path:
     (folder / "config.json").unlink()
     write_index(folder, config, index, index_arrays(index))
     return folder
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

@@ -1,6 +1,7 @@
 """One vLLM engine in a process of its own: reads a task as JSON on stdin, writes what it said as JSON on a line of stdout that begins with MARK.
 
-Task: `options` of `vllm.LLM`, `prompts` (token ids), `tokens`, `dense` (once more by the dense head, switched in the engine), `lora` (an adapter's folder).
+Task: `options` of `vllm.LLM`, `prompts` (token ids), `tokens` of an answer,
+`dense` (once more by the dense head, switched in the engine), `lora` (an adapter's folder).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    task["options"].setdefault("disable_log_stats", "speculative_config" not in task["options"])
     llm = LLM(
         **{"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True, "enable_prefix_caching": False} | task["options"]
     )
@@ -32,6 +34,9 @@ def main() -> None:
         return [list(map(int, o.outputs[0].token_ids)) for o in llm.generate(prompts, params, use_tqdm=False, lora_request=lora)]
 
     result: dict[str, object] = {"tokens": answers()}
+    if "speculative_config" in task["options"]:
+        counted = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        result["drafted"], result["accepted"] = (int(counted[f"vllm:spec_decode_num_{what}_tokens"]) for what in ("draft", "accepted"))
     if task.get("dense"):
         from flashhead_edge.integrations.vllm.method import FlashHeadMethod, find_head
 

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: see docs/vllm.md")
 
-from vllm_engine.made import FAMILIES, HIDDEN_SIZE, VOCAB_SIZE, made_model
+from vllm_engine.made import FAMILIES, HIDDEN_SIZE, VOCAB_SIZE, free_port, made_model
 from vllm_engine.run_engine import MARK
 
 PROMPTS = [[random.Random(i).randrange(3, VOCAB_SIZE) for _ in range(6 + i)] for i in range(5)]
@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 
 def engine(options, tokens=16, **task):
     """What an engine says, and its log."""
-    text = json.dumps({"options": {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}, "prompts": PROMPTS, "tokens": tokens, **task})
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    text = json.dumps({"options": options, "prompts": PROMPTS, "tokens": tokens, **task})
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, HERE / "run_engine.py"], input=text, capture_output=True, text=True, timeout=500, env=environment, check=False)
     log = done.stdout + done.stderr
@@ -69,6 +70,43 @@ def test_drafts_of_n_grams_change_no_token(made):
     assert drafted, log[-3000:]
     assert drafted["tokens"] == alone["tokens"]
     assert "exact_for has no effect" in log
+
+
+def plain(copy):
+    """Give a copy of a checkpoint its original architecture."""
+    config = json.loads((copy / "config.json").read_text())
+    config["architectures"] = [name.removeprefix("FlashHead") for name in config["architectures"]]
+    (copy / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("target", ["plain", "FlashHead"])
+def test_a_flashhead_drafts_for_the_same_model(made, tmp_path, target):
+    """Its metrics port is opened once, and the target's text is the target's."""
+    folder = made("Llama")
+    model = changed(folder, tmp_path, plain) if target == "plain" else folder
+    alone, log = engine({"model": model}, tokens=40)
+    assert alone, log[-3000:]
+    settings = {"flashhead": {"metrics_port": free_port()}}
+    drafts = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3}
+    drafted, log = engine({"model": model, "speculative_config": drafts, "additional_config": settings}, tokens=40)
+    assert drafted, log[-3000:]
+    assert drafted["tokens"] == alone["tokens"]
+    assert drafted["accepted"] >= 0.99 * drafted["drafted"] > 0
+    assert log.count("FlashHead is active on") == (1 if target == "plain" else 2)
+
+
+def test_smollm2_drafts_for_itself(checkpoint, tmp_path):
+    """Of the tokens that it drafts one at a time the dense head accepts as many as its agreement promises, less one point."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    texts = ["The capital of France is", "def fib(n):", "Once upon a time,", "Die Hauptstadt von Deutschland ist", "Water boils at", "In 1969,", "import os"]
+    target = changed(checkpoint, tmp_path, plain)
+    drafts = {"method": "draft_model", "model": str(checkpoint), "num_speculative_tokens": 1}
+    found, log = engine({"model": target, "speculative_config": drafts}, tokens=64, prompts=[tokenizer(text).input_ids for text in texts])
+    assert found, log[-3000:]
+    assert found["drafted"] > 200
+    assert found["accepted"] >= (0.995 - 0.01) * found["drafted"]
 
 
 def adapter(folder, module, rows):
@@ -141,10 +179,5 @@ def test_switched_off_and_plain_checkpoints(made, tmp_path):
     off, log = engine({"model": folder, "additional_config": {"flashhead": {"enabled": False}}})
     assert off["tokens"] == flash["tokens"] and "FlashHead: switched off" in log and "FlashHead is active" not in log
 
-    def make_plain(copy):
-        config = json.loads((copy / "config.json").read_text())
-        config["architectures"] = ["LlamaForCausalLM"]
-        (copy / "config.json").write_text(json.dumps(config))
-
-    plain, log = engine({"model": changed(folder, tmp_path, make_plain)})
-    assert plain["tokens"] == flash["tokens"] and "FlashHead" not in log.replace(str(tmp_path), "")
+    untouched, log = engine({"model": changed(folder, tmp_path, plain)})
+    assert untouched["tokens"] == flash["tokens"] and "FlashHead" not in log.replace(str(tmp_path), "")

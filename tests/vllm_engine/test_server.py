@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,17 +9,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from vllm_engine.made import free_port
 
 pytest.importorskip("vllm", reason="needs vLLM: see docs/vllm.md")
 openai = pytest.importorskip("openai")
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def text_of(url):

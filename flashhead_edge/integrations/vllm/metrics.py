@@ -21,14 +21,20 @@ NAMES = {
 }
 
 
+_SERVED: set[int] = set()  # ports of this process
+
+
 def serve(port: int, counts: Callable[[], dict[str, int]], model: str) -> None:
     """Serve ``flashhead_<name>_total{model=...}`` on 127.0.0.1.
 
     Args:
         counts: gives the present value of each of NAMES; called once a request.
+    Does nothing where this process serves the port already: beside a model, its draft with a head of its own has the same settings.
     Raises:
         DeviceError: prometheus_client is not installed, or the port is taken.
     """
+    if port in _SERVED:
+        return
     try:
         from prometheus_client import CollectorRegistry, start_http_server
         from prometheus_client.core import CounterMetricFamily
@@ -49,3 +55,4 @@ def serve(port: int, counts: Callable[[], dict[str, int]], model: str) -> None:
         start_http_server(port, addr="127.0.0.1", registry=registry)
     except OSError as error:
         raise DeviceError(f"flashhead: metrics_port {port} cannot be opened ({error}), expected a free port; name another") from error
+    _SERVED.add(port)
