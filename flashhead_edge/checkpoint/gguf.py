@@ -113,6 +113,8 @@ def load(path: Path, config: dict[str, Any]) -> PreTrainedModel:
     cls = getattr(transformers, families.architecture(config, path.name))
     # packed weights are slow in 16 bits, it warns; here none stays packed
     with _reading(path), without_warnings(), without_bars():
+        import accelerate  # noqa: F401  # whose absence transformers reports as it does a damaged file
+
         for dtype in (torch.float16, torch.bfloat16):
             model: PreTrainedModel = cls.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
             if all(bool(torch.isfinite(p).all()) for p in model.parameters()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,3 +211,9 @@ def test_same_bytes_and_failed_writes(file: Path, tmp_path: Path, monkeypatch: p
         convert(file, out)
     assert content(out) == first and [p.name for p in tmp_path.iterdir()] == ["out"]
     assert replace(read_index(out), tail_offset=0.0) is not None
+
+
+def test_a_missing_package_is_not_taken_for_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(CheckpointError, match="reading GGUF needs the packages gguf and accelerate; pip install"):
+        load_model(open_source(write_gguf(tmp_path / "model.gguf")))
