@@ -31,6 +31,7 @@ def server(checkpoint, tmp_path_factory):
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--additional-config", settings]
     log = tmp_path_factory.mktemp("server") / "log"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path_factory.mktemp("prometheus"))
     with log.open("w") as out, subprocess.Popen([sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment) as process:
         try:
             for _ in range(180):
@@ -91,6 +92,18 @@ def test_a_schema_and_log_probabilities_go_to_the_dense_head(client, server):
 def test_several_drawn_answers(client):
     answer = client.completions.create(model="m", prompt="Once upon a time", max_tokens=8, temperature=1.0, n=3, seed=1, top_p=0.9)
     assert len({choice.text for choice in answer.choices}) > 1
+
+
+def test_vllms_own_metrics_have_the_counters(client, server):
+    client.completions.create(model="m", prompt="One two", max_tokens=4, temperature=0)
+    wanted = count(server, "steps_flash")
+    for _ in range(30):
+        lines = [line for line in text_of(server[0].removesuffix("/v1") + "/metrics").splitlines() if line.startswith("flashhead_steps_flash_total{")]
+        if lines and float(lines[0].rsplit(" ", 1)[1]) >= wanted:
+            break
+        time.sleep(1)
+    else:
+        raise AssertionError(f"expected {wanted} in {lines}")
 
 
 def test_a_wrong_request_is_openais_error(client):

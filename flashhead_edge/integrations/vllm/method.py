@@ -27,7 +27,7 @@ from flashhead_edge.index import HeadIndex
 from flashhead_edge.integrations.hf import PADDING_LOGIT, check_fits
 from flashhead_edge.integrations.vllm import check_version
 from flashhead_edge.integrations.vllm.files import checkpoint_folder
-from flashhead_edge.integrations.vllm.metrics import serve
+from flashhead_edge.integrations.vllm.metrics import publish, serve
 from flashhead_edge.integrations.vllm.requests import ASKED
 from flashhead_edge.integrations.vllm.settings import Settings, read_settings
 from flashhead_edge.kernels.head import MOST_ROWS, CudaHead, cuda_head, logits_launcher, token_launcher
@@ -111,7 +111,6 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         self.given: Tensor | None = None  # what the model's compute_logits was called with
         self.straight = False  # what it is called with is what reaches the head
         self.totals = torch.zeros(4, dtype=torch.int64)  # states, clusters opened, rows scored exactly, states that a cap cut
-        self.served = False
 
     def create_weights(self, layer: Any, *args: Any, **options: Any) -> None:
         self.dense.create_weights(layer, *args, **options)
@@ -165,9 +164,10 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             self.logits = columns_of(self.logits, rank * len(layer.weight), len(layer.weight))
         if isinstance(self.settings.crossover, int):
             self.dense_from = self.tokens_dense_from = self.settings.crossover
-        if self.settings.metrics_port is not None and not self.served:
-            serve(self.settings.metrics_port, self.counts, self.name)
-            self.served = True
+        if rank == 0:
+            publish(self.counts, self.name)
+            if self.settings.metrics_port is not None:
+                serve(self.settings.metrics_port, self.counts, self.name)
         log.info("%s", start_line(self.name, self.index, weight, self.dense_from, self.checked))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

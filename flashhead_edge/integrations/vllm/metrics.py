@@ -1,11 +1,15 @@
-"""What FlashHead counts in vLLM's worker, for Prometheus: on a loopback port, where the user names one.
+"""What FlashHead counts in vLLM's worker, for Prometheus. The counters lie on the device and are copied when somebody asks, or every few seconds.
 
-vLLM's own /metrics is served by another process, and no official route leads there from a worker. The counters lie on the
-device and are copied when somebody asks.
+Two ways out of the worker, which is another process than the one that serves vLLM's /metrics:
+- where PROMETHEUS_MULTIPROC_DIR is set (by the user, or by vLLM with several API servers), prometheus_client's own files in
+  that folder: vLLM's /metrics adds up what any of its processes wrote there;
+- a loopback port of the worker's, where the user names one.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,17 +23,47 @@ NAMES = {
     "exact_rows": "rows of the head scored exactly",
     "capped": "states of which a cap cut off tokens within a margin",
 }
-
-
+EVERY_SECONDS = 5.0
 _SERVED: set[int] = set()  # ports of this process
+_COUNTERS: dict[str, Any] = {}  # of this process, in prometheus_client's files
+
+
+def publish(counts: Callable[[], dict[str, int]], model: str) -> bool:
+    """Add ``flashhead_<name>_total{model=...}`` to vLLM's own /metrics every few seconds, where vLLM collects from several processes.
+
+    Args:
+        counts: gives the present value of each of NAMES.
+    Returns:
+        Whether it does: PROMETHEUS_MULTIPROC_DIR is set.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return False
+    from prometheus_client import Counter  # vLLM needs it itself
+
+    for name, text in NAMES.items():
+        if name not in _COUNTERS:
+            _COUNTERS[name] = Counter(f"flashhead_{name}", text, ["model"])
+    counters = {name: _COUNTERS[name].labels(model) for name in NAMES}
+    before = dict.fromkeys(NAMES, 0)
+
+    def run() -> None:
+        never = threading.Event()
+        while not never.wait(EVERY_SECONDS):
+            for name, value in counts().items():
+                counters[name].inc(value - before[name])
+                before[name] = value
+
+    threading.Thread(target=run, name="flashhead-metrics", daemon=True).start()
+    return True
 
 
 def serve(port: int, counts: Callable[[], dict[str, int]], model: str) -> None:
     """Serve ``flashhead_<name>_total{model=...}`` on 127.0.0.1.
 
+    Does nothing where this process serves the port already: beside a model, its draft with a head of its own has the same settings.
+
     Args:
         counts: gives the present value of each of NAMES; called once a request.
-    Does nothing where this process serves the port already: beside a model, its draft with a head of its own has the same settings.
     Raises:
         DeviceError: prometheus_client is not installed, or the port is taken.
     """
