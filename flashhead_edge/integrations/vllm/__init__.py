@@ -36,8 +36,9 @@ def register() -> None:
 
     from flashhead_edge.integrations.vllm.rules import config_rule
 
-    for name in list(ModelRegistry.get_supported_archs()):
-        if name.startswith(PREFIX) or not name.endswith(GENERATES):
+    known = set(ModelRegistry.get_supported_archs())
+    for name in known:
+        if name.startswith(PREFIX) or PREFIX + name in known or not name.endswith(GENERATES):
             continue
         ModelRegistry.register_model(PREFIX + name, f"{__name__}.models:{PREFIX}{name}")
         MODELS_CONFIG_MAP[PREFIX + name] = config_rule(MODELS_CONFIG_MAP.get(name))  # what vLLM settles for an architecture's name
