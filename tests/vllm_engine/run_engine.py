@@ -26,6 +26,10 @@ def main() -> None:
     llm = LLM(
         **{"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True, "enable_prefix_caching": False} | task["options"]
     )
+    if task.get("embed"):
+        width = len(llm.encode([{"prompt_token_ids": ids} for ids in task["prompts"]], pooling_task="embed", use_tqdm=False)[0].outputs.data)
+        sys.stdout.write(f"\n{MARK}{json.dumps({'width': width})}\n")
+        return
     params = SamplingParams(temperature=0.0, max_tokens=task["tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
     lora = LoRARequest("adapter", 1, task["lora"]) if task.get("lora") else None

@@ -47,8 +47,8 @@ def test_the_head_is_flashheads(engine, method):
     before = method.counts()
     engine.generate(PROMPTS[:2], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
     after = method.counts()
-    assert after["steps_flash"] - before["steps_flash"] == 8
-    assert (after["steps_dense"], after["steps_dense_asked"]) == (before["steps_dense"], before["steps_dense_asked"])
+    assert after["states_flash"] - before["states_flash"] == 8
+    assert (after["states_dense"], after["states_dense_asked"]) == (before["states_dense"], before["states_dense_asked"])
     assert after["clusters_opened"] > before["clusters_opened"] and after["exact_rows"] > before["exact_rows"]
 
 
@@ -91,6 +91,12 @@ def test_a_request_is_answered_as_by_the_dense_head(engine, method, name):
         assert all(len(output.prompt_logprobs) == len(output.prompt_token_ids) for output in found)
 
 
+def test_a_seed_is_kept_at_batch_one(engine):
+    params = [SamplingParams(temperature=0.9, top_p=0.9, seed=seed, max_tokens=TOKENS) for seed in (1, 1, 2)]
+    found = [ids(engine.generate(PROMPTS[:1], p, use_tqdm=False)) for p in params]
+    assert found[0] == found[1] != found[2]
+
+
 CONSTRAINED = {
     "choice": {"structured_outputs": StructuredOutputsParams(choice=["yes", "no", "maybe"])},
     "regex": {"structured_outputs": StructuredOutputsParams(regex=r"[0-9]{2,6}")},
@@ -124,8 +130,8 @@ def test_a_constrained_request_gets_the_dense_heads_tokens(engine, method, name)
     with dense(method):
         want = engine.generate(PROMPTS, params, use_tqdm=False)
     assert ids(found) == ids(want)
-    assert after["steps_flash"] == before["steps_flash"]
-    assert after["steps_dense_asked"] - before["steps_dense_asked"] >= sum(map(len, ids(found)))
+    assert after["states_flash"] == before["states_flash"]
+    assert after["states_dense_asked"] - before["states_dense_asked"] >= sum(map(len, ids(found)))
 
 
 def test_log_probabilities_are_the_dense_heads(engine, method):
@@ -143,8 +149,8 @@ def test_other_requests_are_flashheads_again(engine, method):
     before = method.counts()
     engine.generate(PROMPTS, SamplingParams(temperature=0.8, seed=1, max_tokens=4), use_tqdm=False)
     after = method.counts()
-    assert after["steps_flash"] - before["steps_flash"] == 4 * len(PROMPTS)
-    assert after["steps_dense_asked"] == before["steps_dense_asked"]
+    assert after["states_flash"] - before["states_flash"] == 4 * len(PROMPTS)
+    assert after["states_dense_asked"] == before["states_dense_asked"]
 
 
 def on_v2(engine):
@@ -261,5 +267,5 @@ def test_above_the_crossover_the_step_is_dense(engine, method):
     finally:
         method.dense_from = method.tokens_dense_from = None
     after = method.counts()
-    assert middle["steps_dense"] == before["steps_dense"] and middle["steps_flash"] == before["steps_flash"] + 6
-    assert after["steps_dense"] - middle["steps_dense"] >= 8
+    assert middle["states_dense"] == before["states_dense"] and middle["states_flash"] == before["states_flash"] + 6
+    assert after["states_dense"] - middle["states_dense"] >= 8

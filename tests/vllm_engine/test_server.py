@@ -60,10 +60,10 @@ def count(server, name):
 
 
 def test_a_chat_is_answered_and_counted(client, server):
-    before = count(server, "steps_flash")
+    before = count(server, "states_flash")
     answer = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Say hello."}], max_tokens=12, temperature=0)
     assert answer.choices[0].message.content and answer.usage.completion_tokens <= 12
-    assert count(server, "steps_flash") - before >= answer.usage.completion_tokens
+    assert count(server, "states_flash") - before >= answer.usage.completion_tokens
     assert count(server, "clusters_opened") > 0 and count(server, "exact_rows") > 0
 
 
@@ -74,7 +74,7 @@ def test_a_stream_says_the_same(client):
 
 
 def test_a_schema_and_log_probabilities_go_to_the_dense_head(client, server):
-    before, flash = count(server, "steps_dense_asked"), count(server, "steps_flash")
+    before, flash = count(server, "states_dense_asked"), count(server, "states_flash")
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
     answer = client.chat.completions.create(
         model="m",
@@ -86,7 +86,7 @@ def test_a_schema_and_log_probabilities_go_to_the_dense_head(client, server):
     assert isinstance(json.loads(answer.choices[0].message.content)["ok"], bool)
     shown = client.completions.create(model="m", prompt="One two three", max_tokens=4, temperature=0, logprobs=2)
     assert len(shown.choices[0].logprobs.token_logprobs) == 4
-    assert count(server, "steps_dense_asked") - before >= 8 and count(server, "steps_flash") == flash
+    assert count(server, "states_dense_asked") - before >= 8 and count(server, "states_flash") == flash
 
 
 def test_several_drawn_answers(client):
@@ -96,9 +96,9 @@ def test_several_drawn_answers(client):
 
 def test_vllms_own_metrics_have_the_counters(client, server):
     client.completions.create(model="m", prompt="One two", max_tokens=4, temperature=0)
-    wanted = count(server, "steps_flash")
+    wanted = count(server, "states_flash")
     for _ in range(30):
-        lines = [line for line in text_of(server[0].removesuffix("/v1") + "/metrics").splitlines() if line.startswith("flashhead_steps_flash_total{")]
+        lines = [line for line in text_of(server[0].removesuffix("/v1") + "/metrics").splitlines() if line.startswith("flashhead_states_flash_total{")]
         if lines and float(lines[0].rsplit(" ", 1)[1]) >= wanted:
             break
         time.sleep(1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from flashhead_edge.checkpoint.assets import ASSETS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -16,5 +19,10 @@ def checkpoint_folder(config: VllmConfig) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "flash_head_assets/*"]
-    return Path(snapshot_download(name, revision=config.model_config.revision, cache_dir=config.load_config.download_dir, allow_patterns=wanted))
+    def fetch(wanted: list[str]) -> Path:
+        model = config.model_config
+        token = getattr(model, "hf_token", None)
+        return Path(snapshot_download(name, revision=model.revision, cache_dir=config.load_config.download_dir, token=token, allow_patterns=wanted))
+
+    assets = json.loads((fetch(["config.json"]) / "config.json").read_text(encoding="utf-8")).get("flash_head_cache_dir", ASSETS)
+    return fetch(["config.json", f"{assets}/*"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_t
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from flashhead_edge.checkpoint import read_index
 from flashhead_edge.errors import SettingsError, UnsupportedModelError
@@ -33,21 +34,27 @@ from flashhead_edge.integrations.vllm.settings import Settings, read_settings
 from flashhead_edge.kernels.head import MOST_ROWS, CudaHead, cuda_head, logits_launcher, token_launcher
 from flashhead_edge.reference import TorchHead, torch_head
 
+COPIED_EVERY = 1.0  # seconds between copies of the counters
+
 log = init_logger("vllm.flashhead")  # below vLLM's own logger, so that its handlers show it
 
 
 def install(model: nn.Module, config: VllmConfig) -> FlashHeadMethod | None:
-    """Replace the `quant_method` of a model's head, before its weights are loaded. None where there is no head, or FlashHead is switched off.
+    """Replace the `quant_method` of a model's head, before its weights are loaded.
+
+    None where there is none: a pipeline's other stages, a pooling model, FlashHead switched off.
 
     Raises:
         CheckpointError: the index is missing, damaged or made for another head.
         SettingsError: a setting of the user's that FlashHead cannot work with.
-        UnsupportedModelError: the head is no plain matrix.
+        UnsupportedModelError: the head is no plain matrix, or was not found.
     """
     settings, name = read_settings(config.additional_config), config.model_config.model
-    head = find_head(model) if get_pp_group().is_last_rank else None
+    if config.model_config.runner_type != "generate" or not get_pp_group().is_last_rank:
+        return None
+    head = find_head(model)
     if head is None:
-        return None  # a pipeline's stage whose head nobody asks
+        raise UnsupportedModelError(f"{name}: no output head was found in vLLM's {type(model).__name__}, expected one; serve the original checkpoint")
     if not settings.enabled:
         log.warning("FlashHead: switched off by --additional-config, the dense head computes every step of %s", name)
         return None
@@ -62,6 +69,8 @@ def install(model: nn.Module, config: VllmConfig) -> FlashHeadMethod | None:
     index = read_index(checkpoint_folder(config))
     if settings.score_all_rows:
         index = dataclasses.replace(index, probe=dataclasses.replace(index.probe, margin=math.inf, cap=index.n_clusters))
+    if settings.metrics_port is not None:  # each engine of several that share the requests has a port of its own
+        settings = dataclasses.replace(settings, metrics_port=settings.metrics_port + config.parallel_config.data_parallel_rank)
     method = FlashHeadMethod(head.quant_method, index, settings, name, checked=config.load_config.load_format != "dummy", engine=config.instance_id)
     head.quant_method = method
     if config.lora_config is not None:
@@ -81,9 +90,9 @@ def keep_adapters_off_the_head(model: nn.Module) -> None:
 
 
 def find_head(model: nn.Module) -> VocabParallelEmbedding | None:
-    """The module whose rows make the logits: `lm_head`, or the embedding where a tied model has no head of its own."""
-    found: dict[int, VocabParallelEmbedding] = {}
-    for owner in model.modules():
+    """The module whose rows make the logits: the one `ParallelLMHead`, whatever its name, or the embedding where a tied model has no head of its own."""
+    found: dict[int, VocabParallelEmbedding] = {id(module): module for module in model.modules() if isinstance(module, ParallelLMHead)}
+    for owner in model.modules() if not found else ():
         if not hasattr(owner, "logits_processor"):
             continue
         head = getattr(owner, "lm_head", None)
@@ -111,6 +120,7 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         self.given: Tensor | None = None  # what the model's compute_logits was called with
         self.straight = False  # what it is called with is what reaches the head
         self.totals = torch.zeros(4, dtype=torch.int64)  # states, clusters opened, rows scored exactly, states that a cap cut
+        self.copied, self.copied_at = self.totals, 0.0  # of these on the host, and when; on a CPU they are there
 
     def create_weights(self, layer: Any, *args: Any, **options: Any) -> None:
         self.dense.create_weights(layer, *args, **options)
@@ -158,17 +168,19 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             layer.register_buffer("flashhead_workspace", head.workspace, persistent=False)
             self.logits, self.dense_from = by_kernel(head, len(weight), self.totals), head.logits_dense_from
             self.tokens, self.tokens_dense_from = tokens_by_kernel(head, self.totals), head.dense_from
+            self.copied = torch.zeros(4, dtype=torch.int64, pin_memory=True)
         else:
             self.logits = by_reference(torch_head(self.index, weight, bias), len(weight), self.totals)
+            self.copied = self.totals
         if ranks > 1:
             self.logits = columns_of(self.logits, rank * len(layer.weight), len(layer.weight))
         if isinstance(self.settings.crossover, int):
             self.dense_from = self.tokens_dense_from = self.settings.crossover
         if rank == 0:
-            publish(self.counts, self.name)
+            publish(self.seen, self.name)
             if self.settings.metrics_port is not None:
-                serve(self.settings.metrics_port, self.counts, self.name)
-        log.info("%s", start_line(self.name, self.index, weight, self.dense_from, self.checked))
+                serve(self.settings.metrics_port, self.seen, self.name)
+            log.info("%s", start_line(self, weight))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits [rows, width of the layer] of hidden states [rows, d]: finite, in memory that nobody else holds; float32 where FlashHead computes them."""
@@ -177,6 +189,7 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         if self.logits is None:
             self.build(layer)  # a way of loading that did not pass by process_weights_after_loading: the first call is before memory is profiled
             assert self.logits is not None
+        self.copy_totals()
         asked = ASKED.get(self.engine)
         if asked is not None and asked.exact:
             self.exact_states += len(x)
@@ -192,13 +205,29 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         if asked is None or not asked.greedy or not asked.takes_tokens:
             return False
         asked.greedy = False  # whoever calls next in this step, such as a draft, gets logits
+        self.copy_totals()
         return self.straight and self.tokens is not None and x.ndim == 2 and (self.tokens_dense_from is None or len(x) < self.tokens_dense_from)
 
+    def copy_totals(self) -> None:
+        """Copy the counters to the host now and then, without waiting: other threads read them there."""
+        now = time.monotonic()
+        if self.copied is self.totals or now - self.copied_at < COPIED_EVERY or torch.cuda.is_current_stream_capturing():
+            return
+        self.copied.copy_(self.totals, non_blocking=True)
+        self.copied_at = now
+
+    def seen(self) -> dict[str, int]:
+        """What was computed until a second or so ago, by the names of `metrics.NAMES`: makes no CUDA call, for other threads."""
+        return self._named(self.copied)
+
     def counts(self) -> dict[str, int]:
-        """What was computed so far, by the names of `metrics.NAMES`."""
-        states, opened, exact, capped = self.totals.tolist()
+        """What was computed so far, by the names of `metrics.NAMES`. Waits for the device."""
+        return self._named(self.totals)
+
+    def _named(self, totals: Tensor) -> dict[str, int]:
+        states, opened, exact, capped = totals.tolist()
         return {
-            **{"steps_flash": states, "steps_dense": self.dense_states, "steps_dense_asked": self.exact_states},
+            **{"states_flash": states, "states_dense": self.dense_states, "states_dense_asked": self.exact_states},
             **{"clusters_opened": opened, "exact_rows": exact, "capped": capped},
         }
 
@@ -236,17 +265,23 @@ def by_reference(head: TorchHead, width: int, totals: Tensor) -> Callable[[Tenso
     return logits
 
 
-def start_line(name: str, index: HeadIndex, weight: Tensor, dense_from: int | None, checked: bool) -> str:
+def start_line(method: FlashHeadMethod, weight: Tensor) -> str:
     """What the log says at start."""
-    summary = index.summary
+    index, settings, summary = method.index, method.settings, method.index.summary
     kinds = ", ".join(s.rows.kind for s in index.stages) or "no row codes"
     promise = "not calibrated"
     if "target_agreement" in summary and "top1_agreement" in summary:
         texts = ", ".join(text["name"] for text in summary.get("texts", ()))
         promise = f"target {summary['target_agreement']:.1%}, {summary['top1_agreement']:.2%} held out on {texts}"
-    turn = "at every batch" if dense_from is None else f"below a batch of {dense_from}, the dense head from there on"
-    unchecked = "" if checked else "; dummy weights: whether the index fits them was not checked"
+    least = method.dense_from if method.tokens is None else method.tokens_dense_from
+    turn = "at every batch" if least is None else f"below a batch of {least}"
+    if method.tokens is not None and method.dense_from != least:
+        turn += f" where tokens alone are wanted, {'at every batch' if method.dense_from is None else f'below {method.dense_from}'} where logits are"
+    exact = f"the dense head for requests with {' and '.join(settings.exact_for)}" if settings.exact_for else "for every request"
+    every = ", every row scored" if settings.score_all_rows else ""
+    unchecked = "" if method.checked else "; dummy weights: whether the index fits them was not checked"
     return (
-        f"FlashHead is active on {name}: {index.n_clusters:,} clusters of {index.cluster_size}, centroids {index.centroids.kind}, {kinds}, "
-        f"exact rows {str(weight.dtype).removeprefix('torch.')}, {promise}, {turn}{unchecked}"
+        f"FlashHead is active on {method.name}: {index.n_clusters:,} clusters of {index.cluster_size}, centroids {index.centroids.kind}, {kinds}, "
+        f"exact rows {str(weight.dtype).removeprefix('torch.')}, {promise}, "
+        f"{turn}, {exact}{every}{unchecked}"
     )

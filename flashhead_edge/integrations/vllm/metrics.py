@@ -1,4 +1,4 @@
-"""What FlashHead counts in vLLM's worker, for Prometheus. The counters lie on the device and are copied when somebody asks, or every few seconds.
+"""What FlashHead counts in vLLM's worker, for Prometheus. The counters lie on the device; the worker copies them now and then.
 
 Two ways out of the worker, which is another process than the one that serves vLLM's /metrics:
 - where PROMETHEUS_MULTIPROC_DIR is set (by the user, or by vLLM with several API servers), prometheus_client's own files in
@@ -16,14 +16,15 @@ from typing import Any
 from flashhead_edge.errors import DeviceError
 
 NAMES = {
-    "steps_flash": "states whose logits FlashHead computed",
-    "steps_dense": "states whose logits the dense head computed, above the crossover",
-    "steps_dense_asked": "states whose logits the dense head computed, for a request that wants them exact",
+    "states_flash": "states whose logits FlashHead computed",
+    "states_dense": "states whose logits the dense head computed, above the crossover",
+    "states_dense_asked": "states whose logits the dense head computed, for a request that wants them exact",
     "clusters_opened": "clusters opened",
     "exact_rows": "rows of the head scored exactly",
     "capped": "states of which a cap cut off tokens within a margin",
 }
 EVERY_SECONDS = 5.0
+# Threads here make no CUDA call: one while a graph is captured would break the capture. They read what the worker's own thread copied.
 _SERVED: set[int] = set()  # ports of this process
 _COUNTERS: dict[str, Any] = {}  # of this process, in prometheus_client's files
 

@@ -10,6 +10,8 @@ from vllm.config import VllmConfig
 
 from flashhead_edge.integrations.vllm import PREFIX, check_version
 
+PLAIN = {"logits_processor", "lm_head", "language_model", "compute_logits", "model", "embed_tokens"}  # what such a method may look at
+
 
 def __getattr__(name: str) -> type[nn.Module]:
     original = name.removeprefix(PREFIX)
@@ -18,6 +20,15 @@ def __getattr__(name: str) -> type[nn.Module]:
     made = subclass(name, ModelRegistry.models[original].load_model_cls())
     globals()[name] = made
     return made
+
+
+def adds_nothing(model: Any, kind: type[nn.Module]) -> bool:
+    """Whether a model's `compute_logits` is its logits processor's answer, or its language model's, and no more: then the best logit is the head's."""
+    names = set(getattr(getattr(getattr(kind, "compute_logits", None), "__code__", None), "co_names", ("unknown",)))
+    if not names <= PLAIN:
+        return False
+    inner = getattr(model, "language_model", None) if "language_model" in names else None
+    return inner is None or adds_nothing(inner, type(inner))
 
 
 def subclass(name: str, original: type[nn.Module]) -> type[nn.Module]:
@@ -34,10 +45,11 @@ def subclass(name: str, original: type[nn.Module]) -> type[nn.Module]:
         original.__init__(self, vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
         self.flashhead_config = vllm_config
         self.flashhead = install(self, vllm_config)
+        self.flashhead_straight = adds_nothing(self, original)
 
     def compute_logits(self: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor | None:
         method: FlashHeadMethod | None = self.flashhead
-        if method is not None and not args and not options and method.takes_tokens(hidden_states):
+        if method is not None and self.flashhead_straight and not args and not options and method.takes_tokens(hidden_states):
             return method.tokens(hidden_states)[:, None]  # type: ignore[misc]
         if method is not None:
             method.given = hidden_states

@@ -8,6 +8,7 @@ tells logits processors which requests are in the batch. Both end in an `Asked`,
 from __future__ import annotations
 
 import weakref
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
@@ -97,8 +98,9 @@ def state_class(original: type[nn.Module], model: nn.Module, config: VllmConfig)
 
         def custom_sampler(self, sampler: Any) -> Any:
             given = super().custom_sampler(sampler)
-            if given is not None or config.speculative_config is not None or config.parallel_config.tensor_parallel_size > 1:
-                return given
+            others = config.model_config.logits_processors or entry_points(group="vllm.logits_processors") or getattr(config, "watermark_config", None)
+            if given is not None or others or config.speculative_config is not None or config.parallel_config.tensor_parallel_size > 1:
+                return given  # somebody else has a say in the token
             from flashhead_edge.integrations.vllm.greedy import TokenSampler
 
             self.takes_tokens = True

@@ -42,7 +42,11 @@ def read_settings(additional: Any) -> Settings:
     Raises:
         SettingsError: an unknown name, or a value out of range.
     """
-    found = additional.get("flashhead", {}) if isinstance(additional, dict) else {}
+    given = additional if isinstance(additional, dict) else {}
+    for name in given:
+        if name != "flashhead" and name.lower().replace("_", "").replace("-", "") == "flashhead":
+            raise SettingsError(f"flashhead: the settings are named {name}, expected flashhead; change --additional-config")
+    found = given.get("flashhead", {})
     known = [f.name for f in dataclasses.fields(Settings)]
     if not isinstance(found, dict):
         raise SettingsError(f"flashhead: the settings are {found!r}, expected an object with {', '.join(known)}; change --additional-config")
