@@ -2,8 +2,8 @@
 
 Needs an NVIDIA GPU of capability 9.0, torch, and an installed flashhead_edge.
 
-python plugins_trt/tests/w4a16_attention.py --build build/kernels     # nvcc, once; --arch compute_87 builds and checks the code of an Orin
-python plugins_trt/tests/w4a16_attention.py --library build/kernels/libkernels.so [--arch compute_87] [--time] [--json figures.json]
+python plugins_trt/tests/w4a16_attention.py --build build/w4a16     # nvcc, once; --arch compute_87 builds and checks the code of an Orin
+python plugins_trt/tests/w4a16_attention.py --library build/w4a16/libkernels.so [--arch compute_87] [--time] [--json figures.json]
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import _ModelInfo
 
 from flashhead_edge.integrations.vllm import HOOKS, check_version, missing_hooks, register, span
+from flashhead_edge.integrations.vllm.models import adds_nothing
 
 NAMES = [
     "Gemma3ForCausalLM",
@@ -92,3 +93,24 @@ def test_an_old_version_is_refused(monkeypatch):
     monkeypatch.setattr("vllm.version.__version_tuple__", (0, 25, 1))
     with pytest.raises(Exception, match=re.escape(f"version 0.25.1 is installed, FlashHead was tried with {span()}; install one of them")):
         check_version()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("ForCausalLM")])
+def test_greedy_tokens_may_go_alone_in_the_families(name):
+    assert adds_nothing(object(), ModelRegistry.models[name].load_model_cls())
+
+
+def test_a_model_that_changes_its_logits_keeps_them():
+    class Masks:
+        def compute_logits(self, hidden_states):
+            logits = self.logits_processor(self.lm_head, hidden_states)
+            logits[:, self.suppressed] = float("-inf")
+            return logits
+
+    class Delegates:
+        language_model = Masks()
+
+        def compute_logits(self, hidden_states):
+            return self.language_model.compute_logits(hidden_states)
+
+    assert not adds_nothing(Masks(), Masks) and not adds_nothing(Delegates(), Delegates) and not adds_nothing(object(), type("None", (), {}))
