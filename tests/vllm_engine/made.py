@@ -31,6 +31,8 @@ def made_model(folder: Path, family: str, narrow: bool = False) -> Path:
     """A checkpoint of a family with a FlashHead; `narrow`: with margins that let few through, of codes that know nothing, so that its tokens are its own."""
     import torch
     import transformers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
 
     from flashhead_edge.caps import with_gates
     from flashhead_edge.cases import Case, made_index
@@ -46,6 +48,8 @@ def made_model(folder: Path, family: str, narrow: bool = False) -> Path:
         for parameter in model.parameters():
             parameter.mul_(3)  # so that the best logit leads by more than sums in another order differ
     model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     weight = model.get_output_embeddings().weight.detach()
     index = made_index(Case("made", VOCAB_SIZE, HIDDEN_SIZE, 16, ("bits32",), "bits32", (1.0, 1.0), (1.0, 1.0)))
     gates = [index.probe, *(stage.gate for stage in index.stages)]

@@ -24,7 +24,8 @@ def main() -> None:
 
     task["options"].setdefault("disable_log_stats", "speculative_config" not in task["options"])
     llm = LLM(
-        **{"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True, "enable_prefix_caching": False} | task["options"]
+        **{"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": not task.get("embed"), "enable_prefix_caching": False}
+        | task["options"]
     )
     if task.get("embed"):
         width = len(llm.encode([{"prompt_token_ids": ids} for ids in task["prompts"]], pooling_task="embed", use_tqdm=False)[0].outputs.data)

@@ -50,7 +50,7 @@ def install(model: nn.Module, config: VllmConfig) -> FlashHeadMethod | None:
         UnsupportedModelError: the head is no plain matrix, or was not found.
     """
     settings, name = read_settings(config.additional_config), config.model_config.model
-    if config.model_config.runner_type != "generate" or not get_pp_group().is_last_rank:
+    if config.model_config.runner_type == "pooling" or not get_pp_group().is_last_rank:
         return None
     head = find_head(model)
     if head is None:

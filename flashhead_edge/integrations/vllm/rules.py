@@ -24,7 +24,7 @@ def config_rule(original: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndU
             base.verify_and_update_config(vllm_config)
             settings = read_settings(vllm_config.additional_config)
             model = vllm_config.model_config
-            if model.runner_type != "generate" or not settings.enabled or not settings.exact_for:
+            if model.runner_type == "pooling" or not settings.enabled or not settings.exact_for:
                 return
             if vllm_config.speculative_config is not None or vllm_config.use_v2_model_runner:
                 return  # V1 refuses processors beside drafts, V2 has a hook of its own
