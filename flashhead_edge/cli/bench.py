@@ -18,6 +18,12 @@ def bench() -> None:
     """Measure speed on this machine."""
 
 
+def check_plot(plot: Path | None) -> None:
+    """Refuse a page that cannot be written, before anything is measured."""
+    if plot is not None and not (plot.absolute().parent.is_dir() and os.access(plot if plot.exists() else plot.absolute().parent, os.W_OK)):
+        raise click.BadParameter(f"{plot} cannot be written.", param_hint="--plot")
+
+
 @bench.command(short_help="Time a step of the output head on a GPU, beside its rivals.")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option("--text", metavar="FILE", help="Text whose hidden states the head of OUT is timed on.")
@@ -58,8 +64,7 @@ def head(
         raise click.UsageError("--store keeps what auto goes by: add --head auto, or leave --head out.")
     if out is not None and (text is None or shapes):
         raise click.UsageError("a checkpoint has its own shape and is timed on a text: give --text FILE, and no --shape.")
-    if plot is not None and not (plot.absolute().parent.is_dir() and os.access(plot if plot.exists() else plot.absolute().parent, os.W_OK)):
-        raise click.BadParameter(f"{plot} cannot be written.", param_hint="--plot")
+    check_plot(plot)
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("looking for a GPU") as progress:
@@ -82,21 +87,26 @@ def head(
 @click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made model, such as Llama-3.2-1B. Repeatable.  [default: all known]")
 @click.option("--runner", "runners", multiple=True, type=click.Choice(["v1", "v2"]), help="vLLM's model runner. Repeatable.  [default: both]")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 256), help="Requests at a time. Repeatable.  [default: 1, 16, 64]")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page with plots to this file.")
 @json_option
 @common_options
 @click.pass_obj
-def vllm(settings: Settings, shapes: tuple[str, ...], runners: tuple[str, ...], batches: tuple[int, ...], as_json: bool) -> None:
+def vllm(settings: Settings, shapes: tuple[str, ...], runners: tuple[str, ...], batches: tuple[int, ...], plot: Path | None, as_json: bool) -> None:
     """Time decode steps of a real vLLM engine on an NVIDIA GPU: the dense head, the published method and FlashHead, switched inside it.
 
     Models are made: real shapes with random weights, heads that open as many clusters as a real one.
     """
+    check_plot(plot)
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("looking for vLLM") as progress:
             from flashhead_edge.bench.vllm import bench_vllm
-            from flashhead_edge.report.serving import show_serving
+            from flashhead_edge.report.serving import show_serving, write_serving
 
             document = bench_vllm(shapes, runners, batches, command, progress)
         show_serving(document, person(stdout, as_json))
         if as_json:
             write_json(document, stdout)
+        if plot is not None:
+            write_serving(document, plot)
+            click.echo(f"plots: {plot}", err=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 from flashhead_edge.bench import head as bench
 from flashhead_edge.errors import FlashHeadError
 from flashhead_edge.report.heads import show_heads, write_heads
-from flashhead_edge.report.serving import show_serving
+from flashhead_edge.report.serving import show_serving, write_serving
 
 NO_GPU = "flashhead: bench head: no NVIDIA GPU was found, expected one that torch can use; run it on a machine with a GPU"
 
@@ -152,5 +152,32 @@ def test_serving_is_shown() -> None:
     gpu, host = {"total": 1220.4, "head": 33.7, "sampler": 21.0}, {"head": 60.0}
     record = {"model": "Llama-3.2-1B", "batch": 1, "head": "flash", "settings": {"runner": "v2"}, "gpu_microseconds": gpu, "host_microseconds": host}
     console = Console(width=200, file=io.StringIO())
-    show_serving({"records": [record | {"tokens_per_second": 544.2, "tokens_per_second_spread": [527, 579]}]}, console)
+    records = [record | {"tokens_per_second": 544.2, "tokens_per_second_spread": [527, 579]}]
+    show_serving({"records": records}, console)
     assert all(word in console.file.getvalue() for word in ("Llama-3.2-1B", "1,220.4", "33.7", "544 (527 to 579)"))
+
+
+def serving_document() -> dict[str, Any]:
+    """Figures of a run on an H100, and invented ones at another batch."""
+    common = {"model": "Llama-3.2-1B", "settings": {"runner": "v2"}, "device": "NVIDIA H100 80GB HBM3", "backend_version": "0.26.0"}
+    records = []
+    for head, total, own, sampler, rate in (("dense", 1350.5, 186.5, 20.7, 510.0), ("flash", 1177.1, 27.9, 3.9, 678.0)):
+        for batch in (1, 16):
+            gpu = {"total": total, "head": own, "sampler": sampler}
+            records.append({**common, "batch": batch, "head": head, "gpu_microseconds": gpu, "host_microseconds": {"head": 90.0}})
+            records[-1] |= {"tokens_per_second": rate * batch, "tokens_per_second_spread": [rate, 2 * rate * batch], "command": "flashhead bench vllm"}
+    return {"records": records}
+
+
+def test_servings_page_is_whole_and_self_contained(tmp_path: Path) -> None:
+    write_serving(serving_document(), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<svg class") == 2 and "flash, batch 1: 1,177.1 us a step, 678 tokens a second" in page
+    assert "http" not in page.replace("http-equiv", "") and "<script" not in page
+    with pytest.raises(FlashHeadError, match="cannot be written"):
+        write_serving(serving_document(), tmp_path / "nowhere/page.html")
+
+
+def test_a_page_of_serving_that_cannot_be_written_is_refused_first(inside: Callable[..., Any]) -> None:
+    result = inside("bench", "vllm", "--plot", "nowhere/x.html")
+    assert result.returncode == 2 and "nowhere/x.html cannot be written" in result.stderr
