@@ -14,7 +14,7 @@ from rich.table import Table
 from flashhead_edge.report.html import html_table, whole_page, write_page
 from flashhead_edge.report.plots import Point, Series, legend, lines_plot
 
-COLUMNS = ("model", "runner", "batch", "head", "GPU, step", "head", "sampler", "host, head", "tokens a second (lowest to highest)")
+COLUMNS = ("model", "runner", "batch", "head", "GPU, step", "GPU, head", "GPU, sampler", "host, head", "tokens a second (lowest to highest)")
 
 
 def show_serving(document: Mapping[str, Any], console: Console) -> None:
