@@ -4,6 +4,8 @@ Two ways out of the worker, which is another process than the one that serves vL
 - where PROMETHEUS_MULTIPROC_DIR is set (by the user, or by vLLM with several API servers), prometheus_client's own files in
   that folder: vLLM's /metrics adds up what any of its processes wrote there;
 - a loopback port of the worker's, where the user names one.
+
+Threads here make no CUDA call, which would break a graph that is being captured: they read what the worker's own thread copied.
 """
 
 from __future__ import annotations
@@ -24,21 +26,20 @@ NAMES = {
     "capped": "states of which a cap cut off tokens within a margin",
 }
 EVERY_SECONDS = 5.0
-# Threads here make no CUDA call: one while a graph is captured would break the capture. They read what the worker's own thread copied.
 _SERVED: set[int] = set()  # ports of this process
 _COUNTERS: dict[str, Any] = {}  # of this process, in prometheus_client's files
 
 
-def publish(counts: Callable[[], dict[str, int]], model: str) -> bool:
+def publish(counts: Callable[[], dict[str, int]], model: str) -> None:
     """Add ``flashhead_<name>_total{model=...}`` to vLLM's own /metrics every few seconds, where vLLM collects from several processes.
+
+    That is where PROMETHEUS_MULTIPROC_DIR is set: prometheus_client's own switch, which its callers look at as well.
 
     Args:
         counts: gives the present value of each of NAMES.
-    Returns:
-        Whether it does: PROMETHEUS_MULTIPROC_DIR is set.
     """
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return False
+        return
     from prometheus_client import Counter  # vLLM needs it itself
 
     for name, text in NAMES.items():
@@ -55,7 +56,6 @@ def publish(counts: Callable[[], dict[str, int]], model: str) -> bool:
                 before[name] = value
 
     threading.Thread(target=run, name="flashhead-metrics", daemon=True).start()
-    return True
 
 
 def serve(port: int, counts: Callable[[], dict[str, int]], model: str) -> None:
