@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 
 import click
 
-from flashhead_edge.cli.common import Settings, answer_only, common_options, json_option, person, write_json
+from flashhead_edge.cli.common import Settings, answer_only, check_page, common_options, json_option, person, write_json
 from flashhead_edge.cli.display import shown_progress
 
 
@@ -16,12 +15,6 @@ from flashhead_edge.cli.display import shown_progress
 @common_options
 def bench() -> None:
     """Measure speed on this machine."""
-
-
-def check_plot(plot: Path | None) -> None:
-    """Refuse a page that cannot be written, before anything is measured."""
-    if plot is not None and not (plot.absolute().parent.is_dir() and os.access(plot if plot.exists() else plot.absolute().parent, os.W_OK)):
-        raise click.BadParameter(f"{plot} cannot be written.", param_hint="--plot")
 
 
 @bench.command(short_help="Time a step of the output head on a GPU, beside its rivals.")
@@ -64,7 +57,7 @@ def head(
         raise click.UsageError("--store keeps what auto goes by: add --head auto, or leave --head out.")
     if out is not None and (text is None or shapes):
         raise click.UsageError("a checkpoint has its own shape and is timed on a text: give --text FILE, and no --shape.")
-    check_plot(plot)
+    check_page(plot, "--plot")
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("looking for a GPU") as progress:
@@ -96,7 +89,7 @@ def vllm(settings: Settings, shapes: tuple[str, ...], runners: tuple[str, ...], 
 
     Models are made: real shapes with random weights, heads that open as many clusters as a real one.
     """
-    check_plot(plot)
+    check_page(plot, "--plot")
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("looking for vLLM") as progress:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 
 import click
 
-from flashhead_edge.cli.common import Settings, answer_only, common_options, folder_argument, json_option, person, write_json
+from flashhead_edge.cli.common import Settings, answer_only, check_page, common_options, folder_argument, json_option, person, write_json
 from flashhead_edge.cli.display import shown_progress
 
 
@@ -35,10 +34,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure the head of the checkpoint OUT against the dense head, beside other heads, on each text."""
-    if html is not None and not html.absolute().parent.is_dir():
-        raise click.BadParameter(f"the folder {html.absolute().parent} does not exist.", param_hint="--html")
-    if html is not None and not os.access(html if html.exists() else html.absolute().parent, os.W_OK):
-        raise click.BadParameter(f"{html} cannot be written.", param_hint="--html")
+    check_page(html, "--html")
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("loading") as progress:

@@ -14,6 +14,7 @@ from cli_tools import one_document
 from rich.console import Console
 
 from flashhead_edge.bench import head as bench
+from flashhead_edge.cli.bench import head as head_command
 from flashhead_edge.errors import FlashHeadError
 from flashhead_edge.report.heads import show_heads, write_heads
 from flashhead_edge.report.serving import show_serving, write_serving
@@ -45,7 +46,7 @@ def test_without_a_gpu_it_is_one_sentence(inside: Callable[..., Any], arguments:
         (("out", "--text", "x", "--store", "--head", "flash"), "--store keeps what auto goes by: add --head auto"),
         (("--head", "sparse"), "'sparse' is not one of"),
         (("--batch", "65"), "65 is not in the range 1<=x<=64"),
-        (("--plot", "nowhere/x.html"), "nowhere/x.html cannot be written"),
+        (("--plot", "nowhere/x.html"), "nowhere does not exist"),
         (("--shape", "GPT-2"), "shape GPT-2 is not known, expected one of Llama-3.2-1B"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -180,4 +181,10 @@ def test_servings_page_is_whole_and_self_contained(tmp_path: Path) -> None:
 
 def test_a_page_of_serving_that_cannot_be_written_is_refused_first(inside: Callable[..., Any]) -> None:
     result = inside("bench", "vllm", "--plot", "nowhere/x.html")
-    assert result.returncode == 2 and "nowhere/x.html cannot be written" in result.stderr
+    assert result.returncode == 2 and "nowhere does not exist" in result.stderr
+
+
+def test_every_head_that_can_be_timed_can_be_named() -> None:
+    """The command line names them without loading torch."""
+    (option,) = [p for p in head_command.params if p.name == "heads"]
+    assert tuple(option.type.choices) == bench.HEADS
