@@ -2,7 +2,7 @@
 
     python scripts/real_states.py FOLDER TEXT... [--states 100000] [--dtype float16]
 
-Hidden states are captured from the texts, one after the other until there are as many as wanted, and each is decoded by the kernel and by
+Hidden states are captured from the texts, as evenly as their lengths allow, and each is decoded by the kernel and by
 the reference in float64. One JSON document on stdout: states, those with another token (each with both tokens and their exact logits' gap),
 with other counts, and those that a cap cut. Exit code 1 where a token differs.
 """
@@ -29,11 +29,9 @@ def captured(folder: str, texts: list[Path], wanted: int) -> tuple[Any, Any]:
     source = open_source(folder)
     model, tokenizer = load_model(source, device="cuda"), load_tokenizer(source)
     states: list[Any] = []
-    for path in texts:
-        missing = wanted - sum(map(len, states))
-        if missing <= 0:
-            break
-        states.append(capture_text(model, tokenizer, path.name, path.read_text(encoding="utf-8", errors="ignore"), missing).states)
+    for left, path in zip(range(len(texts), 0, -1), sorted(texts, key=lambda path: path.stat().st_size), strict=True):  # the shortest first
+        share = -(-(wanted - sum(map(len, states))) // left)
+        states.append(capture_text(model, tokenizer, path.name, path.read_text(encoding="utf-8", errors="ignore"), share).states)
         print(f"{path.name}: {len(states[-1])} states", file=sys.stderr)
     return source, torch.cat(states)
 

@@ -23,7 +23,7 @@ for tool in "${@:-memcheck racecheck}"; do
       options=(-q -x -p no:cacheprovider)
       case $case in *layer_kernels.py) options+=(-k "found and bf16") ;; esac
       compute-sanitizer --tool "$each" --error-exitcode 9 --report-api-errors no --show-backtrace no --kernel-name kernel_substring=flashhead \
-        --kernel-name kernel_substring=fh python3 -m pytest "${options[@]}" "$case" | grep -E "passed|failed|error|SUMMARY|hazard"
+        --kernel-name kernel_substring=fh python3 -m pytest "${options[@]}" "$case" | grep -E "passed|failed|error|SUMMARY|hazard|Race"
     done
   done
 done

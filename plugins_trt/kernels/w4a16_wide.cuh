@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(wide_threads(OUTPUTS, TOKENS), 1)
   const int first_tile = blockIdx.y * kBlockTiles, first_token = blockIdx.x * TOKENS, lane = threadIdx.x % 32;
   const int tiles = N / kTileRows, count = K / kChunk;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) barrier_init(full + 8 * i, kCopiers), barrier_init(free + 8 * i, kTeamThreads / 32);
+    for (int i = 0; i < kStages; ++i) barrier_init(full + 8 * i, kCopiers), barrier_init(free + 8 * i, kTeamThreads);
   }
   __syncthreads();
   wait_for_previous();
@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(wide_threads(OUTPUTS, TOKENS), 1)
     int slot = team, before = -1, parity = 0;
     for (int chunk = team; chunk < count; chunk += kTeams) {
       const Stage& s = stage(slot);
+      __syncwarp();  // all lanes have read the codes that these replace
       copy_codes(chunk + kAhead * kTeams, slot >= kTeams ? slot - kTeams : slot - kTeams + kStages);
       asm volatile("cp.async.wait_group %0;" ::"n"(kAhead) : "memory");
       barrier_wait(full + 8 * slot, parity);
@@ -169,7 +170,8 @@ __global__ void __launch_bounds__(wide_threads(OUTPUTS, TOKENS), 1)
         wide_mma<T>(sum, a[half * 2 + 1], matrix + half * 4 + 2);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the half before this one: its registers are free
-        if (half == 0 && before >= 0 && lane == 0) barrier_arrive(free + 8 * before);
+        // Every lane arrives: one for its warp would do, and is no faster, but compute-sanitizer then sees a race.
+        if (half == 0 && before >= 0) barrier_arrive(free + 8 * before);
       }
       before = slot;
       if ((slot += kTeams) >= kStages) slot -= kStages, parity ^= 1;
