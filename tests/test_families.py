@@ -67,7 +67,7 @@ def test_a_head_of_another_shape_or_other_weights_is_refused_in_one_sentence():
     for matrix, found in [
         (torch.randn(VOCAB, 16), r"the output head is \[131, 32\], the head index expects \[131 or more, 16\]"),
         (torch.randn(140, 32), r"the output head is \[131, 32\], the head index expects \[140 or more, 32\]"),
-        (torch.randn(VOCAB, 32), "the output head has fingerprint sha256:.*, the head index was made for sha256:"),
+        (torch.randn(VOCAB, 32), "the output head, in float32, has fingerprint sha256:.*, the head index was made for sha256:"),
     ]:
         with pytest.raises(CheckpointError, match="LlamaForCausalLM: " + found):
             FlashHead(everything_open(matrix)).attach(model)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import collections
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -36,6 +37,17 @@ HEADS = ("dense", "published", "flash, logits", "flash")  # the last gives greed
 BATCHES = (1, 16, 64)
 TOKENS, ROUNDS, TRACED = 256, 5, 48  # tokens of a timed run; rounds, after one that is dropped; tokens of a traced run
 PROMPT = 32
+BODIES: dict[str, dict[str, Any]] = {  # what a made model's configuration says of its linear layers' weights
+    "bf16": {},
+    "w4a16": {
+        "quantization_config": {
+            **{"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]},
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}}
+            },
+        }
+    },
+}
 MARK = "flashhead_bench_"  # names of spans in a trace begin so
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # transformers' configuration class, and what differs from its defaults
     "Llama-3.2-1B": ("LlamaConfig", {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 8192}),
@@ -48,15 +60,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # transformers' configuratio
 }
 
 
-def bench_vllm(shapes: Sequence[str], runners: Sequence[str], batches: Sequence[int], command: str, progress: Progress = silent) -> dict[str, Any]:
+def bench_vllm(
+    shapes: Sequence[str], runners: Sequence[str], batches: Sequence[int], bodies: Sequence[str], command: str, progress: Progress = silent
+) -> dict[str, Any]:
     """Time made models in vLLM, each in a process of its own.
 
     Args:
         shapes: names in CONFIGS, none is all of them; runners: v1 or v2, vLLM's two model runners, none is both.
+        bodies: names in BODIES, none is bf16.
     Raises:
         SettingsError: a name is not known. DeviceError: vLLM is not installed, or an engine failed.
     """
-    for found, known in ((shapes, tuple(CONFIGS)), (runners, ("v1", "v2"))):
+    for found, known in ((shapes, tuple(CONFIGS)), (runners, ("v1", "v2")), (bodies, tuple(BODIES))):
         for name in found:
             if name not in known:
                 raise SettingsError(f"bench vllm: {name} is not known, expected one of {', '.join(known)}; name one of them")
@@ -64,16 +79,16 @@ def bench_vllm(shapes: Sequence[str], runners: Sequence[str], batches: Sequence[
         raise DeviceError("bench vllm: vLLM is not installed, expected it beside a GPU; pip install vllm")
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="flashhead-bench-") as work:
-        for name in shapes or CONFIGS:
-            progress(f"{name}: making the model", None)
-            folder = made_checkpoint(Path(work) / name, name)
+        for name, body in itertools.product(shapes or CONFIGS, bodies or ("bf16",)):
+            progress(f"{name}, {body}: making the model", None)
+            folder = made_checkpoint(Path(work) / f"{name}-{body}", name, body)
             for runner in runners or ("v2", "v1"):
-                progress(f"{name}: vLLM, runner {runner}", None)
-                records += _in_a_process(folder, name, runner, batches or BATCHES, command)
+                progress(f"{name}, {body}: vLLM, runner {runner}", None)
+                records += _in_a_process(folder, {"name": name, "body": body, "batches": list(batches or BATCHES), "command": command}, runner)
     return {"records": records}
 
 
-def made_checkpoint(folder: Path, name: str) -> Path:
+def made_checkpoint(folder: Path, name: str, body: str) -> Path:
     """A FlashHead checkpoint without weights: for `--load-format dummy`."""
     import transformers
 
@@ -85,20 +100,20 @@ def made_checkpoint(folder: Path, name: str) -> Path:
     common = {"vocab_size": vocab_size, "hidden_size": hidden_size, "max_position_embeddings": 32768, "tie_word_embeddings": True, "dtype": "bfloat16"}
     config = getattr(transformers, kind)(**settings, **common).to_dict()
     config["architectures"] = ["FlashHead" + {"LlamaConfig": "Llama", "Qwen3Config": "Qwen3", "Gemma3TextConfig": "Gemma3"}[kind] + "ForCausalLM"]
-    config["flash_head_cache_dir"] = ASSETS
+    config |= {"flash_head_cache_dir": ASSETS, **BODIES[body]}
     (folder / ASSETS).mkdir(parents=True)
     index = made_index(case_of(name, FEW_CODES))
     write_index(folder, config, index, index_arrays(index))
     return folder
 
 
-def _in_a_process(folder: Path, name: str, runner: str, batches: Sequence[int], command: str) -> list[dict[str, Any]]:
-    result = folder.with_name(f"{name}.{runner}.json")
-    task = {"folder": str(folder), "name": name, "batches": list(batches), "command": command, "result": str(result)}
+def _in_a_process(folder: Path, task: dict[str, Any], runner: str) -> list[dict[str, Any]]:
+    result = folder.with_name(f"{folder.name}.{runner}.json")
+    task |= {"folder": str(folder), "result": str(result)}
     environment = os.environ | {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
     done = subprocess.run([sys.executable, "-m", "flashhead_edge.bench.vllm", json.dumps(task)], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise DeviceError(f"bench vllm: the engine of {name} ended with code {done.returncode}, expected 0; its last lines:\n" + "\n".join(
+        raise DeviceError(f"bench vllm: the engine of {task['name']} ended with code {done.returncode}, expected 0; its last lines:\n" + "\n".join(
             (done.stdout + done.stderr).splitlines()[-30:]))  # fmt: skip
     return json.loads(result.read_text())
 
@@ -133,7 +148,7 @@ def measure(task: dict[str, Any]) -> list[dict[str, Any]]:
 
     about = call("bench_capture")
     generate(16, 16)
-    call("bench_prepare")
+    crossovers = call("bench_prepare")
     records = []
     for batch in task["batches"]:
         seconds: dict[str, list[float]] = {head: [] for head in HEADS}
@@ -162,7 +177,12 @@ def measure(task: dict[str, Any]) -> list[dict[str, Any]]:
             records.append(
                 {
                     **{"model": task["name"], "shape": about["shape"], "real_weights": False, "batch": batch, "context": PROMPT, "head": head},
-                    **{"settings": {"runner": about["runner"]}, "backend": "vllm", "backend_version": version(), "device": about["device"]},
+                    **{
+                        "settings": {"runner": about["runner"], "body": task["body"], "crossovers": crossovers},
+                        "backend": "vllm",
+                        "backend_version": version(),
+                        "device": about["device"],
+                    },
                     **{"tokens_per_second": statistics.median(rate), "tokens_per_second_spread": [min(rate), max(rate)]},
                     **{"gpu_microseconds": gpu, "host_microseconds": {k: 1e6 * statistics.median(v) for k, v in host.items()}},
                     **{"counts": None if steps is None else [round(n / max(1, steps[0]), 1) for n in steps[1:]]},

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_edge.bench.head import with_shares
+from flashhead_edge.bench.head import Subject, find_crossover, with_shares
 from flashhead_edge.bench.vllm import MARK
 from flashhead_edge.caps import with_gates
 from flashhead_edge.cases import FEW_CODES, PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES, Case, made_index
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.integrations.vllm.method import FlashHeadMethod, by_kernel, find_head, tokens_by_kernel
+from flashhead_edge.kernels.crossover import KINDS
 from flashhead_edge.kernels.head import cuda_head
 
 FITTED = 64  # states that set the margins of a made head
@@ -89,25 +90,34 @@ class BenchWorker:
         about = {"runner": "v2" if ".gpu.model_runner" in type(runner).__module__ else "v1", "device": torch.cuda.get_device_name()}
         return about | {"shape": [method.index.vocab_size, weight.shape[1]], "dtype": str(weight.dtype).removeprefix("torch.")}
 
-    def bench_prepare(self) -> None:
-        """Build the heads over the loaded rows, with margins that open as many clusters as a real one's."""
+    def bench_prepare(self) -> dict[str, int | None]:
+        """Build the heads over the loaded rows, with margins that open as many clusters as a real one's; the batches from which on dense is faster."""
         layer, method = self.bench_layer, self.bench_layer.quant_method
         weight, index, states = layer.weight, method.index, torch.cat(self.bench_states)
         v, d = index.vocab_size, index.hidden_size
+        totals = {name: torch.zeros(4, dtype=torch.int64, device=weight.device) for name in ("published", "flash")}
         index = with_shares(index, weight[:v], states[:: max(1, len(states) // FITTED)], FEW_CODES.mean)
         published = made_index(Case("published", v, d, PUBLISHED_CLUSTER_SIZE, (), "float16", (math.inf,), (1.0,), always=0, state_power=0.0))
         flash = cuda_head(index, weight)
-        self.bench_totals = {name: torch.zeros(4, dtype=torch.int64, device=weight.device) for name in ("published", "flash")}
+        subject = Subject("", weight[:v], None, states, (), False, "")
+        counts = flash.step(states[:FITTED]).counts.double().mean(0).cpu().numpy()
+        self.bench_crossovers = {kind: find_crossover(flash, subject, counts, kind == "logits")[0] for kind in KINDS}
+        dense, wide, least = functools.partial(method.dense.apply, layer), by_kernel(flash, len(weight), totals["flash"]), self.bench_crossovers["logits"]
         self.bench_heads: dict[str, Callable[[Tensor], Tensor]] = {
-            "dense": lambda x: method.dense.apply(layer, x),
-            "published": by_kernel(cuda_head(with_gates(published, [math.inf], [PUBLISHED_PROBES]), weight), len(weight), self.bench_totals["published"]),
-            "flash": by_kernel(flash, len(weight), self.bench_totals["flash"]),
+            "dense": dense,
+            "published": by_kernel(cuda_head(with_gates(published, [math.inf], [PUBLISHED_PROBES]), weight), len(weight), totals["published"]),
+            "flash, logits": lambda x: wide(x) if least is None or len(x) < least else dense(x),
         }
-        self.bench_heads["flash, logits"] = self.bench_heads["flash"]
-        self.bench_tokens = tokens_by_kernel(flash, self.bench_totals["flash"])
+        self.bench_heads["flash"] = self.bench_heads["flash, logits"]
+        self.bench_tokens, self.bench_totals = tokens_by_kernel(flash, totals["flash"]), totals
+        method.tokens_dense_from = self.bench_crossovers["tokens"]
+        return self.bench_crossovers
 
     def bench_mode(self, mode: str) -> None:
-        """Which head computes the steps from now on; `flash` gives tokens alone where the runner takes them."""
+        """Which head computes the steps from now on.
+
+        `flash` gives tokens alone where the runner takes them; both kinds of it are the dense head from their crossover on, as a server has it.
+        """
         method = self.bench_layer.quant_method
         method.logits = self.bench_marks.around("head", self.bench_heads[mode])
         method.tokens = self.bench_marks.around("head", self.bench_tokens) if mode == "flash" else None

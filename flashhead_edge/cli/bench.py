@@ -79,12 +79,21 @@ def head(
 @bench.command(short_help="Time decode steps of vLLM on a GPU: dense, published, FlashHead.")
 @click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made model, such as Llama-3.2-1B. Repeatable.  [default: all known]")
 @click.option("--runner", "runners", multiple=True, type=click.Choice(["v1", "v2"]), help="vLLM's model runner. Repeatable.  [default: both]")
+@click.option("--body", "bodies", multiple=True, type=click.Choice(["bf16", "w4a16"]), help="Weights of the linear layers. Repeatable.  [default: bf16]")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 256), help="Requests at a time. Repeatable.  [default: 1, 16, 64]")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page with plots to this file.")
 @json_option
 @common_options
 @click.pass_obj
-def vllm(settings: Settings, shapes: tuple[str, ...], runners: tuple[str, ...], batches: tuple[int, ...], plot: Path | None, as_json: bool) -> None:
+def vllm(
+    settings: Settings,
+    shapes: tuple[str, ...],
+    runners: tuple[str, ...],
+    bodies: tuple[str, ...],
+    batches: tuple[int, ...],
+    plot: Path | None,
+    as_json: bool,
+) -> None:
     """Time decode steps of a real vLLM engine on an NVIDIA GPU: the dense head, the published method and FlashHead, switched inside it.
 
     Models are made: real shapes with random weights, heads that open as many clusters as a real one.
@@ -96,7 +105,7 @@ def vllm(settings: Settings, shapes: tuple[str, ...], runners: tuple[str, ...], 
             from flashhead_edge.bench.vllm import bench_vllm
             from flashhead_edge.report.serving import show_serving, write_serving
 
-            document = bench_vllm(shapes, runners, batches, command, progress)
+            document = bench_vllm(shapes, runners, batches, bodies, command, progress)
         show_serving(document, person(stdout, as_json))
         if as_json:
             write_json(document, stdout)

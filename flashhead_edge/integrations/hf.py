@@ -215,8 +215,8 @@ def check_fits(index: HeadIndex, weight: Tensor, bias: Tensor | None, name: str)
     narrower = [t for t in (torch.bfloat16, torch.float16) if parts[0].dtype == torch.float32 and all(same_in(p, t) for p in parts)]
     if not any(fingerprint(*(p.to(t) for p in parts)) == index.fingerprint for t in [parts[0].dtype] + narrower):
         raise CheckpointError(
-            f"{name}: the output head has fingerprint {fingerprint(*parts)[:19]}, the head index was made for {index.fingerprint[:19]}; "
-            "attach the model that the checkpoint was converted from, or convert this one"
+            f"{name}: the output head, in {str(weight.dtype).removeprefix('torch.')}, has fingerprint {fingerprint(*parts)[:19]}, the head index was made for "
+            f"{index.fingerprint[:19]}; attach the model that the checkpoint was converted from, in the type that its head is stored in, or convert this one"
         )
 
 

@@ -151,7 +151,14 @@ def test_serving_without_vllm_is_one_sentence(inside) -> None:
 
 def test_serving_is_shown() -> None:
     gpu, host = {"total": 1220.4, "head": 33.7, "sampler": 21.0}, {"head": 60.0}
-    record = {"model": "Llama-3.2-1B", "batch": 1, "head": "flash", "settings": {"runner": "v2"}, "gpu_microseconds": gpu, "host_microseconds": host}
+    record = {
+        "model": "Llama-3.2-1B",
+        "batch": 1,
+        "head": "flash",
+        "settings": {"runner": "v2", "body": "bf16"},
+        "gpu_microseconds": gpu,
+        "host_microseconds": host,
+    }
     console = Console(width=200, file=io.StringIO())
     records = [record | {"tokens_per_second": 544.2, "tokens_per_second_spread": [527, 579]}]
     show_serving({"records": records}, console)
@@ -160,7 +167,7 @@ def test_serving_is_shown() -> None:
 
 def serving_document() -> dict[str, Any]:
     """Figures of a run on an H100, and invented ones at another batch."""
-    common = {"model": "Llama-3.2-1B", "settings": {"runner": "v2"}, "device": "NVIDIA H100 80GB HBM3", "backend_version": "0.26.0"}
+    common = {"model": "Llama-3.2-1B", "settings": {"runner": "v2", "body": "bf16"}, "device": "NVIDIA H100 80GB HBM3", "backend_version": "0.26.0"}
     records = []
     for head, total, own, sampler, rate in (("dense", 1350.5, 186.5, 20.7, 510.0), ("flash", 1177.1, 27.9, 3.9, 678.0)):
         for batch in (1, 16):

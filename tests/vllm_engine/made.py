@@ -27,8 +27,26 @@ FAMILIES = {  # transformers' model class, and what differs from COMMON
 }
 
 
-def made_model(folder: Path, family: str, narrow: bool = False) -> Path:
-    """A checkpoint of a family with a FlashHead; `narrow`: with margins that let few through, of codes that know nothing, so that its tokens are its own."""
+GROUP = 128
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+QUANTISED = {  # what a configuration says of a quantised body
+    "compressed-tensors W4A16": {
+        **{"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},
+    },
+    "GPTQ": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False},
+    "AWQ": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    "FP8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+}
+
+
+def made_model(folder: Path, family: str, narrow: bool = False, scheme: str | None = None) -> Path:
+    """A checkpoint of a family with a FlashHead.
+
+    Args:
+        narrow: with margins that let few through, of codes that know nothing, so that its tokens are its own.
+        scheme: a name in QUANTISED, of a body whose linear layers are random codes.
+    """
     import torch
     import transformers
     from tokenizers import Tokenizer
@@ -47,7 +65,11 @@ def made_model(folder: Path, family: str, narrow: bool = False) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # so that the best logit leads by more than sums in another order differ
+    if scheme is not None:
+        model.half()
     model.save_pretrained(folder)
+    if scheme is not None:
+        quantise(folder, scheme)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     weight = model.get_output_embeddings().weight.detach()
@@ -57,10 +79,41 @@ def made_model(folder: Path, family: str, narrow: bool = False) -> Path:
         dataclasses.replace(index, fingerprint=fingerprint(weight)), [1.0, 0.5] if narrow else [math.inf] * 2, [len(gate.error) for gate in gates]
     )
     config = model.config.to_dict() | {"architectures": [f"FlashHead{kind}"], "flash_head_cache_dir": ASSETS}
+    if scheme is not None:
+        config |= {"quantization_config": QUANTISED[scheme], "dtype": "float16"}
     (folder / ASSETS).mkdir()
     (folder / "config.json").unlink()
     write_index(folder, config, index, index_arrays(index))
     return folder
+
+
+def quantise(folder: Path, scheme: str) -> None:
+    """Give the linear layers of a saved model's body random codes of a scheme."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+
+    tensors = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        n, k = weight.shape if weight.ndim == 2 else (0, 0)
+        layer = name.removesuffix("weight")
+        if "_proj." not in name:
+            tensors[name] = weight
+        elif scheme == "FP8":
+            tensors |= {name: weight.to(torch.float8_e4m3fn), f"{layer}weight_scale": torch.tensor(1.0)}
+        elif scheme == "compressed-tensors W4A16":
+            scales = torch.full((n, k // GROUP), 0.02, dtype=torch.float16)
+            tensors |= {f"{layer}weight_packed": words(n, k // 8), f"{layer}weight_scale": scales, f"{layer}weight_shape": torch.tensor([n, k])}
+        else:
+            scales = torch.full((k // GROUP, n), 0.02, dtype=torch.float16)
+            zeros = torch.full((k // GROUP, n // 8), 0x77777777 if scheme == "GPTQ" else 0x08888888, dtype=torch.int32)
+            codes = words(k // 8, n) if scheme == "GPTQ" else words(k, n // 8)
+            tensors |= {f"{layer}qweight": codes, f"{layer}qzeros": zeros, f"{layer}scales": scales}
+            if scheme == "GPTQ":
+                tensors[f"{layer}g_idx"] = torch.arange(k, dtype=torch.int32) // GROUP
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def free_port() -> int:

@@ -1,7 +1,8 @@
 """One vLLM engine in a process of its own: reads a task as JSON on stdin, writes what it said as JSON on a line of stdout that begins with MARK.
 
 Task: `options` of `vllm.LLM`, `prompts` (token ids), `tokens` of an answer,
-`dense` (once more by the dense head, switched in the engine), `lora` (an adapter's folder).
+`dense` (once more by the dense head, switched in the engine), `lora` (an adapter's folder), `save` (a folder for vLLM's sharded state),
+`sleep` (its levels: after each the engine wakes and answers once more).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 MARK = "RESULT "  # the line of the answer begins so
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -38,10 +40,22 @@ def main() -> None:
     def answers() -> list[list[int]]:
         return [list(map(int, o.outputs[0].token_ids)) for o in llm.generate(prompts, params, use_tqdm=False, lora_request=lora)]
 
-    result: dict[str, object] = {"tokens": answers()}
+    result: dict[str, Any] = {"tokens": answers()}
     if "speculative_config" in task["options"]:
         counted = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
         result["drafted"], result["accepted"] = (int(counted[f"vllm:spec_decode_num_{what}_tokens"]) for what in ("draft", "accepted"))
+    if task.get("save"):
+        llm.collective_rpc("save_sharded_state", kwargs={"path": task["save"]})
+    result["awake"] = []
+    for level in task.get("sleep", ()):
+        llm.sleep(level)
+        if level == 2:  # the weights are gone: they are read again into the same memory
+            llm.wake_up(tags=["weights"])
+            llm.collective_rpc("reload_weights")
+            llm.wake_up(tags=["kv_cache"])
+        else:
+            llm.wake_up()
+        result["awake"].append(answers())
     if task.get("dense"):
         from flashhead_edge.integrations.vllm.method import FlashHeadMethod, find_head
 

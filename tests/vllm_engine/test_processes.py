@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: see docs/vllm.md")
 
-from vllm_engine.made import FAMILIES, HIDDEN_SIZE, VOCAB_SIZE, free_port, made_model
+from vllm_engine.made import FAMILIES, HIDDEN_SIZE, QUANTISED, VOCAB_SIZE, free_port, made_model
 from vllm_engine.run_engine import MARK
 
 PROMPTS = [[random.Random(i).randrange(3, VOCAB_SIZE) for _ in range(6 + i)] for i in range(5)]
@@ -64,6 +64,47 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path):
     assert both, log[-3000:]
     assert both["tokens"] == alone["tokens"]
     assert log.count("FlashHead is active on") == 1  # the first rank says so
+
+
+@pytest.mark.gpu  # vLLM's build for CPUs repacks linear layers, and saves them no more
+def test_a_sharded_state_loads_with_its_head(made, tmp_path):
+    """As vLLM's example for it does: the shards beside the checkpoint's other files."""
+    folder, shards = made("Llama, tied"), tmp_path / "shards"
+    shutil.copytree(folder, shards, ignore=shutil.ignore_patterns("model*.safetensors"))
+    saved, log = engine({"model": folder}, save=str(shards))
+    assert saved, log[-3000:]
+    loaded, log = engine({"model": shards, "load_format": "sharded_state"})
+    assert loaded, log[-3000:]
+    assert "FlashHead is active on" in log and loaded["tokens"] == saved["tokens"]
+
+
+def test_weights_are_streamed(made):
+    pytest.importorskip("runai_model_streamer", reason="needs runai-model-streamer")
+    folder = made("Llama, tied")
+    want, log = engine({"model": folder})
+    assert want, log[-3000:]
+    streamed, log = engine({"model": folder, "load_format": "runai_streamer"})
+    assert streamed, log[-3000:]
+    assert "FlashHead is active on" in log and streamed["tokens"] == want["tokens"]
+
+
+@pytest.mark.gpu
+def test_it_sleeps_and_wakes(made):
+    """Level 1 moves the weights to the host and back, level 2 drops them and reads them again; the head's own memory with them."""
+    found, log = engine({"model": made("Llama"), "enable_sleep_mode": True, "gpu_memory_utilization": 0.3}, sleep=[1, 2, 1], dense=True)
+    assert found, log[-3000:]
+    assert found["awake"] == [found["tokens"]] * 3 and found["tokens"] == found["dense"]
+    assert found["counts"]["states_flash"] >= 4 * 16 * len(PROMPTS) and found["counts"]["states_dense"] == 0
+
+
+@pytest.mark.parametrize("scheme", [pytest.param(name, marks=pytest.mark.gpu if name == "FP8" else ()) for name in QUANTISED])
+def test_a_quantised_body_keeps_the_head(tmp_path, scheme):
+    """Random codes: FlashHead's tokens are the dense head's up to what 16-bit logits round away."""
+    found, log = engine({"model": made_model(tmp_path / "model", "Llama", scheme=scheme), "dtype": "float16"}, dense=True)
+    assert found, log[-3000:]
+    assert "FlashHead is active on" in log and found["counts"]["states_flash"] >= 16 * len(PROMPTS)
+    pairs = [(a, b) for x, y in zip(found["tokens"], found["dense"]) for a, b in zip(x, y)]
+    assert sum(a == b for a, b in pairs) > 0.5 * len(pairs)
 
 
 def test_a_pooling_model_is_left_alone(made):
@@ -169,7 +210,7 @@ def lose_index(folder):
 @pytest.mark.parametrize(
     ("change", "settings", "words"),
     [
-        (move_weights, {}, "the output head has fingerprint"),
+        (move_weights, {}, "the head index was made for"),
         (cut_index, {}, "the file has"),
         (lose_index, {}, "flash_head_assets"),
         (None, {"speed": 1}, "the setting speed is not known"),
@@ -180,6 +221,11 @@ def test_a_start_that_cannot_be_says_why(made, tmp_path, change, settings, words
     folder = made("Llama") if change is None else changed(made("Llama"), tmp_path, change)
     result, log = engine({"model": folder, "additional_config": {"flashhead": settings}})
     assert result is None and words in log, log[-3000:]
+
+
+def test_a_head_in_another_type_than_it_is_stored_in_is_refused(made):
+    found, log = engine({"model": made("Llama"), "dtype": "bfloat16"})
+    assert found is None and "the output head, in bfloat16, has fingerprint" in log and "in the type that its head is stored in" in log, log[-3000:]
 
 
 def test_switched_off_and_plain_checkpoints(made, tmp_path):
