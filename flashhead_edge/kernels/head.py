@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flashhead_edge.errors import SettingsError
+from flashhead_edge.errors import DeviceError, SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.kernels.build import Prepared, architecture_of
@@ -198,11 +198,16 @@ def cuda_head(
             and says so in the log; where none is kept it takes it from 8 on, and says that.
         multiprocessors, shared_bytes (that a block may have in all), architecture: a smaller device to plan and compile for; by default those found.
     Raises:
-        DeviceError: the index holds a code without a kernel, or the kernel does not fit the device.
+        DeviceError: the rows are in another type, the index holds a code without a kernel, or the kernel does not fit the device.
         SettingsError: another choice, or a damaged file of the crossover.
     """
     if choice not in ("flash", "auto"):
         raise SettingsError(f"cuda_head: choice is {choice!r}, expected 'flash' or 'auto'; call again with one of them")
+    if weight.dtype not in HALVES:
+        found = str(weight.dtype).removeprefix("torch.")
+        raise DeviceError(
+            f"head: its rows are {found}, expected float16 or bfloat16, which the CUDA kernels read; load a model whose head is stored in one of them"
+        )
     properties = torch.cuda.get_device_properties(weight.device)
     packed = pack(index)
     least = chosen_crossovers(properties.name, index, weight) if choice == "auto" else dict.fromkeys(KINDS)

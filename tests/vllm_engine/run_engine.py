@@ -21,12 +21,19 @@ def main() -> None:
     task = json.loads(sys.stdin.read())
     several = "tensor_parallel_size" in task["options"]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(several))  # in this process, so that the head can be switched
+    import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     task["options"].setdefault("disable_log_stats", "speculative_config" not in task["options"])
     llm = LLM(
-        **{"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": not task.get("embed"), "enable_prefix_caching": False}
+        **{
+            "dtype": "float16" if torch.cuda.is_available() else "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "skip_tokenizer_init": not task.get("embed"),
+            "enable_prefix_caching": False,
+        }
         | task["options"]
     )
     if task.get("embed"):
