@@ -237,6 +237,33 @@ def test_a_head_in_another_type_than_it_is_stored_in_is_refused(made):
     assert found is None and "the output head, in bfloat16, has fingerprint" in log and "in the type that its head is stored in" in log, log[-3000:]
 
 
+def release(copy):
+    """Turn a copy of a checkpoint into one as the published method releases them: two files, no index of ours."""
+    import torch.nn.functional as F
+    from safetensors.torch import load_file, save_file
+
+    assets = copy / "flash_head_assets"
+    shutil.rmtree(assets)
+    assets.mkdir()
+    config = json.loads((copy / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("flash_head", "n_clusters")}
+    weight = load_file(copy / "model.safetensors")["lm_head.weight"]
+    assignments = torch.arange(len(weight)) % (clusters := len(weight) // 17)
+    means = F.normalize(torch.stack([weight[assignments == i].float().mean(0) for i in range(clusters)]), dim=1).T.contiguous()
+    save_file({"centroids": means, "cluster_assignments": assignments}, assets / "clustering_cache.safetensors")
+    about = {"format": "safetensors", "vocab_size": len(weight), "hidden_size": weight.shape[1], "n_clusters": clusters}
+    (assets / "clustering_config.json").write_text(json.dumps(about))
+    (copy / "config.json").write_text(json.dumps(config | {"n_clusters": clusters, "n_probes": clusters}))
+
+
+def test_a_released_checkpoint_of_two_files_is_served(made, tmp_path):
+    """All of its clusters are probed: its tokens are the dense head's."""
+    found, log = engine({"model": changed(made("Llama"), tmp_path, release)}, dense=True)
+    assert found, log[-3000:]
+    assert "FlashHead is active on" in log and "cannot be checked" in log and alike(found["tokens"], found["dense"])
+    assert found["counts"]["states_flash"] >= 16 * len(PROMPTS) and found["counts"]["exact_rows"] > 0
+
+
 def test_switched_off_and_plain_checkpoints(made, tmp_path):
     """Off is dense, and said; a plain checkpoint is not touched, with not one line of the plugin's."""
     folder = made("Llama")

@@ -280,6 +280,8 @@ def start_line(method: FlashHeadMethod, weight: Tensor) -> str:
     exact = f"the dense head for requests with {' and '.join(settings.exact_for)}" if settings.exact_for else "for every request"
     every = ", every row scored" if settings.score_all_rows else ""
     unchecked = "" if method.checked else "; dummy weights: whether the index fits them was not checked"
+    if not index.fingerprint:
+        unchecked = "; a released checkpoint, which names no weights: whether they are those of its clusters cannot be checked"
     return (
         f"FlashHead is active on {method.name}: {index.n_clusters:,} clusters of {index.cluster_size}, centroids {index.centroids.kind}, {kinds}, "
         f"exact rows {str(weight.dtype).removeprefix('torch.')}, {promise}, "
