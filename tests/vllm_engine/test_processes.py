@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: see docs/vllm.md")
 
-from vllm_engine.made import FAMILIES, HIDDEN_SIZE, QUANTISED, VOCAB_SIZE, free_port, made_model
+from vllm_engine.made import COMMON, FAMILIES, HIDDEN_SIZE, QUANTISED, VOCAB_SIZE, free_port, made_model
 from vllm_engine.run_engine import MARK
 
 PROMPTS = [[random.Random(i).randrange(3, VOCAB_SIZE) for _ in range(6 + i)] for i in range(5)]
@@ -167,6 +167,36 @@ def test_smollm2_drafts_for_itself(checkpoint, tmp_path):
     assert found, log[-3000:]
     assert found["drafted"] > 200
     assert found["accepted"] >= (0.995 - 0.01) * found["drafted"]
+
+
+def eagle(folder):
+    """An EAGLE draft of one random layer for a made Llama: embedding and head are the target's."""
+    from safetensors.torch import save_file
+
+    d, wide = HIDDEN_SIZE, COMMON["intermediate_size"]
+    folder.mkdir()
+    config = COMMON | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    key_rows = COMMON["num_key_value_heads"] * COMMON["head_dim"]
+    shapes = {
+        **{"self_attn.q_proj": (d, d), "self_attn.k_proj": (key_rows, d), "self_attn.v_proj": (key_rows, d), "self_attn.o_proj": (d, d)},
+        **{"mlp.gate_proj": (wide, d), "mlp.up_proj": (wide, d), "mlp.down_proj": (d, wide)},
+    }
+    tensors = {f"layers.0.{name}.weight": torch.randn(shape) * 0.05 for name, shape in shapes.items()}
+    tensors |= {"fc.weight": torch.randn(d, 2 * d) * 0.05, "layers.0.post_attention_layernorm.weight": torch.ones(d)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_eagles_drafts_change_no_token(made, tmp_path):
+    """Its head is the target's, FlashHead and all."""
+    alone, log = engine({"model": made("Llama")}, tokens=40)
+    assert alone, log[-3000:]
+    drafts = {"method": "eagle", "model": str(eagle(tmp_path / "eagle")), "num_speculative_tokens": 2}
+    drafted, log = engine({"model": made("Llama"), "speculative_config": drafts}, tokens=40)
+    assert drafted, log[-3000:]
+    assert drafted["tokens"] == alone["tokens"] and drafted["drafted"] > 40
+    assert log.count("FlashHead is active on") == 1
 
 
 def adapter(folder, module, rows):
