@@ -23,6 +23,13 @@ FAMILIES = {  # transformers' model class, and what differs from COMMON
     "Qwen3": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),
     "Qwen3 MoE": ("Qwen3MoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "tie_word_embeddings": False}),
     "Gemma 3, soft cap": ("Gemma3ForCausalLM", {"final_logit_softcapping": 20.0, "query_pre_attn_scalar": 32, "sliding_window": 64}),
+    "ERNIE 4.5 MoE": (
+        "Ernie4_5_MoeForCausalLM",
+        {
+            **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1, "num_nextn_predict_layers": 1},
+            **{"use_bias": False, "tie_word_embeddings": False, "pad_token_id": 0},
+        },
+    ),
     "Phi-3": ("Phi3ForCausalLM", {"tie_word_embeddings": False, "pad_token_id": 0}),
 }
 

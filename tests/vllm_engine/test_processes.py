@@ -199,6 +199,29 @@ def test_eagles_drafts_change_no_token(made, tmp_path):
     assert log.count("FlashHead is active on") == 1
 
 
+def predict_two(copy):
+    """Give a copy of a made ERNIE its block of multi-token prediction, a random one."""
+    from safetensors.torch import load_file, save_file
+
+    tensors, d, wide = load_file(copy / "model.safetensors"), HIDDEN_SIZE, COMMON["intermediate_size"]
+    first, block = "model.layers.0.", "model.mtp_block.0."
+    tensors |= {name.replace(first, block): part.clone() for name, part in tensors.items() if name.startswith(first) and "mlp" not in name}
+    shapes = {"mtp_block.0.mlp.gate_proj": (wide, d), "mtp_block.0.mlp.up_proj": (wide, d), "mtp_block.0.mlp.down_proj": (d, wide)}
+    tensors |= {f"model.{name}.weight": torch.randn(shape) * 0.05 for name, shape in (shapes | {"mtp_linear_proj.0": (d, 2 * d)}).items()}
+    tensors |= {f"model.{name}.0.weight": torch.ones(d) for name in ("mtp_emb_norm", "mtp_hidden_norm")}
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_multi_token_prediction_changes_no_token(made, tmp_path):
+    model = changed(made("ERNIE 4.5 MoE"), tmp_path, predict_two)
+    alone, log = engine({"model": model}, tokens=40)
+    assert alone, log[-3000:]
+    drafted, log = engine({"model": model, "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}, tokens=40)
+    assert drafted, log[-3000:]
+    assert drafted["tokens"] == alone["tokens"] and drafted["drafted"] > 40
+    assert log.count("FlashHead is active on") == 1
+
+
 def adapter(folder, module, rows):
     """A LoRA adapter of one module."""
     import torch
