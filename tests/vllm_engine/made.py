@@ -30,6 +30,7 @@ FAMILIES = {  # transformers' model class, and what differs from COMMON
             **{"use_bias": False, "tie_word_embeddings": False, "pad_token_id": 0},
         },
     ),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", {"tie_word_embeddings": False, "num_key_value_heads": 4}),  # on newer versions by vLLM's transformers backend
     "Phi-3": ("Phi3ForCausalLM", {"tie_word_embeddings": False, "pad_token_id": 0}),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +22,17 @@ def __getattr__(name: str) -> type[nn.Module]:
     made = subclass(name, ModelRegistry.models[original].load_model_cls())
     globals()[name] = made
     return made
+
+
+@contextlib.contextmanager
+def original_names(config: Any) -> Iterator[None]:
+    """The original architectures' names in a model's configuration, meanwhile: some models look them up while they are made."""
+    names = config.architectures
+    config.architectures = [name.removeprefix(PREFIX) for name in names or ()]
+    try:
+        yield
+    finally:
+        config.architectures = names
 
 
 def adds_nothing(model: Any, kind: type[nn.Module]) -> bool:
@@ -42,7 +55,8 @@ def subclass(name: str, original: type[nn.Module]) -> type[nn.Module]:
     from flashhead_edge.integrations.vllm.requests import state_class
 
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "", **options: Any) -> None:
-        original.__init__(self, vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
+        with original_names(vllm_config.model_config.hf_config):
+            original.__init__(self, vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
         self.flashhead_config = vllm_config
         self.flashhead = install(self, vllm_config)
         self.flashhead_straight = adds_nothing(self, original)
