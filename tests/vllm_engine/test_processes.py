@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,44 @@ def test_a_start_that_cannot_be_says_why(made, tmp_path, change, settings, words
     folder = made("Llama") if change is None else changed(made("Llama"), tmp_path, change)
     result, log = engine({"model": folder, "additional_config": {"flashhead": settings}})
     assert result is None and words in log, log[-3000:]
+
+
+def pack_head(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = QUANTISED["GPTQ"] | {"lm_head": True}
+    (copy / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (pack_head, {"dtype": "float16"}, "the head's weights are packed ("),
+        (None, {"dtype": "bfloat16", "hf_overrides": {"head_dtype": "float32"}}, "head_dtype is torch.float32 beside a model in torch.bfloat16"),
+    ],
+    ids=["a packed head", "head_dtype"],
+)
+def test_a_head_that_is_no_plain_matrix_is_refused(made, tmp_path, change, options, words):
+    folder = made("Llama") if change is None else changed(made("Llama"), tmp_path, change)
+    found, log = engine({"model": folder, **options})
+    assert found is None and words in log, log[-3000:]
+
+
+def test_a_port_that_is_taken_is_refused(made):
+    """Two servers on one machine do not meet: each has a port of its own, or says so."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found, log = engine({"model": made("Llama"), "additional_config": {"flashhead": {"metrics_port": port}}})
+    assert found is None and f"metrics_port {port}" in log, log[-3000:]
+
+
+def test_nothing_is_written_beside_the_checkpoint(made, tmp_path):
+    folder = changed(made("Llama"), tmp_path, lambda copy: None)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+    found, log = engine({"model": folder})
+    assert found, log[-3000:]
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))} == before
 
 
 def test_a_head_in_another_type_than_it_is_stored_in_is_refused(made):
