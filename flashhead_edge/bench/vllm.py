@@ -77,6 +77,8 @@ def bench_vllm(
                 raise SettingsError(f"bench vllm: {name} is not known, expected one of {', '.join(known)}; name one of them")
     if importlib.util.find_spec("vllm") is None:
         raise DeviceError("bench vllm: vLLM is not installed, expected it beside a GPU; pip install vllm")
+    if not has_gpu():
+        raise DeviceError("bench vllm: no NVIDIA GPU was found, expected one that torch can use; run it on a machine with a GPU")
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="flashhead-bench-") as work:
         for name, body in itertools.product(shapes or CONFIGS, bodies or ("bf16",)):
@@ -86,6 +88,12 @@ def bench_vllm(
                 progress(f"{name}, {body}: vLLM, runner {runner}", None)
                 records += _in_a_process(folder, {"name": name, "body": body, "batches": list(batches or BATCHES), "command": command}, runner)
     return {"records": records}
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def made_checkpoint(folder: Path, name: str, body: str) -> Path:

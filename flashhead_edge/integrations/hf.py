@@ -214,7 +214,8 @@ def check_fits(index: HeadIndex, weight: Tensor, bias: Tensor | None, name: str)
     if index.fingerprint and not any(fingerprint(*(p.to(t) for p in parts)) == index.fingerprint for t in [parts[0].dtype] + narrower):
         raise CheckpointError(
             f"{name}: the output head, in {str(weight.dtype).removeprefix('torch.')}, has fingerprint {fingerprint(*parts)[:19]}, the head index was made for "
-            f"{index.fingerprint[:19]}; attach the model that the checkpoint was converted from, in the type that its head is stored in, or convert this one"
+            f"{index.fingerprint[:19]}; use the model that the checkpoint was converted from, in the type that its head is stored in (vLLM's --dtype), "
+            "or convert this one"
         )
 
 

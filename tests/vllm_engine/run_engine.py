@@ -2,6 +2,7 @@
 
 Task: `options` of `vllm.LLM`, `prompts` (token ids), `tokens` of an answer,
 `dense` (once more by the dense head, switched in the engine), `lora` (an adapter's folder), `save` (a folder for vLLM's sharded state),
+`reload` (a folder of weights, then once more),
 `sleep` (its levels: after each the engine wakes and answers once more).
 """
 
@@ -53,6 +54,9 @@ def main() -> None:
         result["drafted"], result["accepted"] = (int(counted[f"vllm:spec_decode_num_{what}_tokens"]) for what in ("draft", "accepted"))
     if task.get("save"):
         llm.collective_rpc("save_sharded_state", kwargs={"path": task["save"]})
+    if task.get("reload"):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": task["reload"]})
+        result["reloaded"] = answers()
     result["awake"] = []
     for level in task.get("sleep", ()):
         llm.sleep(level)

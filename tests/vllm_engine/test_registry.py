@@ -1,6 +1,7 @@
 """The FlashHead names in vLLM's registry: what vLLM knows of an architecture it knows of its FlashHead."""
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -49,7 +50,7 @@ def test_vllm_knows_as_much_of_a_flashhead_as_of_the_original(name):
     assert rule is None or issubclass(MODELS_CONFIG_MAP[f"FlashHead{name}"], rule)
 
 
-def test_pooling_and_draft_architectures_are_left_alone():
+def test_only_names_of_models_that_generate_are_registered():
     assert not [
         name for name in ModelRegistry.get_supported_archs() if name.startswith("FlashHead") and not name.endswith(("ForCausalLM", "Generation", "Model"))
     ]
@@ -107,10 +108,29 @@ def test_a_model_that_changes_its_logits_keeps_them():
             logits[:, self.suppressed] = float("-inf")
             return logits
 
+    class Wrapped:
+        @functools.wraps(Masks.compute_logits)
+        def compute_logits(self, hidden_states):
+            return self.logits_processor(self.lm_head, hidden_states) * 2
+
+    class Constant:
+        def compute_logits(self, hidden_states):
+            logits = self.logits_processor(self.lm_head, hidden_states)
+            logits[:, 7] = -1e9
+            return logits
+
+    class Plain:
+        logits_processor = object()  # none of vLLM's
+
+        def compute_logits(self, hidden_states):
+            return self.logits_processor(self.lm_head, hidden_states)
+
     class Delegates:
         language_model = Masks()
 
         def compute_logits(self, hidden_states):
             return self.language_model.compute_logits(hidden_states)
 
+    for kind in (Wrapped, Constant, Plain):
+        assert not adds_nothing(kind(), kind), kind
     assert not adds_nothing(Masks(), Masks) and not adds_nothing(Delegates(), Delegates) and not adds_nothing(object(), type("None", (), {}))

@@ -78,6 +78,7 @@ def install(model: nn.Module, config: VllmConfig) -> FlashHeadMethod | None:
         log.warning("FlashHead: LoRA is on; an adapter of the output head is refused, one of the body moves hidden states that the margins were not set on")
     if config.speculative_config is not None and not config.use_v2_model_runner and settings.exact_for:
         log.warning("FlashHead: vLLM's V1 runner tells nobody of a request's constraints beside drafts: exact_for has no effect")
+        method.settings = dataclasses.replace(settings, exact_for=())
     return method
 
 
@@ -119,6 +120,7 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         self.bias: Tensor | None = None
         self.given: Tensor | None = None  # what the model's compute_logits was called with
         self.straight = False  # what it is called with is what reaches the head
+        self.reloaded = False  # weights were loaded once more, and not yet compared with the index
         self.totals = torch.zeros(4, dtype=torch.int64)  # states, clusters opened, rows scored exactly, states that a cap cut
         self.copied, self.copied_at = self.totals, 0.0  # of these on the host, and when; on a CPU they are there
 
@@ -134,13 +136,30 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         """Build the head over the loaded rows: every way of loading passes here, before memory is profiled.
 
-        A reload passes here once more, with rows in memory of its own: vLLM copies them to where the first ones lie, over which the head is built.
+        A reload may pass here once more, with rows in memory of its own: vLLM copies them to where the first ones lie, over which the head is built.
         """
         self.dense.process_weights_after_loading(layer)
-        self.build(layer)
+        if self.logits is None:
+            self.build(layer)
+
+    def check_reloaded(self, layer: Any) -> None:
+        """Compare the rows with the index once more, at the first step after a reload: while it lasts they are not whole.
+
+        Raises:
+            CheckpointError: they are not the rows that the index was made for. Every later step raises it too: half of the old model lies beside the new.
+        """
+        ranks = get_tensor_model_parallel_world_size()
+        weight, bias = (None if part is None else whole(part, ranks) for part in (layer.weight, getattr(layer, "bias", None)))
+        assert weight is not None
+        rows = min(layer.org_vocab_size, len(weight))
+        check_fits(self.index, weight[:rows], None if bias is None else bias[:rows], f"{self.name}, reloaded with other weights")
+        for kept, part in ((self.rows, weight), (self.bias, bias)) if ranks > 1 else ():
+            if kept is not None and part is not None:
+                kept.copy_(part)
+        self.reloaded = False
 
     def build(self, layer: Any) -> None:
-        """Check the rows against the index and put a head over them, the first time.
+        """Check the rows against the index and put a head over them.
 
         Raises:
             CheckpointError: they are not the rows that the index was made for.
@@ -151,11 +170,6 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         rows = min(layer.org_vocab_size, len(weight))
         if self.checked:
             check_fits(self.index, weight[:rows], None if bias is None else bias[:rows], self.name)
-        if self.logits is not None:
-            for kept, part in ((self.rows, weight), (self.bias, bias)):
-                if kept is not None and part is not None and ranks > 1:
-                    kept.copy_(part)
-            return
         self.rows, self.bias = weight, bias
         if ranks > 1:
             layer.register_buffer("flashhead_rows", weight, persistent=False)
@@ -189,6 +203,8 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         if self.logits is None:
             self.build(layer)  # a way of loading that did not pass by process_weights_after_loading: the first call is before memory is profiled
             assert self.logits is not None
+        if self.reloaded:
+            self.check_reloaded(layer)
         self.copy_totals()
         asked = ASKED.get(self.engine)
         if asked is not None and asked.exact:
@@ -202,7 +218,7 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
     def takes_tokens(self, x: Tensor) -> bool:
         """Whether the step wants greedy tokens alone, of states that reach the head as they are, below the crossover: asked once a step."""
         asked = ASKED.get(self.engine)
-        if asked is None or not asked.greedy or not asked.takes_tokens:
+        if asked is None or not asked.greedy or not asked.takes_tokens or self.reloaded:
             return False
         asked.greedy = False  # whoever calls next in this step, such as a draft, gets logits
         self.copy_totals()
@@ -217,7 +233,7 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         self.copied_at = now
 
     def seen(self) -> dict[str, int]:
-        """What was computed until a second or so ago, by the names of `metrics.NAMES`: makes no CUDA call, for other threads."""
+        """What was computed until the last copy, by the names of `metrics.NAMES`: makes no CUDA call, for other threads."""
         return self._named(self.copied)
 
     def counts(self) -> dict[str, int]:
@@ -280,7 +296,7 @@ def start_line(method: FlashHeadMethod, weight: Tensor) -> str:
     exact = f"the dense head for requests with {' and '.join(settings.exact_for)}" if settings.exact_for else "for every request"
     every = ", every row scored" if settings.score_all_rows else ""
     unchecked = "" if method.checked else "; dummy weights: whether the index fits them was not checked"
-    if not index.fingerprint:
+    if method.checked and not index.fingerprint:
         unchecked = "; a released checkpoint, which names no weights: whether they are those of its clusters cannot be checked"
     return (
         f"FlashHead is active on {method.name}: {index.n_clusters:,} clusters of {index.cluster_size}, centroids {index.centroids.kind}, {kinds}, "

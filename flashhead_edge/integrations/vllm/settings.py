@@ -29,7 +29,7 @@ class Settings:
         number = isinstance(self.crossover, int) and not isinstance(self.crossover, bool) and self.crossover >= 1
         if not number and self.crossover not in ("auto", "never"):
             raise SettingsError(f"flashhead: crossover is {self.crossover!r}, expected auto, never or a batch from 1 on; change --additional-config")
-        if not isinstance(self.exact_for, tuple) or not set(self.exact_for) <= {CONSTRAINED, LOGPROBS}:
+        if not isinstance(self.exact_for, tuple) or any(name not in (CONSTRAINED, LOGPROBS) for name in self.exact_for):
             raise SettingsError(f"flashhead: exact_for is {self.exact_for!r}, expected a list of {CONSTRAINED} and {LOGPROBS}; change --additional-config")
         port = self.metrics_port
         if port is not None and (not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= 65_535):
