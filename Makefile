@@ -1,7 +1,7 @@
 # setup: a virtual environment with everything a CPU needs   demo: the product on a real model, end to end
 # test:  the test suite                                      lint: ruff and mypy
 # kernels: the CUDA kernels as a library, by nvcc, in build/kernels
-# test-vllm: the tests with real vLLM engines on a CPU, in an environment of their own (about 10 minutes)
+# test-vllm: the tests with real vLLM engines on a CPU, in an environment of their own (about 20 minutes)
 VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINT ?= $(if $(shell command -v nvidia-smi),,-c requirements/cpu.txt)
