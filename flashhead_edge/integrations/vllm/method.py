@@ -148,15 +148,17 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         Raises:
             CheckpointError: they are not the rows that the index was made for. Every later step raises it too: half of the old model lies beside the new.
         """
-        ranks = get_tensor_model_parallel_world_size()
-        weight, bias = (None if part is None else whole(part, ranks) for part in (layer.weight, getattr(layer, "bias", None)))
-        assert weight is not None
-        rows = min(layer.org_vocab_size, len(weight))
-        check_fits(self.index, weight[:rows], None if bias is None else bias[:rows], f"{self.name}, reloaded with other weights")
-        for kept, part in ((self.rows, weight), (self.bias, bias)) if ranks > 1 else ():
-            if kept is not None and part is not None:
+        weight, bias = matrix_of(layer)
+        self.check(layer, weight, bias, f"{self.name}, reloaded with other weights")
+        for kept, part in ((self.rows, weight), (self.bias, bias)):
+            if kept is not None and part is not None and kept.data_ptr() != part.data_ptr():  # gathered from several ranks
                 kept.copy_(part)
         self.reloaded = False
+
+    def check(self, layer: Any, weight: Tensor, bias: Tensor | None, name: str) -> None:
+        """Raise CheckpointError where the rows are not those that the index was made for; `name` begins its sentence."""
+        rows = min(layer.org_vocab_size, len(weight))
+        check_fits(self.index, weight[:rows], None if bias is None else bias[:rows], name)
 
     def build(self, layer: Any) -> None:
         """Check the rows against the index and put a head over them.
@@ -165,11 +167,9 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             CheckpointError: they are not the rows that the index was made for.
         """
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        weight, bias = (None if part is None else whole(part, ranks) for part in (layer.weight, getattr(layer, "bias", None)))
-        assert weight is not None
-        rows = min(layer.org_vocab_size, len(weight))
+        weight, bias = matrix_of(layer)
         if self.checked:
-            check_fits(self.index, weight[:rows], None if bias is None else bias[:rows], self.name)
+            self.check(layer, weight, bias, self.name)
         self.rows, self.bias = weight, bias
         if ranks > 1:
             layer.register_buffer("flashhead_rows", weight, persistent=False)
@@ -251,6 +251,12 @@ class FlashHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
 def whole(part: Tensor, ranks: int) -> Tensor:
     """The head's matrix or bias of which each rank has an equal part, padding last: one rank's own, or gathered from all."""
     return part if ranks == 1 else tensor_model_parallel_all_gather(part.detach(), dim=0)
+
+
+def matrix_of(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """A head's whole matrix [rows, d] and its bias."""
+    ranks, bias = get_tensor_model_parallel_world_size(), getattr(layer, "bias", None)
+    return whole(layer.weight, ranks), None if bias is None else whole(bias, ranks)
 
 
 def columns_of(logits: Callable[[Tensor], Tensor], start: int, count: int) -> Callable[[Tensor], Tensor]:
