@@ -7,8 +7,7 @@ Timed: steps one after the other in a CUDA graph, over copies of the head that t
 twice, so every step reads from memory; the gap between two launches is in the figure. Each replay of the graph decodes
 other states, the same in all copies: median and p99 are over these. Checked first: steps against the reference in float64,
 and each batch's tokens against those of its states alone. Not timed: making the index, Python's launch outside a graph. The dense
-head in 16 bits is
-torch's product and argmax. Without a checkpoint the heads are made, since random codes cost what real ones cost; how many
+head in 16 bits is torch's product and argmax. Without a checkpoint the heads are made, since random codes cost what real ones cost; how many
 clusters open and how many rows each code scores are the means of SmolLM2-135M's evaluation by share of the vocabulary,
 printed, and once more with every cap full ("at the cap"). "fitted" has few codes, as `--device h100` chooses them, "fitted,
 fewest bytes" the codes that read least. With a checkpoint they are its own, on hidden states of a text.

@@ -20,7 +20,7 @@ from flashhead_edge.kernels.ops import HALVES, check_step, head_logits, head_ste
 from flashhead_edge.kernels.packing import Arguments, Layout, Widen, pack, plans, words_of
 
 MOST_ROWS = 32  # of one launch; more are split
-UNMEASURED = 8  # crossover where none was measured: below all that were but one (8 to 29 on an H100)
+UNMEASURED = 8  # crossover where none was measured: above none that was (8 to 29 on an H100)
 STATIC_SHARED = 1 << 10  # shared memory that the kernel declares itself, at most; a test asks the driver
 LOG = logging.getLogger(__name__)
 
