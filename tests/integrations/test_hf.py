@@ -295,5 +295,5 @@ def test_a_checkpoint_loads_attaches_and_stands_alone(tmp_path):
     assert told(model, do_sample=False) == dense
     other = load_model(save_model(tmp_path / "other", seed=1))
     head.detach()
-    with pytest.raises(CheckpointError, match="attach the model that the checkpoint was converted from"):
+    with pytest.raises(CheckpointError, match="use the model that the checkpoint was converted from"):
         head.attach(other)
