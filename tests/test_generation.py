@@ -20,7 +20,8 @@ from small_models import FAMILIES, VOCAB, small_model
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.generation import Engine, exact_stream, generate, load_engine, stream
-from flashhead_edge.generation.engine import Body, Detokenizer
+from flashhead_edge.generation.engine import Body
+from flashhead_edge.generation.text import Detokenizer
 from flashhead_edge.reference import dense_logits, dense_tokens, torch_head
 
 PROMPT = [1, 17, 90, 5, 33, 128, 64]
@@ -125,10 +126,10 @@ def test_exact_mode_runs_nothing_after_a_stop_token(monkeypatch):
 
 def test_exact_mode_streams_only_verified_tokens(monkeypatch):
     """Nothing is delivered before its dense pass."""
-    from flashhead_edge.generation import decode
+    from flashhead_edge.generation import engine
 
     verified = []
-    monkeypatch.setattr(decode, "dense_tokens", lambda *a: verified.append(1) or dense_tokens(*a))
+    monkeypatch.setattr(engine, "dense_tokens", lambda *a: verified.append(1) or dense_tokens(*a))
     model = small_model("llama")
     run = exact_stream(engine_of(model), PROMPT, 20)
     assert verified == []

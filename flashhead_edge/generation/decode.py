@@ -1,26 +1,26 @@
-"""Decoding with the fast head over a transformers model: streaming, sampling, and exact mode.
+"""The decode loop, the same over any engine: streaming, sampling, and exact mode. numpy alone.
 
 `stream` decodes with the fast head, one token at a time; `exact_stream` gives the dense head's greedy text (how long
-a round of it is: `exact.py`); `generate` is either, from a text to a text.
+a round of it is: `exact.py`); `generate` is either, from a text to a text. What the loop asks of an engine is in
+`protocols.py`: hidden states pass through it untouched, torch tensors of one engine, numpy arrays of another.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from flashhead_edge.costs import bytes_per_step, dense_bytes
+from flashhead_edge.costs import TOKEN_BYTES, dense_bytes
 from flashhead_edge.decoding import Sampling, check_tokens, choose, gumbel, process
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.exact import round_length
-from flashhead_edge.generation.engine import Body, Detokenizer, Engine, body_reads, load_engine, prompt_ids
-from flashhead_edge.reference import dense_tokens, exact_logits
+from flashhead_edge.generation.protocols import Array, TextEngine
+from flashhead_edge.generation.text import Detokenizer, StopStrings, check_stop_strings, prompt_ids
+from flashhead_edge.head import Step
 
 EXTRA = 32  # tokens that a step which is not plain greedy scores exactly beside the candidates
 FEW_ALLOWED = 2048  # up to here the allowed tokens are all scored exactly, and nothing else is
@@ -40,7 +40,7 @@ class Summary:
 
     prompt_tokens: int = 0
     tokens: int = 0
-    stopped: str = ""  # "stop token", "max_new_tokens" or "context length"; empty while it goes on
+    stopped: str = ""  # "stop token", "stop string", "max_new_tokens" or "context length"; empty while it goes on
     seconds: float = 0.0  # prefill included
     tokens_per_second: float = 0.0  # after the first token
     clusters_opened: float = 0.0  # mean over the fast head's steps
@@ -60,10 +60,11 @@ class Summary:
 class Stream:
     """An iterator of tokens; its summary is up to date at any time."""
 
-    def __init__(self, engine: Engine, run: Run, ids: Iterator[tuple[int, bool]]) -> None:
+    def __init__(self, run: Run, ids: Generator[tuple[int, bool], None, None]) -> None:
         self._run = run
         self._ids = ids
-        self._text = Detokenizer(engine.tokenizer)
+        self._text = Detokenizer(run.engine.tokenizer)
+        self._stop = StopStrings(run.stop_strings)
         self._began = time.perf_counter()
         self._first: float | None = None
 
@@ -77,8 +78,11 @@ class Stream:
         s.tokens += 1
         s.seconds = now - self._began
         s.tokens_per_second = (s.tokens - 1) / max(now - self._first, 1e-9)
-        piece = self._text.push(token)
-        return Token(token, piece + self._text.finish() if last else piece)
+        text = self._stop.push(self._text.push(token) + (self._text.finish() if last else ""))
+        if self._stop.found:
+            s.stopped = "stop string"
+            self._ids.close()
+        return Token(token, text + self._stop.finish() if last else text)
 
     @property
     def summary(self) -> Summary:
@@ -89,9 +93,10 @@ class Stream:
 class Run:
     """One text in the making: what has been said, and what it has cost."""
 
-    engine: Engine
+    engine: TextEngine
     sampling: Sampling
     stop: frozenset[int]
+    stop_strings: tuple[str, ...]
     summary: Summary
     prompt: np.ndarray | None = None  # [1, V] counts, where a penalty needs them
     output: np.ndarray | None = None
@@ -100,17 +105,17 @@ class Run:
     opened: int = 0  # clusters, over all steps
     steps: int = 0  # of the fast head
 
-    def count(self, counts: Tensor, capped: Tensor) -> None:
-        """Add a step of the fast head, [1, 2 + stages]."""
-        index, s = self.engine.head.index, self.summary
-        self.head_bytes += float(bytes_per_step(index, counts.cpu().numpy(), 2 * index.hidden_size)[0])
+    def count(self, step: Step) -> None:
+        """Add a step of the fast head, of one row."""
+        counts = to_numpy(step.counts)
+        self.head_bytes += self.engine.step_bytes(counts)
         self.opened += int(counts[0, 0])
         self.steps += 1
-        s.capped_steps += int(capped[0])
+        self.summary.capped_steps += int(step.capped[0])
 
     def read_rows(self, rows: int) -> None:
         """Add exact rows that a step read beside the candidates."""
-        self.head_bytes += rows * (2 * self.engine.head.index.hidden_size + 4)
+        self.head_bytes += rows * (2 * self.engine.hidden_size + TOKEN_BYTES)
 
     def finished(self) -> Summary:
         s = self.summary
@@ -132,11 +137,17 @@ class Run:
         return bool(self.summary.stopped)
 
 
-def start(engine: Engine, ids: Sequence[int], max_new_tokens: int, sampling: Sampling, stop: Sequence[int]) -> tuple[Run, list[int], int, str]:
+def to_numpy(values: Array) -> np.ndarray:
+    """An engine's array, wherever it lies."""
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+
+
+def start(
+    engine: TextEngine, ids: Sequence[int], max_new_tokens: int, sampling: Sampling, stop: Sequence[int], stop_strings: Sequence[str] = ()
+) -> tuple[Run, list[int], int, str]:
     """Check a request: the run, the prompt as numbers, how many tokens it may make, and why it would end there."""
     prompt = [int(t) for t in ids]
-    embedding = engine.model.get_input_embeddings()
-    rows = len(embedding.weight)  # type: ignore[arg-type]
+    rows = engine.embedding_rows
     if not prompt:
         raise SettingsError("generate: the prompt is empty, expected at least one token; give a text")
     if min(prompt) < 0 or max(prompt) >= rows:
@@ -144,15 +155,16 @@ def start(engine: Engine, ids: Sequence[int], max_new_tokens: int, sampling: Sam
     if max_new_tokens < 1:
         raise SettingsError(f"generate: max_new_tokens is {max_new_tokens}, expected 1 or more; call again with another value")
     check_tokens(sampling, engine.vocab_size)
+    check_stop_strings(stop_strings, engine.tokenizer)
     limit, most, reason = engine.context_length, max_new_tokens, "max_new_tokens"
     if limit is not None:
         if len(prompt) >= limit:
             raise SettingsError(f"generate: the prompt has {len(prompt)} tokens, expected fewer than the model's {limit} positions; shorten it")
         if limit - len(prompt) < most:
             most, reason = limit - len(prompt), "context length"
-    v, d = engine.vocab_size, engine.head.index.hidden_size
-    summary = Summary(prompt_tokens=len(prompt), dense_bytes_per_step=dense_bytes(v, d))
-    run = Run(engine, sampling, engine.stop_ids | frozenset(int(t) for t in stop), summary)
+    v = engine.vocab_size
+    summary = Summary(prompt_tokens=len(prompt), dense_bytes_per_step=dense_bytes(v, engine.hidden_size))
+    run = Run(engine, sampling, engine.stop_ids | frozenset(int(t) for t in stop), tuple(stop_strings), summary)
     if sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
         run.prompt = np.bincount([t for t in prompt if t < v], minlength=v)[None]
         run.output = np.zeros((1, v), np.int64)
@@ -161,7 +173,10 @@ def start(engine: Engine, ids: Sequence[int], max_new_tokens: int, sampling: Sam
     return run, prompt, most, reason
 
 
-def stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[int] = ()) -> Stream:
+def stream(
+    engine: TextEngine, ids: Sequence[int], max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+) -> Stream:  # fmt: skip
     """Decode with the fast head.
 
     Args:
@@ -169,13 +184,14 @@ def stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, sampli
         sampling: None is greedy.
         stop: token ids that end the text, beside the model's own; the one that ends it is yielded, its text is empty
             where it is a special token.
+        stop_strings: texts that end the text: it stops before the first of them, and the pieces hold none of it.
     Raises:
         SettingsError: the prompt is empty, too long or not of this model; a setting is out of range.
     """
-    run, prompt, most, reason = start(engine, ids, max_new_tokens, sampling or Sampling(), stop)
+    run, prompt, most, reason = start(engine, ids, max_new_tokens, sampling or Sampling(), stop, stop_strings)
 
-    def tokens() -> Iterator[tuple[int, bool]]:
-        body = Body(engine.model)
+    def tokens() -> Generator[tuple[int, bool], None, None]:
+        body = engine.body()
         hidden = body.feed(prompt)
         while True:
             token = next_token(run, hidden)
@@ -185,11 +201,10 @@ def stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, sampli
                 return
             hidden = body.feed([token])
 
-    return Stream(engine, run, tokens())
+    return Stream(run, tokens())
 
 
-@torch.no_grad()
-def next_token(run: Run, hidden: Tensor) -> int:
+def next_token(run: Run, hidden: Array) -> int:
     """The token after hidden state [1, d], by the run's settings.
 
     Plain greedy takes the step's token. Everything else chooses among the step's candidates, the tokens that the
@@ -198,20 +213,19 @@ def next_token(run: Run, hidden: Tensor) -> int:
     tokens are scored alone; so are many, where none of them is a candidate.
     """
     engine, s = run.engine, run.sampling
-    head = engine.head
     allowed = None if s.allowed is None else np.asarray(s.allowed, np.int64)
     if allowed is not None and len(allowed) <= FEW_ALLOWED:
         return _choose_exactly(run, hidden, allowed)
     if s.greedy and not s.changes_logits:
         return _fast(run, hidden)
-    found, full = head.step_with_logits(hidden)
-    run.count(found.counts, found.capped)
-    known = found.ids[0].cpu().numpy()
+    found, full = engine.step_with_logits(hidden)
+    run.count(found)
+    known = to_numpy(found.ids)[0]
     known = known[known >= 0]
     if allowed is not None and not np.isin(known, allowed).any():
         return _choose_exactly(run, hidden, allowed)
     every = np.arange(engine.vocab_size)[None]
-    wide = process(every, full.cpu().numpy(), s, run.prompt, run.output, engine.scale, engine.softcap)
+    wide = process(every, to_numpy(full), s, run.prompt, run.output, engine.scale, engine.softcap)
     if not s.greedy:
         wide = wide / s.temperature + gumbel(s.seed, [run.chosen], every)
     best = np.argpartition(-wide[0], min(EXTRA, wide.shape[1] - 1))[:EXTRA]
@@ -222,20 +236,20 @@ def next_token(run: Run, hidden: Tensor) -> int:
     return _choose(run, hidden, ids)
 
 
-def _choose_exactly(run: Run, hidden: Tensor, tokens: np.ndarray) -> int:
+def _choose_exactly(run: Run, hidden: Array, tokens: np.ndarray) -> int:
     run.read_rows(len(tokens))
     run.summary.allowed_steps += 1
     return _choose(run, hidden, tokens)
 
 
-def _choose(run: Run, hidden: Tensor, ids: np.ndarray) -> int:
+def _choose(run: Run, hidden: Array, ids: np.ndarray) -> int:
     """Choose among tokens [C] by their exact logits."""
-    head, engine = run.engine.head, run.engine
-    raw = exact_logits(head.weight, head.bias, hidden, torch.from_numpy(ids).to(hidden.device)).cpu().numpy()
+    engine = run.engine
+    raw = to_numpy(engine.exact_logits(hidden, ids))
     return int(choose(ids[None], raw, run.sampling, [run.chosen], run.prompt, run.output, engine.scale, engine.softcap)[0])
 
 
-def exact_stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, stop: Sequence[int] = ()) -> Stream:
+def exact_stream(engine: TextEngine, ids: Sequence[int], max_new_tokens: int = 256, stop: Sequence[int] = (), stop_strings: Sequence[str] = ()) -> Stream:
     """The dense head's greedy text, token for token, with few dense reads: only verified tokens are yielded.
 
     The body is called as plain greedy decoding would call it, one token at a time, so that its hidden states are those
@@ -244,13 +258,13 @@ def exact_stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, 
 
     Args and errors: as in `stream`.
     """
-    run, prompt, most, reason = start(engine, ids, max_new_tokens, Sampling(), stop)
+    run, prompt, most, reason = start(engine, ids, max_new_tokens, Sampling(), stop, stop_strings)
     run.summary.exact = True
-    head, record, s = engine.head, engine.record, run.summary
-    body_cost = body_reads(engine)
+    record, s = engine.record, run.summary
+    body_cost = engine.body_reads()
 
-    def tokens() -> Iterator[tuple[int, bool]]:
-        body = Body(engine.model)
+    def tokens() -> Generator[tuple[int, bool], None, None]:
+        body = engine.body()
         hidden = body.feed(prompt)
         while True:
             replay = not body.can_cut
@@ -261,8 +275,7 @@ def exact_stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, 
             while len(guess) < longest and guess[-1] not in run.stop:
                 states.append(body.feed([guess[-1]]))
                 guess.append(_fast(run, states[-1]))
-            with torch.no_grad():
-                dense = dense_tokens(head.weight, head.bias, torch.cat(states), engine.vocab_size).tolist()
+            dense = engine.dense_tokens(states)
             run.head_bytes += s.dense_bytes_per_step
             s.rounds += 1
             right = next((i for i, (a, b) in enumerate(zip(guess, dense)) if a != b), len(guess))
@@ -277,7 +290,7 @@ def exact_stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, 
                 if kept is None:
                     body.cut(wrong)
                 else:
-                    body.cache = kept
+                    body.restore(kept)
                     for token in verified[:-1]:
                         body.feed([token])
                         s.repeated_steps += 1
@@ -288,32 +301,34 @@ def exact_stream(engine: Engine, ids: Sequence[int], max_new_tokens: int = 256, 
                     return
             hidden = body.feed([verified[-1]])
 
-    return Stream(engine, run, tokens())
+    return Stream(run, tokens())
 
 
-@torch.no_grad()
-def _fast(run: Run, hidden: Tensor) -> int:
-    found = run.engine.head.step(hidden)
-    run.count(found.counts, found.capped)
+def _fast(run: Run, hidden: Array) -> int:
+    found = run.engine.step(hidden)
+    run.count(found)
     return int(found.token[0])
 
 
 def generate(
-    engine: Engine | str | Path, prompt: str | Sequence[Mapping[str, str]], max_new_tokens: int = 256, sampling: Sampling | None = None, *,
-    exact: bool = False, chat: bool | None = None, stop: Sequence[int] = (),
+    engine: TextEngine | str | Path, prompt: str | Sequence[Mapping[str, str]], max_new_tokens: int = 256, sampling: Sampling | None = None, *,
+    exact: bool = False, chat: bool | None = None, stop: Sequence[int] = (), stop_strings: Sequence[str] = (),
 ) -> tuple[str, Summary]:  # fmt: skip
     """The answer to a prompt, and what it took.
 
     Args:
-        engine: from `load_engine`, or the folder of a checkpoint, loaded for this call.
+        engine: from `load_engine` or `jetson.open_engine`, or the folder of a checkpoint, loaded for this call.
         exact: the dense head's greedy text; sampling must then be greedy.
         chat: see `prompt_ids`.
+        stop, stop_strings: see `stream`.
     """
-    if not isinstance(engine, Engine):
+    if isinstance(engine, (str, Path)):
+        from flashhead_edge.generation.engine import load_engine
+
         engine = load_engine(engine)
     if exact and sampling is not None and sampling != Sampling(seed=sampling.seed):
         raise SettingsError("generate: exact mode was asked together with sampling settings, expected plain greedy; leave out one of them")
     ids = prompt_ids(engine, prompt, chat)
-    run = exact_stream(engine, ids, max_new_tokens, stop) if exact else stream(engine, ids, max_new_tokens, sampling, stop)
+    run = exact_stream(engine, ids, max_new_tokens, stop, stop_strings) if exact else stream(engine, ids, max_new_tokens, sampling, stop, stop_strings)
     text = "".join(token.text for token in run)
     return text, run.summary

@@ -1,4 +1,4 @@
-"""A model ready to decode on one device: loading it, running its body without its head, text to tokens and back.
+"""A transformers model ready to decode on one device: loading it, running its body without its head. torch.
 
 The body is the model itself, with its own cache; only the output embedding is tapped, so that hidden states come out
 where logits would.
@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flashhead_edge.capture import check_finite
+from flashhead_edge.costs import bytes_per_step
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.exact import Record
+from flashhead_edge.head import Step
 from flashhead_edge.integrations.hf import head_on_device, output_head
+from flashhead_edge.reference import dense_tokens, exact_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +48,14 @@ class Engine:
         return self.head.index.vocab_size
 
     @property
+    def hidden_size(self) -> int:
+        return self.head.index.hidden_size
+
+    @property
+    def embedding_rows(self) -> int:
+        return len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+    @property
     def context_length(self) -> int | None:
         """Positions that the model was made for, where its config says so."""
         config = self.model.config.get_text_config()
@@ -57,6 +69,34 @@ class Engine:
         if found is None and self.tokenizer is not None:
             found = self.tokenizer.eos_token_id
         return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
+
+    def body(self) -> Body:
+        return Body(self.model)
+
+    def body_reads(self) -> float:
+        """Parameters without embeddings, by count."""
+        outside = {id(p) for m in (self.model.get_input_embeddings(), output_head(self.model)) for p in m.parameters()}
+        body = sum(p.numel() for p in self.model.parameters() if id(p) not in outside)
+        return body / (self.vocab_size * self.hidden_size)
+
+    def step_bytes(self, counts: np.ndarray) -> float:
+        return float(bytes_per_step(self.head.index, counts, 2 * self.hidden_size)[0])
+
+    @torch.no_grad()
+    def step(self, hidden: Tensor) -> Step:
+        return self.head.step(hidden)
+
+    @torch.no_grad()
+    def step_with_logits(self, hidden: Tensor) -> tuple[Step, Tensor]:
+        return self.head.step_with_logits(hidden)
+
+    @torch.no_grad()
+    def exact_logits(self, hidden: Tensor, tokens: np.ndarray) -> Tensor:
+        return exact_logits(self.head.weight, self.head.bias, hidden, torch.from_numpy(tokens).to(hidden.device))
+
+    @torch.no_grad()
+    def dense_tokens(self, states: Sequence[Tensor]) -> list[int]:
+        return dense_tokens(self.head.weight, self.head.bias, torch.cat(list(states)), self.vocab_size).tolist()  # type: ignore[no-any-return]
 
 
 def load_engine(
@@ -147,75 +187,5 @@ class Body:
     def snapshot(self) -> Any:
         return copy.deepcopy(self.cache)
 
-
-class Detokenizer:
-    """Text of a growing list of tokens, piece by piece; a character whose bytes are not all there yet waits."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.start = 0  # the window that is decoded: some tokens before it are needed for the spacing
-        self.read = 0  # tokens whose text is out
-
-    def _decode(self, ids: list[int]) -> str:
-        if self.tokenizer is None:
-            return ""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes, "" where it ends inside a character."""
-        self.ids.append(token)
-        before, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
-        if now.endswith("�") or len(now) <= len(before):
-            return ""
-        self.start, self.read = self.read, len(self.ids)
-        return now[len(before) :]
-
-    def finish(self) -> str:
-        """What is left, broken characters and all."""
-        before, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
-        self.start = self.read = len(self.ids)
-        return now[len(before) :]
-
-
-def body_reads(engine: Engine) -> float:
-    """What one step of the body reads, in reads of the dense head: parameters without embeddings, by count."""
-    outside = {id(p) for m in (engine.model.get_input_embeddings(), output_head(engine.model)) for p in m.parameters()}
-    body = sum(p.numel() for p in engine.model.parameters() if id(p) not in outside)
-    return body / (engine.vocab_size * engine.head.index.hidden_size)
-
-
-def prompt_ids(engine: Engine, prompt: str | Sequence[Mapping[str, str]], chat: bool | None = None) -> list[int]:
-    """Token ids of a prompt.
-
-    Args:
-        prompt: a text, or the messages of a chat: {"role": ..., "content": ...}.
-        chat: whether a text becomes a user's message in the tokenizer's chat template; None: where there is one.
-    Raises:
-        SettingsError: the prompt is empty or not UTF-8, or a chat is asked of a tokenizer without a template.
-    """
-    tokenizer = engine.tokenizer
-    if tokenizer is None:
-        raise SettingsError("generate: the engine has no tokenizer, expected one for a prompt of text; pass token ids to stream()")
-    if not prompt:
-        raise SettingsError("generate: the prompt is empty, expected a text or messages; give one")
-    template = bool(tokenizer.chat_template)
-    messages = isinstance(prompt, Sequence) and not isinstance(prompt, str)
-    if (messages or chat) and not template:
-        raise SettingsError("generate: the tokenizer has no chat template, expected one for a chat; give a plain text")
-    if messages or chat or (chat is None and template):
-        turns = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(_checked(text), add_special_tokens=False)["input_ids"])
-    return list(tokenizer(_checked(prompt))["input_ids"])
-
-
-def _checked(text: Any) -> Any:
-    """The text; bytes that were no UTF-8 come from a command line as lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise SettingsError(f"generate: character {error.start} of the prompt is no UTF-8, expected UTF-8 text; convert it") from error
-    return text
+    def restore(self, kept: Any) -> None:
+        self.cache = kept

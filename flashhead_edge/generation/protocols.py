@@ -1,0 +1,110 @@
+"""What the decode loop asks of an engine: a body that keeps a text's state, and a head. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from flashhead_edge.exact import Record
+from flashhead_edge.generation.text import Tokenizer
+from flashhead_edge.head import Step
+
+Array = Any  # numpy.ndarray or torch.Tensor: an engine's own kind, which the loop hands on from its body to its head
+
+
+class BodySession(Protocol):
+    """A model's body in the middle of one text."""
+
+    def feed(self, ids: Sequence[int]) -> Array:
+        """Run tokens after what the cache holds: hidden state of the last one, [1, d], the caller's to keep."""
+        ...
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether `cut` leaves no trace; where it would, a round is prepared by `snapshot` and undone by `restore`."""
+        ...
+
+    def cut(self, tokens: int) -> None:
+        """Forget the last `tokens` positions."""
+        ...
+
+    def snapshot(self) -> Any:
+        """The state as it is; what is fed later does not change it."""
+        ...
+
+    def restore(self, kept: Any) -> None:
+        """Go back to a snapshot, which must not be used again."""
+        ...
+
+
+class TextEngine(Protocol):
+    """A model with its fast head, ready to decode on one device."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None: pieces of text stay empty."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """The model multiplies its raw logits by this, then caps them softly by `softcap`."""
+        ...
+
+    @property
+    def softcap(self) -> float | None: ...
+
+    @property
+    def record(self) -> Record:
+        """What exact mode has found so far."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that can be returned."""
+        ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def embedding_rows(self) -> int:
+        """Tokens that can be fed: not fewer than `vocab_size`."""
+        ...
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that the model was made for, where it says so."""
+        ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+
+    def body(self) -> BodySession:
+        """The body at the start of a new text."""
+        ...
+
+    def body_reads(self) -> float:
+        """What one step of the body reads, in reads of the dense head."""
+        ...
+
+    def step_bytes(self, counts: np.ndarray) -> float:
+        """Bytes that a step of the fast head read, from its counts [1, 2 + stages]."""
+        ...
+
+    def step(self, hidden: Array) -> Step:
+        """One step of the fast head."""
+        ...
+
+    def step_with_logits(self, hidden: Array) -> tuple[Step, Array]:
+        """The same, and full-width raw logits [1, V]."""
+        ...
+
+    def exact_logits(self, hidden: Array, tokens: np.ndarray) -> Array:
+        """Raw logits of tokens [C] int64 by the model's own rows, [1, C] float32."""
+        ...
+
+    def dense_tokens(self, states: Sequence[Array]) -> list[int]:
+        """The dense head's greedy tokens of hidden states, each [1, d]; the smaller id on ties."""
+        ...

@@ -1,0 +1,127 @@
+"""Text to token ids and back: prompts through a chat template, text that grows piece by piece, stop strings. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flashhead_edge.errors import SettingsError
+
+if TYPE_CHECKING:
+    from flashhead_edge.generation.protocols import TextEngine
+
+
+class Tokenizer(Protocol):
+    """What the loop asks of a tokenizer: transformers' own have it, and so has `jetson.tokenizer`, which needs none of them."""
+
+    chat_template: Any  # empty or None: there is none
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Any]: ...
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = ..., *, clean_up_tokenization_spaces: bool | None = ...) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool = ..., add_generation_prompt: bool = ...) -> Any: ...
+
+
+class Detokenizer:
+    """Text of a growing list of tokens, piece by piece; a character whose bytes are not all there yet waits."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = 0  # the window that is decoded: some tokens before it are needed for the spacing
+        self.read = 0  # tokens whose text is out
+
+    def _decode(self, ids: list[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, "" where it ends inside a character."""
+        self.ids.append(token)
+        before, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
+        if now.endswith("�") or len(now) <= len(before):
+            return ""
+        self.start, self.read = self.read, len(self.ids)
+        return now[len(before) :]
+
+    def finish(self) -> str:
+        """What is left, broken characters and all."""
+        before, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
+        self.start = self.read = len(self.ids)
+        return now[len(before) :]
+
+
+class StopStrings:
+    """Ends a text before the first of some strings; what may become one of them waits until it is decided."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings = tuple(strings)
+        self.held = ""  # the start of a stop string, perhaps
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """What of the text so far is certain to lie before any stop string, and is not out yet."""
+        text = self.held + piece
+        at = min((i for i in (text.find(s) for s in self.strings) if i >= 0), default=-1)
+        if at >= 0:
+            self.found, self.held = True, ""
+            return text[:at]
+        keep = max((_overlap(text, s) for s in self.strings), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What waited, at the end of the text."""
+        held, self.held = self.held, ""
+        return held
+
+
+def _overlap(text: str, string: str) -> int:
+    """Characters at the end of `text` that `string` begins with, fewer than all of it."""
+    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
+
+
+def check_stop_strings(strings: Sequence[str], tokenizer: Tokenizer | None) -> None:
+    """Raise SettingsError where a stop string is empty, or where there is no text to look for one in."""
+    if strings and tokenizer is None:
+        raise SettingsError("generate: the engine has no tokenizer, expected one for stop strings; give stop tokens instead")
+    if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
+        raise SettingsError(f"generate: the stop strings are {strings!r}, expected a list of texts that are not empty; leave the empty ones out")
+
+
+def prompt_ids(engine: TextEngine, prompt: str | Sequence[Mapping[str, str]], chat: bool | None = None) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        prompt: a text, or the messages of a chat: {"role": ..., "content": ...}.
+        chat: whether a text becomes a user's message in the tokenizer's chat template; None: where there is one.
+    Raises:
+        SettingsError: the prompt is empty or not UTF-8, or a chat is asked of a tokenizer without a template.
+    """
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise SettingsError("generate: the engine has no tokenizer, expected one for a prompt of text; pass token ids to stream()")
+    if not prompt:
+        raise SettingsError("generate: the prompt is empty, expected a text or messages; give one")
+    template = bool(tokenizer.chat_template)
+    messages = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    if (messages or chat) and not template:
+        raise SettingsError("generate: the tokenizer has no chat template, expected one for a chat; give a plain text")
+    if messages or chat or (chat is None and template):
+        turns = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(_checked(text), add_special_tokens=False)["input_ids"])
+    return list(tokenizer(_checked(prompt))["input_ids"])
+
+
+def _checked(text: Any) -> Any:
+    """The text; bytes that were no UTF-8 come from a command line as lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"generate: character {error.start} of the prompt is no UTF-8, expected UTF-8 text; convert it") from error
+    return text
