@@ -1,0 +1,116 @@
+"""An exported folder ready to decode: what the loop of `flashhead_edge.generation` asks of an engine, over any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from flashhead_edge.checkpoint.families import text_config
+from flashhead_edge.checkpoint.jsonfiles import read_json
+from flashhead_edge.errors import CheckpointError, SettingsError
+from flashhead_edge.exact import Record
+from flashhead_edge.generation.protocols import BodySession
+from flashhead_edge.generation.text import Tokenizer
+from flashhead_edge.head import Step
+from flashhead_edge.jetson.backend import Backend
+from flashhead_edge.jetson.folder import AGAIN, is_exported
+from flashhead_edge.jetson.tokenizer import load_chat_tokenizer
+
+BACKENDS = ("onnxruntime",)
+
+
+@dataclass(frozen=True, eq=False)
+class ExportedEngine:
+    """A backend with its folder's tokenizer and stop tokens: see `generation.TextEngine`."""
+
+    backend: Backend
+    tokenizer: Tokenizer | None
+    stop_ids: frozenset[int]
+    record: Record = field(default_factory=Record)
+
+    @property
+    def scale(self) -> float:
+        return self.backend.settings.scale
+
+    @property
+    def softcap(self) -> float | None:
+        return self.backend.settings.softcap
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.settings.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.backend.settings.hidden_size
+
+    @property
+    def embedding_rows(self) -> int:
+        return self.backend.settings.embedding_rows
+
+    @property
+    def context_length(self) -> int | None:
+        return self.backend.settings.context_length
+
+    def body(self) -> BodySession:
+        return self.backend.body()
+
+    def body_reads(self) -> float:
+        return self.backend.settings.body_parameters / (self.vocab_size * self.hidden_size)
+
+    def step_bytes(self, counts: np.ndarray) -> float:
+        s = self.backend.settings
+        return s.fixed_bytes + sum(n * size for n, size in zip(counts[0, 1:].tolist(), s.item_bytes))
+
+    def step(self, hidden: np.ndarray) -> Step:
+        return self.backend.head.step(hidden)
+
+    def step_with_logits(self, hidden: np.ndarray) -> tuple[Step, np.ndarray]:
+        return self.backend.head.step_with_logits(hidden)
+
+    def exact_logits(self, hidden: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return self.backend.head.exact_logits(hidden, tokens)
+
+    def dense_tokens(self, states: Sequence[np.ndarray]) -> list[int]:
+        return self.backend.head.exact_logits(np.concatenate(states), np.arange(self.vocab_size)).argmax(1).tolist()
+
+
+def open_engine(folder: str | Path, backend: str = "onnxruntime", threads: int | None = None) -> ExportedEngine:
+    """Open a folder that `flashhead export` wrote, for decoding without torch.
+
+    Args:
+        backend: what computes; this version has onnxruntime.
+        threads: None is one for each physical core that this process may use.
+    Raises:
+        CheckpointError: no exported folder, or a damaged one, or parts that do not belong together.
+        EngineError: the backend is not installed, or too old for the model.
+        SettingsError: `backend` or `threads` is out of range.
+    """
+    if backend not in BACKENDS:
+        raise SettingsError(f"generate: backend is {backend!r}, expected {', '.join(BACKENDS)}; call again with one of them")
+    folder = Path(folder)
+    if not is_exported(folder):
+        raise CheckpointError(f"{folder}: no exported model (body.onnx, head.onnx, ...), expected a folder that flashhead export onnx wrote; check the path")
+    from flashhead_edge.jetson.onnxruntime_backend import open_folder
+
+    config = read_json(folder / "config.json")
+    ours = config.get("flash_head")
+    opened = open_folder(folder, threads, ours.get("fingerprint") if isinstance(ours, dict) else None)
+    tokenizer = load_chat_tokenizer(folder)
+    return ExportedEngine(opened, tokenizer, stop_ids(folder, config, tokenizer.eos_token_id))
+
+
+def stop_ids(folder: Path, config: dict, fallback: int | None) -> frozenset[int]:
+    """Where transformers' generate stops: as generation_config.json says, else config.json, else the tokenizer's end of sequence."""
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else text_config(config).get("eos_token_id")
+    found = fallback if found is None else found
+    try:
+        return frozenset(int(t) for t in ([] if found is None else found if isinstance(found, list) else [found]))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: eos_token_id is {found!r}, expected a token id or a list of them; restore generation_config.json, or {AGAIN}"
+        ) from error

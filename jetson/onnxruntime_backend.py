@@ -1,0 +1,116 @@
+"""The ONNX Runtime backend: an exported folder whose parts belong together, and its head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.head import Step
+from flashhead_edge.jetson.folder import PARTS, ExportSettings, check_belongs, part_file, read_settings
+from flashhead_edge.jetson.onnxruntime_body import OnnxBody
+from flashhead_edge.jetson.onnxruntime_sessions import open_model, usable_threads
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+STEP = ("token", "candidate_ids", "candidate_logits", "counts", "capped")
+TOKENS_AT_ONCE = 8192  # of the model's own rows that a dense pass widens to float32 at a time
+
+
+@dataclass(eq=False)
+class OnnxRuntime:
+    """An exported folder in ONNX Runtime on the CPU. Its parts are opened when they are first used."""
+
+    folder: Path
+    threads: int  # 0: one for each physical core
+    fingerprint: str | None  # of the head that config.json names
+    sessions: dict[str, InferenceSession] = field(default_factory=dict)
+    found: dict[str, ExportSettings] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> ExportSettings:
+        self.session("body")
+        return self.found["body"]
+
+    @property
+    def head(self) -> OnnxHead:
+        return OnnxHead(self)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        import onnxruntime
+
+        return {"backend": "onnxruntime", "backend_version": onnxruntime.__version__, "device": "cpu", "threads": self.threads or None}
+
+    def body(self) -> OnnxBody:
+        return OnnxBody(self.session("body"), self.settings)
+
+    def session(self, part: str) -> InferenceSession:
+        """A part, opened and checked.
+
+        Raises:
+            CheckpointError: it is missing, damaged, from elsewhere, or exported from another head.
+            EngineError: ONNX Runtime does not know the model's operators.
+        """
+        if part not in self.sessions:
+            path = part_file(self.folder, part)
+            session = open_model(path, self.threads)
+            settings = read_settings(path, part, session.get_modelmeta().custom_metadata_map)
+            if self.fingerprint is not None:
+                check_belongs(path, settings, self.fingerprint, "config.json")
+            for other in self.found.values():
+                check_belongs(path, settings, other.fingerprint, f"{other.part}.onnx")
+            self.sessions[part], self.found[part] = session, settings
+        return self.sessions[part]
+
+
+def open_folder(folder: Path, threads: int | None, fingerprint: str | None) -> OnnxRuntime:
+    """Open an exported folder: body and head at once, what only sampling and exact mode need when they need it.
+
+    Args:
+        threads: None is one for each physical core that this process may use.
+        fingerprint: of the head that the folder's config.json names, None where it names none.
+    Raises:
+        SettingsError: `threads` is out of range.
+        CheckpointError, EngineError: see `OnnxRuntime.session`.
+    """
+    if threads is not None and threads < 1:
+        raise SettingsError(f"generate: threads is {threads}, expected 1 or more; call again with another value")
+    for part in PARTS:
+        part_file(folder, part)
+    backend = OnnxRuntime(folder, threads or usable_threads(), fingerprint)
+    for part in ("body", "head"):
+        backend.session(part)
+    return backend
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxHead:
+    """The exported head: `head.Head` over numpy, without an index."""
+
+    backend: OnnxRuntime
+
+    def step(self, hidden: np.ndarray) -> Step:
+        return Step(*self.backend.session("head").run(STEP, {"hidden_states": single(hidden)}))
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        return self.step_with_logits(hidden)[1]
+
+    def step_with_logits(self, hidden: np.ndarray) -> tuple[Step, np.ndarray]:
+        *step, logits = self.backend.session("head_logits").run((*STEP, "logits"), {"hidden_states": single(hidden)})
+        return Step(*step), logits
+
+    def exact_logits(self, hidden: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        session, h = self.backend.session("rescore"), single(hidden)
+        parts = np.array_split(np.ascontiguousarray(tokens, np.int64), max(1, -(-len(tokens) // TOKENS_AT_ONCE)))
+        found = [session.run(("logits",), {"hidden_states": h, "tokens": part})[0] for part in parts if len(part)]
+        return np.concatenate(found, 1) if found else np.empty((len(h), 0), np.float32)
+
+
+def single(hidden: np.ndarray) -> np.ndarray:
+    """Hidden states [N, d] as the models take them."""
+    return np.ascontiguousarray(hidden, np.float32)

@@ -1,0 +1,65 @@
+"""ONNX Runtime's sessions: how they are opened, and what their failures mean."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashhead_edge.errors import CheckpointError, EngineError
+from flashhead_edge.jetson.folder import AGAIN
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+WORKS = "1.23.2 and 1.32.0 work"  # the versions of ONNX Runtime that tests run
+TOO_OLD = ("not a registered function/op", "IR version", "opset", "NOT_IMPLEMENTED", "domain_version")  # in what it says of a model it does not know
+
+
+def usable_threads() -> int:
+    """CPUs that this process is bound to where that is fewer than there are; else 0, with which ONNX Runtime takes one thread for each physical core."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return bound if bound < (os.cpu_count() or 1) else 0
+
+
+def open_model(path: Path, threads: int) -> InferenceSession:
+    """An ONNX model as a session on the CPU.
+
+    Raises:
+        CheckpointError: the file or its external data is damaged.
+        EngineError: ONNX Runtime is missing or does not know the model's operators.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(f"onnxruntime is not installed, expected it to run {path.name} ({WORKS}); pip install 'flashhead-edge[onnx]'") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors: they come as exceptions as well, warnings are about graphs that nobody can change here
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # body and head take turns: one must not spin while the other works
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except runtime_errors() as error:
+        text, version = str(error), onnxruntime.__version__
+        reason = short(error)
+        if "xternal" in text:
+            raise CheckpointError(f"{path}: its external data is missing or cut off ({reason}); restore the .data files beside it, or {AGAIN}") from error
+        if any(mark in text for mark in TOO_OLD):
+            raise EngineError(f"{path}: ONNX Runtime {version} does not know what the model needs ({reason}), expected a newer one: {WORKS}") from error
+        raise CheckpointError(f"{path}: ONNX Runtime {version} cannot read the model ({reason}); restore the file, or {AGAIN}") from error
+
+
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: its classes have no common base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+def short(error: Exception) -> str:
+    """What ONNX Runtime says, without its codes and its own source lines."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"\S*/?\w+\.(cc|h):\d+ .*?\) ", "", text)
+    return text[:300].rstrip(" .")
