@@ -21,7 +21,7 @@ from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.generation import Engine, exact_stream, generate, load_engine, stream
 from flashhead_edge.generation.engine import Body
-from flashhead_edge.generation.text import Detokenizer
+from flashhead_edge.generation.text import Detokenizer, StopStrings
 from flashhead_edge.reference import dense_logits, dense_tokens, torch_head
 
 PROMPT = [1, 17, 90, 5, 33, 128, 64]
@@ -338,6 +338,21 @@ def test_broken_bytes_come_out_at_the_end_at_the_latest(ids):
     assert text.replace("\ufffd", "") == Bytes().decode(ids, True, False).replace("\ufffd", "")
 
 
+@settings(deadline=None, max_examples=300)
+@given(pieces=st.lists(st.text("ab\n", max_size=4), max_size=12), stops=st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_a_text_ends_before_its_first_stop_string_however_it_is_cut(pieces, stops):
+    """Nothing of a stop string comes out, nothing that is none is kept back; which of two wins is where it begins."""
+    text, ends, out = "".join(pieces), StopStrings(stops), []
+    for piece in pieces:
+        out.append(ends.push(piece))
+        if ends.found:
+            break
+    said = "".join(out) + ends.finish()
+    read = "".join(pieces[: len(out)])  # a piece that completes one stop string may hold the start of an earlier, longer one
+    assert ends.found == any(s in text for s in stops)
+    assert said == (read[: min(read.find(s) for s in stops if s in read)] if ends.found else text)
+
+
 def word_tokenizer():
     """A real fast tokenizer, words with a leading space as sentencepiece has them, and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -363,6 +378,45 @@ def test_generate_goes_from_text_to_text():
     parts = [t.text for t in stream(engine, tokenizer("w1 w2 w3")["input_ids"], 20)]
     assert "".join(parts) == text
     assert len([p for p in parts if p]) > 15
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_stop_strings_end_the_text_and_the_work(exact):
+    """In the middle of a piece, over two pieces; what would have come later is not run."""
+    model, tokenizer = small_model("llama"), word_tokenizer()
+    engine, calls = engine_of(model, tokenizer=tokenizer), []
+    ids = tokenizer("w1 w2 w3")["input_ids"]
+    whole = [t.text for t in stream(engine, ids, 20)]
+    text = "".join(whole)
+    model.register_forward_pre_hook(lambda m, a, k: calls.append(1), with_kwargs=True)
+    for stop in (whole[8][1:], (whole[7] + whole[8])[2:-1]):
+        calls.clear()
+        said, summary = generate(engine, "w1 w2 w3", 20, exact=exact, chat=False, stop_strings=["never", stop])
+        assert said == text[: text.index(stop)]
+        assert summary.stopped == "stop string"
+        assert summary.tokens == next(n for n in range(1, 21) if stop in "".join(whole[:n]))
+        assert exact or len(calls) == summary.tokens
+    said, summary = generate(engine, "w1 w2 w3", 20, exact=exact, chat=False, stop_strings=["never", text[-1] + "and more"])
+    assert (said, summary.stopped) == (text, "max_new_tokens")  # what might have become one comes out at the end
+    for wrong in ("w1", [""], [3]):
+        with pytest.raises(SettingsError, match="expected a list of texts that are not empty"):
+            generate(engine, "w1", 20, chat=False, stop_strings=wrong)
+    with pytest.raises(SettingsError, match="expected one for stop strings"):
+        stream(engine_of(model), ids, 20, stop_strings=["a"])
+
+
+def test_a_template_that_refuses_is_one_sentence():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('only users speak') }}"
+    with pytest.raises(SettingsError, match=r"the chat template refuses the messages \(only users speak\)"):
+        generate(engine_of(small_model("llama"), tokenizer=tokenizer), "w4", 8)
+
+
+def test_the_loop_loads_no_torch():
+    """In a fresh process: what a machine without torch imports."""
+    code = "import sys, flashhead_edge.generation, flashhead_edge.jetson.engine, flashhead_edge.jetson.onnxruntime_backend\n"
+    code += "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_chats_go_through_the_template():

@@ -12,7 +12,7 @@ import click
 
 from flashhead_edge.cli.common import answer_only, common_options, folder_argument, json_option, plain, write_json
 from flashhead_edge.cli.display import shown_progress
-from flashhead_edge.cli.sampling import generation_options, take_sampling
+from flashhead_edge.cli.sampling import answer, generation_options, open_engine, take_sampling
 from flashhead_edge.errors import SettingsError
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
@@ -24,10 +24,8 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an
 @generation_options
 @json_option
 @common_options
-def chat(
-    out: Path, system: str | None, max_new_tokens: int, exact: bool, torch_device: str | None, trust_remote_code: bool, as_json: bool, **options: Any
-) -> None:
-    """Talk with the checkpoint OUT in its chat template. Answers stream to stdout.
+def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, stop_strings: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Talk with OUT, a checkpoint or a folder of `flashhead export onnx`, in its chat template. Answers stream to stdout.
 
     /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. With --json all conversations are
     printed as one document at the end, and answers stream to stderr.
@@ -38,9 +36,9 @@ def chat(
     conversations = [messages]
     with answer_only() as stdout:
         with shown_progress("loading"):
-            from flashhead_edge.generation import exact_stream, load_engine, prompt_ids, stream
+            from flashhead_edge.generation import prompt_ids
 
-            engine = load_engine(out, torch_device, trust_remote_code=trust_remote_code)
+            engine = open_engine(out, options)
         answers = sys.stderr if as_json else stdout
         click.echo(HELP, err=True)
         while (line := _read(stdout)) not in (None, "/exit"):
@@ -55,7 +53,7 @@ def chat(
                 messages.append({"role": "user", "content": line})
                 try:
                     ids = prompt_ids(engine, messages)
-                    run = exact_stream(engine, ids, max_new_tokens) if exact else stream(engine, ids, max_new_tokens, sampling)
+                    run = answer(engine, ids, max_new_tokens, sampling, exact, stop_strings)
                 except SettingsError as error:  # too long: the conversation goes on without the message
                     messages.pop()
                     click.echo(f"flashhead: {error}", err=True)

@@ -9,7 +9,7 @@ import click
 
 from flashhead_edge.cli.common import answer_only, common_options, figures, folder_argument, json_option, plain, write_json
 from flashhead_edge.cli.display import shown_progress
-from flashhead_edge.cli.sampling import generation_options, take_sampling
+from flashhead_edge.cli.sampling import answer, generation_options, open_engine, take_sampling
 
 EXACT_FIGURES = ("exact", "rounds", "missed", "repeated_steps", "repeated_share")  # that say nothing without --exact
 
@@ -27,22 +27,21 @@ def generate(
     chat: bool | None,
     max_new_tokens: int,
     exact: bool,
-    torch_device: str | None,
-    trust_remote_code: bool,
+    stop_strings: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer a prompt with the checkpoint OUT. The answer alone goes to stdout, figures to stderr."""
+    """Answer a prompt with OUT, a checkpoint or a folder of `flashhead export onnx`. The answer alone goes to stdout, figures to stderr."""
     sampling = take_sampling(options, exact)
     with answer_only() as stdout:
         pieces = []
         live = stdout.isatty() and not as_json
         with shown_progress("loading") as progress:
-            from flashhead_edge.generation import exact_stream, load_engine, prompt_ids, stream
+            from flashhead_edge.generation import prompt_ids
 
-            engine = load_engine(out, torch_device, trust_remote_code=trust_remote_code)
+            engine = open_engine(out, options)
             ids = prompt_ids(engine, prompt, chat)
-            run = exact_stream(engine, ids, max_new_tokens) if exact else stream(engine, ids, max_new_tokens, sampling)
+            run = answer(engine, ids, max_new_tokens, sampling, exact, stop_strings)
             if not live:
                 for n, token in enumerate(run, 1):
                     pieces.append(token.text)

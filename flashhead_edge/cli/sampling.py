@@ -1,8 +1,10 @@
-"""The options of `generate` and `chat`: how tokens are chosen, and where the model runs."""
+"""The options of `generate` and `chat`: how tokens are chosen, what computes them, and where."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -20,7 +22,16 @@ OPTIONS = (
     click.option("--frequency-penalty", type=float, default=0.0, show_default=True, help="For each time the answer holds the token; 0 is off."),
     click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same answer."),
     click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Tokens of an answer at most."),
+    click.option("--stop", "stop_strings", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable."),
     click.option("--exact", is_flag=True, help="The dense head's greedy text, token for token, verified in blocks."),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "torch", "onnxruntime"]),
+        default="auto",
+        show_default=True,
+        help="torch for a checkpoint, onnxruntime for a folder of `flashhead export onnx`; auto sees which it is.",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one for each core]"),
     click.option("--torch-device", metavar="NAME", help="Where the model runs: cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along."),
 )
@@ -41,3 +52,39 @@ def take_sampling(options: dict[str, Any], exact: bool) -> Any:
     if exact and sampling != Sampling(seed=sampling.seed):
         raise click.UsageError("--exact is the dense head's greedy text: leave out the sampling options.")
     return sampling
+
+
+def open_engine(out: Path, options: dict[str, Any]) -> Any:
+    """Take the options that say what computes out of `options`: a `generation.TextEngine` of a checkpoint or of an exported folder."""
+    from flashhead_edge.jetson import is_exported
+
+    backend, threads, device, trust = (options.pop(name) for name in ("backend", "threads", "torch_device", "trust_remote_code"))
+    exported = is_exported(out)
+    if backend == "torch" and exported:
+        raise click.UsageError(f"{out} is exported to ONNX, which --backend onnxruntime runs: leave --backend out, or give the checkpoint.")
+    if backend == "onnxruntime" and not exported:
+        raise click.UsageError(f"{out} is not exported to ONNX, as --backend onnxruntime needs it: run flashhead export onnx {out} FOLDER, and give FOLDER.")
+    if exported:
+        if device or trust:
+            raise click.UsageError("--torch-device and --trust-remote-code are for checkpoints: leave them out for a folder that is exported to ONNX.")
+        from flashhead_edge.jetson import open_engine as open_exported
+
+        return open_exported(out, threads=threads)
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing and out.is_dir():
+        raise click.ClickException(
+            f"{out} is a checkpoint, which needs {' and '.join(missing)}: pip install 'flashhead-edge[torch]', "
+            "or give a folder that flashhead export onnx wrote, which needs none of it"
+        )
+    from flashhead_edge.generation import load_engine
+
+    return load_engine(out, device, threads, trust_remote_code=trust)
+
+
+def answer(engine: Any, ids: list[int], max_new_tokens: int, sampling: Any, exact: bool, stop_strings: tuple[str, ...]) -> Any:
+    """The answer to a prompt: a `generation.Stream`."""
+    from flashhead_edge.generation import exact_stream, stream
+
+    if exact:
+        return exact_stream(engine, ids, max_new_tokens, stop_strings=stop_strings)
+    return stream(engine, ids, max_new_tokens, sampling, stop_strings=stop_strings)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flashhead_edge.capture import check_finite
 from flashhead_edge.costs import bytes_per_step
-from flashhead_edge.errors import SettingsError
+from flashhead_edge.errors import CheckpointError, SettingsError
 from flashhead_edge.exact import Record
 from flashhead_edge.head import Step
 from flashhead_edge.integrations.hf import head_on_device, output_head
@@ -123,6 +123,8 @@ def load_engine(
             raise SettingsError(f"generate: threads is {threads}, expected 1 or more; call again with another value")
         torch.set_num_threads(threads)
     folder = Path(folder)
+    if (folder / "body.onnx").is_file():
+        raise CheckpointError(f"{folder}: the folder is exported to ONNX, expected a checkpoint; open it with flashhead_edge.jetson.open_engine")
     weights = read_head(open_source(folder, trust_remote_code=trust_remote_code))
     index = read_index(folder, weights)
     if dtype is None and torch.device(device).type != "cpu":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flashhead_edge.errors import SettingsError
+from flashhead_edge.errors import SettingsError, first_line
 
 if TYPE_CHECKING:
     from flashhead_edge.generation.protocols import TextEngine
@@ -113,7 +113,12 @@ def prompt_ids(engine: TextEngine, prompt: str | Sequence[Mapping[str, str]], ch
         raise SettingsError("generate: the tokenizer has no chat template, expected one for a chat; give a plain text")
     if messages or chat or (chat is None and template):
         turns = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        from jinja2 import TemplateError
+
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise SettingsError(f"generate: the chat template refuses the messages ({first_line(error)}), expected what it is made for; change them") from error
         return list(tokenizer(_checked(text), add_special_tokens=False)["input_ids"])
     return list(tokenizer(_checked(prompt))["input_ids"])
 
