@@ -1,0 +1,155 @@
+"""Products with weights: coded ones by DequantizeLinear, 16-bit storage, 16-bit arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from flashhead_edge.errors import ExportError
+from flashhead_edge.export.graph import Ops
+from flashhead_edge.export.passes.lowering import Rule
+
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+SIGNED = {4: (ir.DataType.INT4, ml_dtypes.int4), 8: (ir.DataType.INT8, np.int8)}
+UNSIGNED = {4: (ir.DataType.UINT4, ml_dtypes.uint4), 8: (ir.DataType.UINT8, np.uint8)}
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """The weights of a MatMulNBits: codes [N, groups, bytes], the first of a byte in its low bits."""
+
+    name: str
+    n: int
+    k: int
+    bits: int
+    group: int
+    codes: ir.TensorProtocol
+    scales: ir.TensorProtocol  # [N, groups] float32
+    zeros: ir.TensorProtocol | None  # [N, groups] packed like the codes; None: half the range
+
+    @property
+    def groups(self) -> int:
+        return -(-self.k // self.group)
+
+    def unpacked(self) -> np.ndarray:
+        """Codes [K, N] uint8: inputs before outputs, as a product's second operand lies."""
+        return np.ascontiguousarray(_fields(self.codes.numpy().reshape(self.n, -1), self.bits)[:, : self.k].T)
+
+    def unpacked_zeros(self) -> np.ndarray:
+        """Zero points [groups, N] uint8."""
+        if self.zeros is None:
+            return np.full((self.groups, self.n), 2 ** (self.bits - 1), np.uint8)
+        return np.ascontiguousarray(_fields(self.zeros.numpy().reshape(self.n, -1), self.bits)[:, : self.groups].T)
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zeros is None or bool((self.unpacked_zeros() == 2 ** (self.bits - 1)).all())
+
+
+def _fields(data: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes [N, b] as codes [N, b * 8 / bits]."""
+    if bits == 8:
+        return data
+    return np.stack([data & 15, data >> 4], axis=-1).reshape(len(data), -1)
+
+
+def coded_weights(node: ir.Node) -> Coded:
+    """Read a MatMulNBits node.
+
+    Raises:
+        ExportError: its columns are in another order (g_idx), its zero points are floats, or it has codes of another width.
+    """
+    at = node.attributes
+    bits = at.get_int("bits", 4)
+    values = [None if v is None else v.const_value for v in node.inputs[1:5]] + [None] * 4
+    codes, scales, zeros, order = values[:4]
+    if codes is None or scales is None or bits not in SIGNED or order is not None or (zeros is not None and zeros.dtype != ir.DataType.UINT8):
+        found = f"{bits}-bit codes" + (", columns in another order" if order is not None else "") + ("" if zeros is None else f", zero points of {zeros.dtype}")
+        raise ExportError(
+            f"{node.name}: {found}, expected codes of 4 or 8 bits in the order of the columns; use the onnxruntime dialect, or an unquantised checkpoint"
+        )
+    return Coded(node.name or "MatMulNBits", at.get_int("N"), at.get_int("K"), bits, at.get_int("block_size"), codes, scales, zeros)
+
+
+def lazy(name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray]) -> ir.Value:
+    """An initializer whose array is made when it is written: one at a time is in memory."""
+    tensor = ir.LazyTensor(lambda: ir.Tensor(make(), dtype=dtype, name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+
+
+def _declare(node: ir.Node, value: ir.Value) -> ir.Value:
+    assert node.graph is not None and value.name is not None
+    node.graph.initializers[value.name] = value
+    return value
+
+
+def _half(array: np.ndarray, name: str) -> np.ndarray:
+    """float32 as float16.
+
+    Raises:
+        ExportError: a value is too large for it.
+    """
+    with np.errstate(over="ignore"):
+        small = array.astype(np.float16)
+    if not np.isfinite(small).all():
+        raise ExportError(f"{name} has values up to {np.abs(array).max():.3g}, expected at most 65504, which fp16 holds; export a body of fp32, int8 or int4")
+    return small
+
+
+def _product(op: Ops, x: ir.Value, w: ir.Value, half: bool) -> ir.Value:
+    """x @ w, in 16 bits where w is."""
+    if not half:
+        return op.MatMul(x, w)  # type: ignore[no-any-return]
+    return op.Cast(op.MatMul(op.Cast(x, to=HALF), w), to=FLOAT)  # type: ignore[no-any-return]
+
+
+def dequantised_product(*, half: bool, symmetric: bool) -> Rule:
+    """MatMulNBits as DequantizeLinear in blocks along the inputs, and MatMul.
+
+    Args:
+        half: scales and product in float16.
+        symmetric: allow no zero points, and no last group that is not full.
+    """
+
+    def rule(op: Ops, node: ir.Node) -> list[ir.Value | None]:
+        c = coded_weights(node)
+        signed = c.symmetric
+        if symmetric and not signed:
+            raise ExportError(f"{c.name}: codes with zero points, expected symmetric ones, as TensorRT takes them; use the portable or the onnxruntime dialect")
+        if symmetric and c.k % c.group:
+            raise ExportError(f"{c.name}: groups of {c.group} in {c.k} inputs, expected a divisor, as TensorRT takes it; pass a smaller --group")
+        base = str(node.inputs[1].name)  # type: ignore[union-attr]
+        dtype, item = (SIGNED if signed else UNSIGNED)[c.bits]
+        middle = 2 ** (c.bits - 1) if signed else 0
+        codes = lazy(f"{base}.codes", dtype, (c.k, c.n), lambda: (c.unpacked().astype(np.int16) - middle).astype(item))
+        number, kind = (np.float16, HALF) if half else (np.float32, FLOAT)
+        grid = c.scales.numpy().reshape(c.n, c.groups)
+        scales = lazy(f"{base}.scales", kind, (c.groups, c.n), lambda: np.ascontiguousarray(grid.T).astype(number))
+        inputs = [_declare(node, codes), _declare(node, scales)]
+        if not signed:
+            inputs.append(_declare(node, lazy(f"{base}.zeros", dtype, (c.groups, c.n), lambda: c.unpacked_zeros().astype(item))))
+        x = node.inputs[0]
+        assert x is not None
+        y = _product(op, x, op.DequantizeLinear(*inputs, axis=0, block_size=c.group), half)
+        bias = node.inputs[5] if len(node.inputs) > 5 else None
+        return [y if bias is None else op.Add(y, bias)]
+
+    return rule
+
+
+def half_product(*, half: bool) -> Rule:
+    """MatMul with weights in float16, multiplied in 16 bits (`half`) or made float32 in the graph."""
+
+    def rule(op: Ops, node: ir.Node) -> list[ir.Value | None]:
+        x, w = node.inputs
+        if x is None or w is None or w.const_value is None or w.dtype != FLOAT:
+            return [op.MatMul(x, w)]
+        tensor, name = w.const_value, f"{w.name}.half"
+        small = _declare(node, lazy(name, HALF, [int(n) for n in tensor.shape], lambda: _half(tensor.numpy(), name)))
+        return [_product(op, x, small if half else op.Cast(small, to=FLOAT), half)]
+
+    return rule
