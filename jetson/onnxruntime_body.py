@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,12 +40,15 @@ class OnnxBody:
         self.length = 0  # positions that are filled
         self.shapes = {i.name: cache_shape(i, settings) for i in session.get_inputs() if PAST.fullmatch(i.name)}
         self.cache: dict[str, Any] = {}  # by the name of the input, an OrtValue each
-        self.ones = np.ones(0, np.int64)  # the attention mask; its memory is bound, so it must live
-        self.has_positions = any(i.name == "position_ids" for i in session.get_inputs())
-        if self.in_place:
-            self._grow(FIRST_CAPACITY)
-        else:
-            self.ones = np.ones(FIRST_CAPACITY, np.int64)
+        self.bound = 0  # tokens of the step whose arrays are bound: they must live as long as the binding
+        self.ids: np.ndarray = np.empty((1, 0), np.int64)
+        self.hidden: np.ndarray = np.empty((1, 0, settings.hidden_size), np.float32)
+        self.positions = np.empty((1, 0), np.int64) if any(i.name == "position_ids" for i in session.get_inputs()) else None
+        self._bind_step(0)
+        self._grow(FIRST_CAPACITY)
+        if not self.in_place:
+            for name in self.shapes:
+                self.binding.bind_output(present(name))
             self._bind_past({name: np.empty((1, heads, 0, size), dtype) for name, (heads, size, dtype) in self.shapes.items()})
 
     def feed(self, ids: Sequence[int]) -> np.ndarray:
@@ -58,8 +62,8 @@ class OnnxBody:
         if limit is not None and self.length + len(ids) > limit:
             raise EngineError(f"body: the text has {self.length + len(ids)} tokens, expected at most the model's {limit} positions; shorten it")
         for at in range(0, len(ids), PROMPT_BLOCK):
-            hidden = self._run(np.array([ids[at : at + PROMPT_BLOCK]], np.int64))
-        if not np.isfinite(hidden).all():
+            hidden = self._run(ids[at : at + PROMPT_BLOCK])
+        if not math.isfinite(hidden.sum()):  # one call; a number that is none makes the sum none
             raise CheckpointError("hidden states: NaN or infinity found, expected finite values; the model's weights are damaged: export the model again")
         return hidden
 
@@ -76,20 +80,20 @@ class OnnxBody:
             self._bind_past({name: np.ascontiguousarray(value.numpy()[:, :, :kept]) for name, value in self.cache.items()})
         self.length = kept
 
-    def _run(self, ids: np.ndarray) -> np.ndarray:
-        """Feed tokens [1, S]: hidden state of the last one, [1, d]."""
-        n, total = ids.shape[1], self.length + ids.shape[1]
+    def _run(self, ids: Sequence[int]) -> np.ndarray:
+        """Feed some tokens: hidden state of the last one, [1, d].
+
+        A step of one token reads all weights of the model, so that Python finds its own code and data out of the caches: every call
+        that is not made counts. What such a step reads and writes is bound once, and only the attention mask anew.
+        """
+        n, total, bind = len(ids), self.length + len(ids), self.binding
         self._make_room(total)
-        bind, hidden = self.binding, np.empty((1, n, self.settings.hidden_size), np.float32)
-        bind.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
-        bind.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self.ones.ctypes.data)
-        if self.has_positions:
-            positions = np.arange(self.length, total)[None]
-            bind.bind_input("position_ids", "cpu", 0, np.int64, positions.shape, positions.ctypes.data)
-        bind.bind_output("hidden_states", "cpu", 0, np.float32, hidden.shape, hidden.ctypes.data)
-        if not self.in_place:
-            for name in self.shapes:
-                bind.bind_output(present(name))  # made anew by every run
+        if n != self.bound:
+            self._bind_step(n)
+        self.ids[0, :] = ids
+        if self.positions is not None:
+            self.positions[0, :] = range(self.length, total)
+        bind.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self.mask_pointer)
         try:
             self.session.run_with_iobinding(bind)
         except runtime_errors() as error:
@@ -98,8 +102,19 @@ class OnnxBody:
             self.cache = dict(zip(self.shapes, bind.get_outputs()[1:]))  # in the order in which they were first bound, behind the hidden states
             for name, value in self.cache.items():
                 bind.bind_ortvalue_input(name, value)
+                bind.bind_output(present(name))  # made anew by the next run
         self.length = total
-        return hidden[0, -1:] if n == 1 else hidden[0, -1:].copy()
+        return self.hidden[0, -1:].copy()
+
+    def _bind_step(self, n: int) -> None:
+        """Make and bind what a step of `n` tokens reads and writes beside the cache."""
+        bind, self.bound = self.binding, n
+        self.ids, self.hidden = np.empty((1, n), np.int64), np.empty((1, n, self.settings.hidden_size), np.float32)
+        bind.bind_input("input_ids", "cpu", 0, np.int64, self.ids.shape, self.ids.ctypes.data)
+        bind.bind_output("hidden_states", "cpu", 0, np.float32, self.hidden.shape, self.hidden.ctypes.data)
+        if self.positions is not None:
+            self.positions = np.empty((1, n), np.int64)
+            bind.bind_input("position_ids", "cpu", 0, np.int64, self.positions.shape, self.positions.ctypes.data)
 
     def _make_room(self, total: int) -> None:
         if total > len(self.ones):
@@ -110,7 +125,8 @@ class OnnxBody:
 
     def _grow(self, capacity: int) -> None:
         """Make the cache `capacity` positions long; what it holds stays."""
-        self.ones = np.ones(capacity, np.int64)
+        self.ones: np.ndarray = np.ones(capacity, np.int64)  # the attention mask
+        self.mask_pointer = self.ones.ctypes.data
         if not self.in_place:
             return
         from onnxruntime import OrtValue
