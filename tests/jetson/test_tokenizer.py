@@ -33,7 +33,8 @@ TEMPLATES = {
     ),
     "json, loops, generation": (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
-        "{% set ns.n = ns.n + 1 %}{{ m | tojson }}{% generation %}{{ m.content }}{% endgeneration %}{{ dict(a=ns.n) | tojson(indent=2) }}{% if ns.n > 1 %}{% break %}{% endif %}{% endfor %}"
+        "{% set ns.n = ns.n + 1 %}{{ m | tojson }}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{{ dict(a=ns.n) | tojson(indent=2) }}{% if ns.n > 1 %}{% break %}{% endif %}{% endfor %}"
     ),
 }
 
