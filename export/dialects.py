@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-
 from flashhead_edge.export.graph import Ops, opset
 
 OPSET = 21  # the lowest with 4-bit integers, and the highest that ONNX Runtime 1.23 and TensorRT 10.3 read

@@ -27,7 +27,7 @@ class Ops:
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
         self.weights: dict[str, ir.Value] = {}
-        self.arrays: dict[str, np.ndarray] = {}
+        self.arrays: dict[str, np.ndarray | ir.TensorProtocol] = {}
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         if not op_type[0].isupper():
@@ -50,11 +50,12 @@ class Ops:
         """A shape, axes or the like: [n] int64."""
         return self.const(list(values), np.int64)
 
-    def weight(self, name: str, array: np.ndarray) -> ir.Value:
+    def weight(self, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
         """An array of the head: an input of the function, an initializer of the graph that calls it. Declared twice, it is one."""
         if name not in self.weights:
             self.arrays[name] = array
-            self.weights[name] = ir.val(name, dtype=ir.tensor(array[:0]).dtype, shape=array.shape)
+            dtype = ir.tensor(array[:0]).dtype if isinstance(array, np.ndarray) else array.dtype
+            self.weights[name] = ir.val(name, dtype=dtype, shape=tuple(array.shape))
         return self.weights[name]
 
     def rename(self, prefix: str) -> None:
@@ -70,13 +71,13 @@ class Function:
     """An ONNX function, and the arrays that its caller must hand it after its own inputs."""
 
     ir: ir.Function
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray | ir.TensorProtocol]
     outputs: tuple[str, ...]
 
 
 def opset(version: int, *domains: str) -> dict[str, int]:
     """Opset imports: ai.onnx at `version`, others at 1."""
-    return {"": version} | {d: 1 for d in domains}
+    return {"": version} | dict.fromkeys(domains, 1)
 
 
 def function(name: str, inputs: Sequence[str], body: Callable[..., dict[str, ir.Value]], imports: dict[str, int], doc: str) -> Function:
@@ -85,7 +86,8 @@ def function(name: str, inputs: Sequence[str], body: Callable[..., dict[str, ir.
     values = [ir.val(i) for i in inputs]
     outputs = body(ops, *values)
     for key, value in list(outputs.items()):
-        if value.producer() is None:  # an input handed through: a function's output needs a node
+        again = any(value is other for name, other in outputs.items() if name != key)
+        if value.producer() is None or again:  # each output of a function needs a node of its own
             outputs[key] = ops.Identity(value)
     for key, value in outputs.items():
         value.name = key
@@ -106,8 +108,7 @@ class Main:
     def initializer(self, name: str, array: Any) -> ir.Value:
         """A tensor of the graph; the same name is the same tensor."""
         if name not in self.initializers:
-            tensor = array if isinstance(array, ir.TensorProtocol) else ir.tensor(np.ascontiguousarray(array))
-            tensor.name = name
+            tensor = ir.tensor(np.ascontiguousarray(array), name=name) if isinstance(array, np.ndarray) else array
             self.initializers[name] = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         return self.initializers[name]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-
 from flashhead_edge.export.arrays import Grid, grid
 from flashhead_edge.export.dialects import Dialect, Selected
 from flashhead_edge.export.graph import Function, Ops, function
+
 from flashhead_edge.index import Gate, HeadIndex, own_error, slot_of_token
 from flashhead_edge.reference import BELOW
 
@@ -147,9 +147,10 @@ def score(
                 if code.scale is not None:
                     more = op.Mul(more, op.Squeeze(scale, op.ints(2)))
                 scores = op.Add(scores, more)
-                latest = (
-                    scores if place is None else op.ScatterElements(latest, place, op.Where(real, scores, op.GatherElements(latest, place, axis=1)), axis=1)
-                )
+                if place is None:  # all stand where they stood
+                    latest = op.Where(real, scores, latest)
+                else:
+                    latest = op.ScatterElements(latest, place, op.Where(real, scores, op.GatherElements(latest, place, axis=1)), axis=1)
             best = op.ReduceMax(op.Where(real, scores, op.const(np.float32(-3e38))), op.ints(1), keepdims=1)
             gap = op.Mul(op.Sub(best, scores), nearness)
             chosen = dialect.select(op, gap, _bound(op, unit, stage.gate), real, stage.gate.cap, width)

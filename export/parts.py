@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-
 from flashhead_edge.export.dialects import Dialect
-from flashhead_edge.export.graph import Function, Main, Ops
+from flashhead_edge.export.graph import DOMAIN, DOMAIN_VERSION, Function, Main, Ops
 from flashhead_edge.export.head import HeadFunctions
+
 from flashhead_edge.index import HeadIndex
 
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 STAGES = ("probe", "score", "rescore", "decode")
+# of the stages' outputs: type, and what the second axis counts; nothing where there is one axis alone
+STAGE_OUTPUTS: dict[str, tuple[ir.DataType, str]] = {
+    "z": (FLOAT, "r"), "unit": (FLOAT, "one"), "clusters": (FLOAT, "K"), "opened": (INT64, "P"), "opened_valid": (BOOL, "P"), "kept": (BOOL, "K"),
+    "opened_count": (FLOAT, ""), "probe_capped": (BOOL, ""), "scored_tokens": (INT64, "S"), "scores": (FLOAT, "S"), "scored": (BOOL, "S"),
+    "tokens": (INT64, "W"), "valid": (BOOL, "W"), "scored_counts": (INT64, "codes"), "scored_capped": (BOOL, ""), "logits": (FLOAT, "W"),
+    "token": (INT64, ""), "candidate_ids": (INT64, "W"), "candidate_logits": (FLOAT, "W"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +80,64 @@ def rescore_model(f: HeadFunctions, index: HeadIndex, dialect: Dialect, metadata
     return main.model("rescore", [hidden, tokens], [_named(main.ops, "logits", logits, FLOAT, "N", "M")], dialect.imports, metadata)
 
 
-def stage_model(name: str, f: Function, inputs: dict[str, tuple[ir.DataType, tuple[Any, ...]]], dialect: Dialect, metadata: dict[str, str]) -> ir.Model:
-    """One function alone: its own inputs by type and shape, its arrays as initializers."""
+def whole_decoder(body: ir.Model, f: HeadFunctions, index: HeadIndex, scale: float, softcap: float | None, metadata: dict[str, str]) -> ir.Model:
+    """The body with its head: the last position's logits [B, 1, V] float32, scaled and capped as the model does, beside the cache."""
+    model = body.clone()
+    graph, main = model.graph, Main()
+    op = main.ops
+    hidden = next(v for v in graph.outputs if v.name == "hidden_states")
+    last = op.Reshape(op.Slice(hidden, op.ints(-1), op.ints(2**62), op.ints(1)), op.ints(-1, index.hidden_size))
+    logits = add_head(main, last, f, index, logits=True).logits
+    assert logits is not None
+    if scale != 1.0:
+        logits = op.Mul(logits, op.const(scale))
+    if softcap is not None:
+        logits = op.Mul(op.Tanh(op.Div(logits, op.const(softcap))), op.const(softcap))
+    logits = op.Reshape(logits, op.ints(-1, 1, index.vocab_size))
+    for node in op.nodes:
+        if node.domain == "":
+            node.name = f"head/{node.name}"
+            for value in node.outputs:
+                value.name = f"head/{value.name}"
+    logits.name, logits.dtype, logits.shape = "logits", FLOAT, ir.Shape(("batch_size", 1, index.vocab_size))
+    graph.extend(op.nodes)
+    for name, value in main.initializers.items():
+        graph.initializers.setdefault(name, value)
+        if graph.initializers[name] is not value:  # the embedding of a tied model
+            value.replace_all_uses_with(graph.initializers[name])
+    graph.outputs[:] = [logits, *(v for v in graph.outputs if v is not hidden)]
+    for function in main.functions.values():
+        model.functions[function.identifier()] = function
+    graph.opset_imports[DOMAIN] = DOMAIN_VERSION
+    model.metadata_props.update(metadata)
+    return model
+
+
+def stage_models(f: HeadFunctions, index: HeadIndex, dialect: Dialect, metadata: dict[str, str]) -> dict[str, ir.Model]:
+    """Each stage alone: its function's own inputs and outputs."""
+    z = ("N", index.hidden_size if index.rotation is None else index.rotation.columns + 1)
+    items = {"tokens": (INT64, ("N", "W")), "logits": (FLOAT, ("N", "W")), "valid": (BOOL, ("N", "W"))}
+    inputs: dict[str, dict[str, tuple[ir.DataType, tuple[Any, ...]]]] = {
+        "probe": {"hidden_states": (FLOAT, ("N", index.hidden_size))},
+        "score": {
+            "z": (FLOAT, z), "unit": (FLOAT, ("N", 1)), "clusters": (FLOAT, ("N", index.n_clusters)), "opened": (INT64, ("N", "P")),
+            "opened_valid": (BOOL, ("N", "P")), "kept": (BOOL, ("N", index.n_clusters)),
+        },
+        "rescore": {"hidden_states": (FLOAT, ("N", index.hidden_size)), "tokens": (INT64, ("N", "W"))},
+        "decode": items,
+    }  # fmt: skip
+    return {name: _stage_model(name, getattr(f, name), inputs[name], dialect, metadata) for name in STAGES}
+
+
+def _stage_model(name: str, f: Function, inputs: dict[str, tuple[ir.DataType, tuple[Any, ...]]], dialect: Dialect, metadata: dict[str, str]) -> ir.Model:
     main = Main()
     values = {n: ir.val(n, dtype=dtype, shape=shape) for n, (dtype, shape) in inputs.items()}
     found = main.call(f, *values.values())
-    outputs = [main.ops.Identity(value) for value in found.values()]
-    for key, value in zip(found, outputs):
-        value.name = key
-    return main.model(name, list(values.values()), outputs, dialect.imports, metadata)
+    outputs = []
+    for key, value in found.items():
+        dtype, second = STAGE_OUTPUTS[key]
+        outputs.append(_named(main.ops, key, value, dtype, "N", *([second] if second else [])))
+    return main.model(name, list(values.values()), outputs, dialect.imports, metadata | {"flashhead.part": name})
 
 
 def _named(op: Ops, name: str, value: ir.Value, dtype: ir.DataType, *shape: Any) -> ir.Value:
@@ -90,14 +145,3 @@ def _named(op: Ops, name: str, value: ir.Value, dtype: ir.DataType, *shape: Any)
     out = op.Identity(value)
     out.name, out.dtype, out.shape = name, dtype, ir.Shape(shape)
     return out  # type: ignore[no-any-return]
-
-
-def as_array(weight: Any) -> np.ndarray:
-    """A torch matrix in its own type as numpy knows it: bfloat16 through its bits."""
-    import ml_dtypes
-    import torch
-
-    weight = weight.detach().cpu().contiguous()
-    if weight.dtype == torch.bfloat16:
-        return weight.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return weight.numpy()  # type: ignore[no-any-return]
