@@ -30,7 +30,7 @@ class ExportSettings:
     cache: str  # "in_place": past and present may be one buffer; "growing": each step returns a longer present
     head_size: int | None  # of a key, where the body's inputs do not say it
     embedding_rows: int  # tokens that can be fed
-    body_parameters: int  # without embeddings
+    body_parameters: int  # without embeddings; 0 where the head was exported alone
     fixed_bytes: int  # of a step of the head, whatever opens,
     item_bytes: tuple[int, ...]  # and of each slot scored by each code, and of each exact row
 
@@ -48,7 +48,8 @@ def part_file(folder: Path, part: str) -> Path:
     """
     path = folder / f"{part}.onnx"
     if not path.is_file():
-        raise CheckpointError(f"{path}: the file is missing, expected {', '.join(f'{p}.onnx' for p in PARTS)} in an exported folder; {AGAIN}")
+        named = ", ".join(f"{p}.onnx" for p in PARTS)
+        raise CheckpointError(f"{path}: the file is missing, expected {named} in an exported folder; {AGAIN}, with a body")
     return path
 
 
@@ -84,7 +85,7 @@ def read_settings(path: Path, part: str, metadata: Mapping[str, str]) -> ExportS
             cache=str(s["cache"]),
             head_size=None if s.get("head_size") is None else int(s["head_size"]),
             embedding_rows=int(s["embedding_rows"]),
-            body_parameters=int(s["body_parameters"]),
+            body_parameters=int(s.get("body_parameters") or 0),
             fixed_bytes=int(s["fixed_bytes"]),
             item_bytes=tuple(int(b) for b in s["item_bytes"]),
         )

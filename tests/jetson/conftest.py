@@ -1,0 +1,48 @@
+"""One tiny checkpoint and its exports, for the whole session: each takes some seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from small_exports import write_exportable, write_with_index
+from small_heads import everything_open, few_probes
+
+INDEXES = {
+    "all": lambda w, fingerprint: everything_open(w, cascade=True, fingerprint=fingerprint),  # leaves nothing out
+    "bad": lambda w, fingerprint: few_probes(w, 3, fingerprint=fingerprint),  # misses often
+}
+
+
+@pytest.fixture(scope="session")
+def exportable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_exportable(tmp_path_factory.mktemp("exportable") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def converted(exportable: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A FlashHead checkpoint of the model, with one of INDEXES."""
+
+    @lru_cache
+    def make(index: str = "all") -> Path:
+        return write_with_index(exportable, tmp_path_factory.mktemp("converted") / f"tiny-{index}", INDEXES[index])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported(converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The export of such a checkpoint."""
+    pytest.importorskip("onnxruntime_genai")
+
+    from flashhead_edge.export import export_onnx
+
+    @lru_cache
+    def make(dialect: str = "onnxruntime", body: str = "fp32", index: str = "all") -> Path:
+        out = tmp_path_factory.mktemp("exported") / f"{dialect}-{body}-{index}"
+        export_onnx(converted(index), out, dialect=dialect, body=body)
+        return out
+
+    return make

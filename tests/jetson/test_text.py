@@ -1,0 +1,194 @@
+"""Text from an exported folder against the torch engine of its checkpoint: the same tokens, however they are chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flashhead_edge.decoding import Sampling
+from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
+from flashhead_edge.generation import exact_stream, generate, load_engine, prompt_ids, stream
+from flashhead_edge.jetson import onnxruntime_backend, onnxruntime_body, open_engine
+from flashhead_edge.jetson.onnxruntime_body import OnnxBody
+
+PROMPT = [1, 17, 90, 5, 33, 128, 64]
+DIALECTS = ("onnxruntime", "portable")
+RULES = {
+    "greedy": Sampling(),
+    "plain": Sampling(temperature=1.2, seed=4),
+    "truncated": Sampling(temperature=1.5, top_k=30, top_p=0.9, min_p=0.02, seed=5),
+    "penalties": Sampling(temperature=0.8, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2, seed=6),
+    "bias": Sampling(logit_bias={7: 6.0, 8: 5.0, 90: -50.0}),
+    "few allowed": Sampling(temperature=1.0, allowed=(4, 9, 77, 130), seed=7),
+}
+
+
+def ids_of(run):
+    return [token.id for token in run]
+
+
+@pytest.fixture(scope="module")
+def torch_engine(converted):
+    return load_engine(converted("all"), "cpu", 1)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("rule", RULES)
+def test_tokens_are_those_of_the_torch_engine(exported, torch_engine, dialect, rule):
+    """60 tokens in float32: a logit differs by float32 rounding, about 1e-6 of it, and two that are as near are not met on the way."""
+    engine = open_engine(exported(dialect), threads=1)
+    ours, theirs = stream(engine, PROMPT, 60, RULES[rule]), stream(torch_engine, PROMPT, 60, RULES[rule])
+    assert ids_of(ours) == ids_of(theirs)
+    for field in ("prompt_tokens", "tokens", "stopped", "clusters_opened", "capped_steps", "bytes_per_step", "dense_bytes_per_step", "allowed_steps", "notes"):
+        assert getattr(ours.summary, field) == getattr(theirs.summary, field), field
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_exact_mode_gives_the_dense_text_with_a_bad_head(exported, converted, torch_engine, dialect, monkeypatch):
+    """Rounds of 5 whatever is measured: the cache is cut back after misses at every place of a round."""
+    monkeypatch.setattr("flashhead_edge.generation.decode.round_length", lambda *a, **k: 5)
+    run = exact_stream(open_engine(exported(dialect, index="bad"), threads=1), PROMPT, 60)
+    assert ids_of(run) == ids_of(stream(torch_engine, PROMPT, 60))
+    assert run.summary.missed > 3
+    assert run.summary.repeated_steps > 0
+    bad = load_engine(converted("bad"), "cpu", 1)
+    theirs = exact_stream(bad, PROMPT, 60)
+    assert ids_of(theirs) == ids_of(stream(torch_engine, PROMPT, 60))
+    assert (run.summary.missed, run.summary.rounds) == (theirs.summary.missed, theirs.summary.rounds)
+
+
+def test_a_dense_pass_in_parts_is_the_dense_pass(exported, monkeypatch):
+    """Up to the order of 32 float32 additions, which the width of a product decides."""
+    engine = open_engine(exported(), threads=1)
+    hidden = np.random.default_rng(0).standard_normal((7, 32)).astype(np.float32)
+    whole = engine.backend.head.exact_logits(hidden, np.arange(256))
+    monkeypatch.setattr(onnxruntime_backend, "TOKENS_AT_ONCE", 50)
+    bound = 32 * 2.0**-24 * np.linalg.norm(hidden, axis=1, keepdims=True) * 4  # no row of the matrix is longer than 4
+    parts = engine.backend.head.exact_logits(hidden, np.arange(256))
+    assert (np.abs(parts - whole) <= bound).all()
+    assert np.abs(parts).max() > 1
+    assert engine.backend.head.exact_logits(hidden, np.arange(0)).shape == (7, 0)
+    assert np.array_equal(engine.backend.head.logits(hidden).argmax(1), engine.backend.head.step(hidden).token)
+
+
+def test_where_a_text_comes_from_and_ends(exported, torch_engine):
+    """From a prompt to a text: template, pieces, stop tokens, stop strings, as the torch engine does it."""
+    engine = open_engine(exported())
+    assert (engine.context_length, engine.stop_ids, engine.embedding_rows) == (8192, frozenset({255}), 256)
+    assert prompt_ids(engine, "a lamp") == prompt_ids(torch_engine, "a lamp")
+    assert prompt_ids(engine, "a lamp", False) == prompt_ids(torch_engine, "a lamp", False)
+    want, _ = generate(torch_engine, "a lamp", 40)
+    said, summary = generate(engine, "a lamp", 40)
+    assert said == want
+    ids = ids_of(stream(engine, PROMPT, 40))
+    assert ids_of(stream(engine, PROMPT, 40, stop=[ids[20]])) == ids[: ids.index(ids[20]) + 1]
+    stop = want[len(want) // 2 :][:2]
+    for exact in (False, True):
+        said, summary = generate(engine, "a lamp", 40, exact=exact, stop_strings=[stop])
+        assert (said, summary.stopped) == (want[: want.index(stop)], "stop string")
+
+
+def states(body, ids, parts):
+    """Hidden states after each part of `ids`."""
+    cuts = np.cumsum(parts)
+    return np.concatenate([body.feed(ids[a:b]) for a, b in zip([0, *cuts], cuts)])
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_cache_grows_and_is_cut_without_a_trace(exported, dialect, monkeypatch):
+    """Bit by bit: a cache that doubles from 2 positions, and one that was cut back after wrong tokens."""
+    backend = open_engine(exported(dialect), threads=1).backend
+    ids = np.random.default_rng(1).integers(0, 255, 40).tolist()
+    parts = [11] + [1] * 29
+    want = states(backend.body(), ids, parts)
+    monkeypatch.setattr(onnxruntime_body, "FIRST_CAPACITY", 2)
+    assert np.array_equal(states(backend.body(), ids, parts), want)
+    body = backend.body()
+    kept = states(body, ids[:20], [11] + [1] * 9)
+    before = body.snapshot()
+    for wrong in (3, 1, 4):
+        body.feed([wrong])
+    body.cut(2)
+    body.feed([9])
+    body.restore(before)
+    assert np.array_equal(np.concatenate([kept, states(body, ids[20:], [1] * 20)]), want)
+
+
+def test_a_cache_in_place_is_the_growing_one(exported):
+    backend = open_engine(exported(), threads=1).backend
+    assert backend.settings.cache == "in_place"
+    growing = dataclasses.replace(backend.settings, cache="growing")
+    ids, parts = list(range(60)), [40] + [1] * 20
+    assert np.array_equal(states(OnnxBody(backend.session("body"), growing), ids, parts), states(backend.body(), ids, parts))
+
+
+def test_a_long_prompt_is_fed_in_parts(exported, monkeypatch):
+    """What attention makes of a part does not depend on the parts before it: only products of another height round differently."""
+    backend = open_engine(exported(), threads=1).backend
+    ids = np.random.default_rng(2).integers(0, 255, 100).tolist()
+    whole = backend.body().feed(ids)
+    monkeypatch.setattr(onnxruntime_body, "PROMPT_BLOCK", 30)
+    assert np.allclose(backend.body().feed(ids), whole, rtol=0, atol=2e-5 * np.abs(whole).max())
+
+
+def test_states_are_the_callers_to_keep(exported):
+    body = open_engine(exported(), threads=1).backend.body()
+    first = body.feed([1, 2])
+    kept = first.copy()
+    body.feed([3])
+    body.feed([4])
+    assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize("way", [stream, exact_stream])
+def test_requests_out_of_range_are_refused_before_anything_runs(exported, way):
+    engine = open_engine(exported())
+    for prompt, text in (
+        ([], "the prompt is empty"),
+        ([256], "the prompt holds ids 256 to 256, expected 0 to 255"),
+        ([1] * 8192, "the prompt has 8192 tokens"),
+    ):
+        with pytest.raises(SettingsError, match=text):
+            way(engine, prompt)
+    body = engine.body()
+    with pytest.raises(EngineError, match="the text has 8193 tokens, expected at most the model's 8192 positions"):
+        body.feed([1] * 8193)
+
+
+def test_a_damaged_export_is_one_sentence(exported, tmp_path):
+    """The real thing, with a byte less of its weights."""
+    import shutil
+
+    folder = shutil.copytree(exported(), tmp_path / "cut")
+    for data in folder.glob("*.onnx.data"):
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"body.onnx: its external data is missing or cut off"):
+        open_engine(folder)
+
+
+def test_int4_bodies_make_text(exported):
+    """Coded weights: another text than the checkpoint's, the same one every time, and exact mode's where the head leaves nothing out."""
+    engine = open_engine(exported(body="int4"), threads=1)
+    first = ids_of(stream(engine, PROMPT, 40))
+    assert first == ids_of(stream(engine, PROMPT, 40)) == ids_of(exact_stream(engine, PROMPT, 40))
+
+
+def test_an_exported_folder_is_no_checkpoint(exported):
+    with pytest.raises(CheckpointError, match=r"the folder is exported to ONNX, expected a checkpoint; open it with flashhead_edge.jetson.open_engine"):
+        load_engine(exported())
+
+
+def test_text_without_torch_and_transformers(exported, torch_engine):
+    """A process that can import neither: the same text, through the command line."""
+    want, _ = generate(torch_engine, "a lamp", 30)
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'onnx', 'onnx_ir'):\n    sys.modules[name] = None\n"
+        f"from flashhead_edge.cli import main\nmain(['generate', {str(exported())!r}, '--prompt', 'a lamp', '--max-new-tokens', '30'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode() == want + "\n"
