@@ -60,6 +60,42 @@ def test_raw_prompt_chat_prompt_and_seeds_differ(inside, checkpoint: Path) -> No
     assert drawn[0] == drawn[2]
 
 
+def test_stop_texts_end_the_answer(inside, checkpoint: Path, dense_text: str) -> None:
+    end = dense_text[5:7]
+    for more in ((), ("--exact",)):
+        result = inside("generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 12, "--json", "--stop", "never", "--stop", end, *more)
+        document = one_document(result.stdout)
+        assert document["text"] == dense_text[: dense_text.index(end)]
+        assert document["stopped"] == "stop string"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--backend", "onnxruntime"), "is not exported to ONNX, as --backend onnxruntime needs it: run flashhead export onnx"),
+        (("--backend", "tensorrt"), "Invalid value for '--backend': 'tensorrt' is not one of 'auto', 'torch', 'onnxruntime'."),
+        (("--threads", "0"), "Invalid value for '--threads': 0 is not in the range x>=1."),
+        (("--stop", ""), "generate: the stop strings are ('',), expected a list of texts that are not empty; leave the empty ones out"),
+    ],
+)
+def test_what_a_checkpoint_does_not_take_is_one_sentence(inside, checkpoint: Path, options: tuple[str, ...], text: str) -> None:
+    result = inside("generate", checkpoint, "--prompt", PROMPT, *options)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert text in result.stderr.splitlines()[-1]
+
+
+def test_a_checkpoint_without_torch_says_what_to_do(inside, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashhead_edge.cli import sampling
+
+    monkeypatch.setattr(sampling, "find_spec", lambda name: None)
+    result = inside("generate", checkpoint, "--prompt", PROMPT)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1] == (
+        f"flashhead: {checkpoint} is a checkpoint, which needs torch and transformers: pip install 'flashhead-edge[torch]', "
+        "or give a folder that flashhead export onnx wrote, which needs none of it"
+    )
+
+
 def test_settings_out_of_range_are_one_sentence(inside, checkpoint: Path) -> None:
     result = inside("generate", checkpoint, "--prompt", PROMPT, "--top-p", 1.5)
     assert result.returncode == 2
