@@ -19,8 +19,8 @@ from torch import Tensor
 
 from flashhead_edge.caps import choose_caps, most_counts, with_gates
 from flashhead_edge.capture import Source
-from flashhead_edge.costs import ERROR_BYTES, TOKEN_BYTES, bytes_per_step, dense_bytes, fixed_bytes
-from flashhead_edge.devices import Device, row_price, table_price
+from flashhead_edge.costs import TOKEN_BYTES, bytes_per_step, dense_bytes, fixed_bytes
+from flashhead_edge.devices import Priced, Runtime, prices
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.fitting import Centroids, Coordinates, Layer, Moments, coded_errors, fit_centroids, fit_coordinates, fit_layers, fold_of
 from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex, Stage
@@ -50,6 +50,7 @@ class Plan:
     centroids: str
     codes: tuple[str, ...]
     state_power: float
+    coordinates: int | None = None  # at most; None is as many as the rotation's bits are owed to
 
 
 FIRST = Plan(32, 4.0, "product24", ("product12", "bits48", "bits128"), 0.5)
@@ -63,14 +64,36 @@ OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("rotation_bits", (3.5, 4.0)),
     ("state_power", (0.25, 0.5)),
 )
-CLUSTER_SIZES = tuple(OPTIONS[0][1])
 # beside these where a device is named: a code more costs its kernel a round of all multiprocessors, whatever it reads
 DEVICE_OPTIONS: dict[str, tuple[Any, ...]] = {"centroids": ("bits64", "bits96"), "codes": (("bits64",), ("bits96",), ("bits128",))}
 
 
-def options(device: Device | None) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+# where a runtime reads a byte a column: small clusters, since scoring their centroids is what its operators are fastest at
+RUNTIME_FIRST = Plan(16, 8.0, "columns256", ("columns128",), 0.5, 384)
+RUNTIME_OPTIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("cluster_size", (16,)),
+    ("centroids", ("columns256", "columns384")),
+    ("codes", (("columns96",), ("columns128",), ("columns192",), ("columns96", "columns256"))),
+    ("coordinates", (256, 384, 512)),
+    ("state_power", (0.25, 0.5)),
+)
+
+
+def options(priced: Priced) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     """What is searched, by the name of its field in `Plan`."""
-    return OPTIONS if device is None else tuple((name, choices + DEVICE_OPTIONS.get(name, ())) for name, choices in OPTIONS)
+    if isinstance(priced, Runtime):
+        return RUNTIME_OPTIONS
+    return OPTIONS if priced is None else tuple((name, choices + DEVICE_OPTIONS.get(name, ())) for name, choices in OPTIONS)
+
+
+def first_plan(priced: Priced) -> Plan:
+    """Where the search begins."""
+    return RUNTIME_FIRST if isinstance(priced, Runtime) else FIRST
+
+
+def cluster_sizes(priced: Priced) -> tuple[int, ...]:
+    """Sizes of clusters that the search wants tables of."""
+    return tuple(options(priced)[0][1])
 
 
 def own_target(target: float) -> float:
@@ -136,7 +159,7 @@ def fit(
     table: np.ndarray,
     coordinates: Coordinates,
     moments: Moments,
-    device: Device | None,
+    priced: Priced,
     row_size: int,
     seed: int,
     near: Fitted | None = None,
@@ -161,10 +184,7 @@ def fit(
     slot_of = torch.empty(int(filled.sum()), dtype=torch.int64, device=flat.device)
     slot_of[flat[filled]] = filled.nonzero()[:, 0]
     prepared = Prepared(plan.cluster_size, centroids.folds, centroids.values, probe_error.float(), tuple(stored), filled, plan.state_power)
-    rotation = coordinates.rotation
-    fixed = 4 * rotation.n + rotation.n * row_price(rotation, device) + len(table) * (row_price(centroids.coded, device) + ERROR_BYTES)
-    fixed += sum(table_price(c, device) for c in (rotation, centroids.coded, *(x.coded for x in layers)))
-    item_cost = [row_price(x.coded, device) + ERROR_BYTES for x in layers] + [float(row_size)]
+    fixed, item_cost = prices(coordinates.rotation, centroids.coded, [x.coded for x in layers], row_size, priced)
     return Fitted(plan, table, coordinates, moments.mean, centroids, layers, prepared, slot_of, tuple(gates), fixed, item_cost)
 
 
@@ -219,7 +239,7 @@ def search(
     tables: dict[int, np.ndarray],
     weight: Tensor,
     bias: Tensor | None,
-    device: Device | None,
+    priced: Priced,
     seed: int,
     progress: Progress = silent,
 ) -> tuple[Fitted, list[Tried]]:
@@ -227,25 +247,27 @@ def search(
     n = min(SEARCHED_STATES, len(data.states))
     at = torch.randperm(len(data.states), generator=torch.Generator().manual_seed(seed))[:n].sort().values
     groups = [[Group("searched", 0, n, max(1, misses * n // SEARCHED_STATES))] for misses in SEARCHED_MISSES]
-    made: dict[float, Coordinates] = {}
+    made: dict[tuple[float, int | None], Coordinates] = {}
     tried: dict[Plan, tuple[float, Fitted]] = {}
     row_size = 2 * weight.shape[1] + TOKEN_BYTES
-    total = 1 + sum(len(choices) - 1 for name, choices in options(device) if name != "cluster_size") + len(tables) - 1
+    total = 1 + sum(len(choices) - 1 for name, choices in options(priced) if name != "cluster_size") + len(tables) - 1
 
     def price(plan: Plan) -> float:
         if plan not in tried:
             progress(f"searching: {describe(plan)}", len(tried) / total)
-            if plan.rotation_bits not in made:
-                made[plan.rotation_bits] = fit_coordinates(weight, bias, moments, plan.rotation_bits)
-            f = fit(plan, tables[plan.cluster_size], made[plan.rotation_bits], moments, device, row_size, seed, tried[best][1] if best in tried else None)
+            turn = (plan.rotation_bits, plan.coordinates)
+            if turn not in made:
+                made[turn] = fit_coordinates(weight, bias, moments, *turn)
+            f = fit(plan, tables[plan.cluster_size], made[turn], moments, priced, row_size, seed, tried[best][1] if best in tried else None)
             need = needs_of(f, data, at, lambda m, s: progress(f"searching: {describe(plan)}", len(tried) / total))
             traced = traced_of(f, data, loosest(need), seed)
             counts = np.mean([mean_counts(traced, choose_margins(need, group, traced, f.item_cost)) for group in groups], 0)
             tried[plan] = (cost_of(f, counts), f)
         return tried[plan][0]
 
-    best = dataclasses.replace(FIRST, cluster_size=FIRST.cluster_size if FIRST.cluster_size in tables else next(iter(tables)))
-    for name, choices in options(device):
+    first = first_plan(priced)
+    best = dataclasses.replace(first, cluster_size=first.cluster_size if first.cluster_size in tables else next(iter(tables)))
+    for name, choices in options(priced):
         for choice in tables if name == "cluster_size" else choices:
             change: dict[str, Any] = {name: choice}
             plan = dataclasses.replace(best, **change)
@@ -263,8 +285,9 @@ def loosest(need: Tensor) -> list[float]:
 
 def describe(plan: Plan) -> str:
     """A plan in one line."""
-    rows = " + ".join(plan.codes)
-    return f"clusters of {plan.cluster_size}, rotation {plan.rotation_bits:g} bits, centroids {plan.centroids}, rows {rows}, state power {plan.state_power:g}"
+    rows, power = " + ".join(plan.codes), f"state power {plan.state_power:g}"
+    most = "" if plan.coordinates is None else f", {plan.coordinates} coordinates"
+    return f"clusters of {plan.cluster_size}, rotation {plan.rotation_bits:g} bits{most}, centroids {plan.centroids}, rows {rows}, {power}"
 
 
 def hard_tokens(need: Tensor, winners: Tensor, allowed: int) -> np.ndarray:

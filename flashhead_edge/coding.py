@@ -139,16 +139,24 @@ def water_level(variance: Tensor, bits: float) -> Tensor:
 def encode_bits(values: Tensor, bytes_per_row: int) -> Coded:
     """Integers whose widths follow the columns' variances, with one scale a row: `bytes_per_row` bytes and 2 for the scale."""
     values = values.float()
-    length = values.norm(dim=1, keepdim=True)
-    scale = (length / length.mean().clamp(min=1e-12)).clamp(min=1e-4, max=6e4).to(torch.float16)
-    unit = values / scale.float()
-    rms = unit.square().mean(0).sqrt()
-    owed = water_level(rms.square(), 8 * bytes_per_row)
+    owed = water_level((values / _row_scale(values).float()).square().mean(0), 8 * bytes_per_row)
     widths = owed.round().to(torch.int64)
     while int(widths.sum()) > 8 * bytes_per_row:  # rounding may overdraw: take from where a bit is owed least
         widths[torch.where(widths > 0, owed - widths + 1, torch.inf).argmin()] -= 1
-    used = int(widths.nonzero().max()) + 1
-    widths, rms, unit = widths[:used], rms[:used], unit[:, :used]
+    return _encode_widths(values, widths[: int(widths.nonzero().max()) + 1])
+
+
+def _row_scale(values: Tensor) -> Tensor:
+    """A row's length over the mean length, [n, 1] float16."""
+    length = values.norm(dim=1, keepdim=True)
+    return (length / length.mean().clamp(min=1e-12)).clamp(min=1e-4, max=6e4).to(torch.float16)
+
+
+def _encode_widths(values: Tensor, widths: Tensor) -> Coded:
+    """The leading columns as integers of these widths [columns], a step for each column and a scale for each row of `values` [n, more columns]."""
+    scale = _row_scale(values)
+    unit = values[:, : len(widths)] / scale.float()
+    rms, used = unit.square().mean(0).sqrt(), len(widths)
     table = torch.tensor([0.0] + [GAUSSIAN_STEP[b] for b in range(1, 9)], device=values.device)
     steps = torch.where(widths > 0, table[widths] * rms, torch.zeros_like(rms))
     half = (2.0 ** (widths - 1)).floor()
@@ -156,6 +164,11 @@ def encode_bits(values: Tensor, bytes_per_row: int) -> Coded:
     whole[:, widths == 1] = (unit[:, widths == 1] >= 0).float()
     packed = widths.to(torch.uint8).cpu().numpy()
     return Coded("bits", used, _pack(whole, packed), scale=scale.cpu().numpy(), widths=packed, steps=steps.float().cpu().numpy())
+
+
+def encode_columns(values: Tensor, columns: int) -> Coded:
+    """The leading columns in 8 bits each, with one scale a row: for runtimes that read a byte a column, whatever its width."""
+    return _encode_widths(values.float(), torch.full((min(columns, values.shape[1]),), 8, device=values.device))
 
 
 def encode_product(values: Tensor, bytes_per_row: int, iterations: int = 10, seed: int = 0, sample: int = 16384) -> Coded:
@@ -238,9 +251,11 @@ def _kmeans(values: Tensor, k: int, iterations: int, generator: torch.Generator)
 
 
 def encode(values: Tensor, code: str, seed: int = 0) -> Coded:
-    """Encode by a short name: ``float16``, ``int4/64`` (bits/group), ``bits96`` or ``product16`` (bytes a row)."""
+    """Encode by a short name: ``float16``, ``int4/64`` (bits/group), ``columns96`` (in 8 bits), ``bits96`` or ``product16`` (bytes a row)."""
     if code == "float16":
         return encode_float16(values)
+    if code.startswith("columns"):
+        return encode_columns(values, int(code[7:]))
     if code.startswith("int"):
         bits, group = code[3:].split("/")
         return encode_int(values, int(bits), int(group))

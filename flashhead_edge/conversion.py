@@ -69,7 +69,7 @@ def convert(
         target: share of steps that keep the dense head's token, 0.5 to below 1.
         texts: files or ``datasets:NAME`` to calibrate on beside the model's own text, each held to the target.
         positions: states of own text, and at most of each text given; unless told, `calibration.default_positions` of the target.
-        device_model: a name in `devices.DEVICES`, to count cost in its time instead of bytes.
+        device_model: a name in `devices.DEVICES` or `devices.RUNTIMES`, to count cost in its time instead of bytes.
         torch_device: where the model is run and the head is fitted; unless told, a GPU if there is one.
         revision: branch, tag or commit of a hub name.
     Returns:
@@ -107,7 +107,7 @@ def convert(
     del runner
     rows = in_state_metric(weight, sources)
     tables: dict[int, np.ndarray] = {}
-    for size in calibration.CLUSTER_SIZES:
+    for size in calibration.cluster_sizes(priced):
         if size <= max(1, weights.vocab_size // 4) or not tables:
             tables[size] = cluster(rows, size, seed=seed, progress=_clustering(progress, size)).token_table
     del rows

@@ -128,12 +128,15 @@ def roots(h: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * values.sqrt() @ vectors.T, vectors / values.sqrt() @ vectors.T
 
 
-def fit_coordinates(weight: Tensor, bias: Tensor | None, moments: Moments, bits: float) -> Coordinates:
+def fit_coordinates(weight: Tensor, bias: Tensor | None, moments: Moments, bits: float, most: int | None = None) -> Coordinates:
     """Coordinates in which few matter: the eigenbasis of (W - its mean) H^(1/2), H the states' second moment.
 
     The rotation is coded in `bits` bits a weight on the average, more for the coordinates that matter more; those owed
     none are dropped. The rows are then fitted to the coordinates as coded, so that its rounding costs sharpness of the
     order of coordinates, not truth.
+
+    Args:
+        most: coordinates at most, where what is read costs more than what is lost.
 
     Source: the Karhunen-Loeve transform under the metric H; regression of w.h on z.
     """
@@ -144,7 +147,8 @@ def fit_coordinates(weight: Tensor, bias: Tensor | None, moments: Moments, bits:
     variance, vectors = variance.flip(0).clamp(min=1e-20), vectors.flip(1)
     matrix = inverse @ vectors  # [d, d]: (h - mean) @ matrix has unit second moment
     importance = variance.sqrt()
-    coded = encode_bits((matrix * importance).float(), max(1, round(bits * len(matrix) / 8)))
+    matrix, importance = matrix[:, :most], importance[:most]
+    coded = encode_bits((matrix * importance).float(), max(1, round(bits * matrix.shape[1] / 8)))
     importance = importance[: coded.columns]
     rotation = dataclasses.replace(coded, steps=(torch.from_numpy(coded.steps).to(importance) / importance).float().cpu().numpy())  # type: ignore[arg-type]
     matrix = decode(to_torch(rotation, weight.device)).double()
