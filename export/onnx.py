@@ -13,7 +13,8 @@ from flashhead_edge.export.body import GROUPS, PRECISIONS, Body, build_body
 from flashhead_edge.export.body_dialects import to_dialect
 from flashhead_edge.export.dialects import DIALECTS
 from flashhead_edge.export.folder import check_folder, copied_files
-from flashhead_edge.export.genai import genai_settings
+from flashhead_edge.export.genai import genai_config
+from flashhead_edge.export.graph import DOMAIN
 from flashhead_edge.export.head import head_functions
 from flashhead_edge.export.parts import head_model, rescore_model, stage_models, whole_decoder
 from flashhead_edge.export.passes.embedding import DTYPES
@@ -110,6 +111,9 @@ def export_onnx(
             built.model.metadata_props.update(about | {"flashhead.part": "body"})
             models["model.onnx"] = whole_decoder(built.model, functions, index, scale, softcap, about | {"flashhead.part": "decoder"})
             models["body.onnx"] = built.model
+        for model in models.values():
+            model.metadata_props["flashhead.opset"] = str(model.graph.opset_imports[""])
+            model.metadata_props["flashhead.functions"] = json.dumps([name for domain, name, _ in model.functions if domain == DOMAIN])
         with replacing(path, bytes_of(models.values())) as new:
             progress("writing the models", None)
             write_models(new, models)
@@ -118,7 +122,7 @@ def export_onnx(
                 target.parent.mkdir(exist_ok=True)
                 copy_file(file, target)
             if built is not None:
-                config = genai_settings(built, source, index.vocab_size)
+                config = genai_config(built.genai_config, shared_cache=dialect == "onnxruntime")
                 write_file(new / "genai_config.json", [(json.dumps(config, indent=4) + "\n").encode()])
     return Exported(str(path), dialect, body, {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()}, index.fingerprint)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 from flashhead_edge.export.dialects import Dialect
+from flashhead_edge.export.genai import last_hidden
 from flashhead_edge.export.graph import DOMAIN, DOMAIN_VERSION, Function, Main, Ops
 from flashhead_edge.export.head import HeadFunctions
 
@@ -81,12 +82,12 @@ def rescore_model(f: HeadFunctions, index: HeadIndex, dialect: Dialect, metadata
 
 
 def whole_decoder(body: ir.Model, f: HeadFunctions, index: HeadIndex, scale: float, softcap: float | None, metadata: dict[str, str]) -> ir.Model:
-    """The body with its head: the last position's logits [B, 1, V] float32, scaled and capped as the model does, beside the cache."""
+    """The body with its head: logits [B, 1, V] float32 of each row's last real token, scaled and capped as the model does, beside the cache."""
     model = body.clone()
     graph, main = model.graph, Main()
     op = main.ops
     hidden = next(v for v in graph.outputs if v.name == "hidden_states")
-    last = op.Reshape(op.Slice(hidden, op.ints(-1), op.ints(2**62), op.ints(1)), op.ints(-1, index.hidden_size))
+    last = last_hidden(op, hidden, next(v for v in graph.inputs if v.name == "attention_mask"))
     logits = add_head(main, last, f, index, logits=True).logits
     assert logits is not None
     if scale != 1.0:

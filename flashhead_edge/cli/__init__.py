@@ -14,8 +14,11 @@ from flashhead_edge import __version__
 from flashhead_edge.cli.common import Settings, common_options
 from flashhead_edge.errors import FlashHeadError
 
-EXTRAS = {"torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch"}
-VERBS = ("convert", "calibrate", "evaluate", "generate", "chat", "inspect", "doctor", "bench")
+EXTRAS = {
+    "torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch",
+    "onnxruntime": "onnx", "onnx": "export", "onnx_ir": "export", "ml_dtypes": "export", "onnxruntime_genai": "export",
+}  # fmt: skip
+VERBS = ("convert", "calibrate", "evaluate", "export", "generate", "chat", "inspect", "doctor", "bench")
 
 
 class Verbs(click.Group):

@@ -132,6 +132,16 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
         )
 
 
+def show_export(result: Any, console: Console) -> None:
+    """What an export has written: files and sizes, and what to do with them."""
+    table = new_table(f"{result.folder} ({result.dialect}, body {result.body or 'not exported'})", ["file", "MB"])
+    for name, size in result.files.items():
+        table.add_row(name, f"{size / 1e6:,.2f}")
+    console.print(table)
+    if result.body is not None:
+        console.print(Text(f'now: flashhead generate {result.folder} --prompt "..."'))
+
+
 def show_inspection(description: Mapping[str, Any], console: Console) -> None:
     """What is in a checkpoint: names and values, nested ones indented; lists of records as their number."""
     table = Table(box=None, show_header=False, pad_edge=False)
