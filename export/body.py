@@ -119,7 +119,7 @@ def _shape_constants(model: ir.Model) -> None:
     """Give constants their own shape: the builder calls them all scalars, which strict shape inference refuses."""
     for node in model.graph:
         if node.op_type == "Constant":
-            node.outputs[0].shape = ir.Shape(node.attributes["value"].as_tensor().shape)
+            node.outputs[0].shape = ir.Shape(node.attributes["value"].as_tensor().shape.numpy())
 
 
 def layer_rules(config: PreTrainedConfig) -> list[LayerRule]:

@@ -82,8 +82,8 @@ def spell_out_attention(model: ir.Model, *, half: bool = False) -> None:
         out, keys, values = _attend(op, node, step, half)
         op.rename(str(node.name))
         if half:
-            for value in (keys, values):
-                value.type = ir.TensorType(HALF)
+            for old in node.outputs[1:]:
+                old.type = ir.TensorType(HALF)
         ir.convenience.replace_nodes_and_values(graph, node, [node], op.nodes, node.outputs, [out, keys, values])
     step.op.rename("attention_step")
     graph.insert_before(graph[0], step.op.nodes)

@@ -14,6 +14,7 @@ from flashhead_edge.export.graph import Ops
 from flashhead_edge.export.passes.lowering import Rule
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+LARGEST_HALF = float(np.finfo(np.float16).max)
 SIGNED = {4: (ir.DataType.INT4, ml_dtypes.int4), 8: (ir.DataType.INT8, np.int8)}
 UNSIGNED = {4: (ir.DataType.UINT4, ml_dtypes.uint4), 8: (ir.DataType.UINT8, np.uint8)}
 
@@ -75,6 +76,28 @@ def coded_weights(node: ir.Node) -> Coded:
     return Coded(node.name or "MatMulNBits", at.get_int("N"), at.get_int("K"), bits, at.get_int("block_size"), codes, scales, zeros)
 
 
+def _scales(c: Coded) -> np.ndarray:
+    """Scales [groups, N] float32: in 8 bits without a sign, which TensorRT's parser refuses."""
+    scales = np.ascontiguousarray(c.scales.numpy().reshape(c.n, c.groups).T)
+    return np.abs(scales) if c.bits == 8 and c.symmetric else scales
+
+
+def _codes(c: Coded, signed: bool) -> np.ndarray:
+    """Codes [K, N], about 0 where they are signed.
+
+    In 8 bits they take over the sign that the scale leaves out; what would be 128 becomes 127, an error of one step
+    in the largest weight of such a group. In 4 bits a step is an eighth of it, and the scale keeps its sign.
+    """
+    codes = c.unpacked()
+    if not signed:
+        return codes
+    codes = codes.astype(np.int16) - 2 ** (c.bits - 1)
+    if c.bits == 8:
+        flipped = np.repeat(c.scales.numpy().reshape(c.n, c.groups).T < 0, c.group, axis=0)[: c.k]
+        codes = np.minimum(np.where(flipped, -codes, codes), 127)
+    return codes
+
+
 def lazy(name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray]) -> ir.Value:
     """An initializer whose array is made when it is written: one at a time is in memory."""
     tensor = ir.LazyTensor(lambda: ir.Tensor(make(), dtype=dtype, name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
@@ -87,17 +110,11 @@ def _declare(node: ir.Node, value: ir.Value) -> ir.Value:
     return value
 
 
-def _half(array: np.ndarray, name: str) -> np.ndarray:
-    """float32 as float16.
-
-    Raises:
-        ExportError: a value is too large for it.
-    """
-    with np.errstate(over="ignore"):
-        small = array.astype(np.float16)
-    if not np.isfinite(small).all():
-        raise ExportError(f"{name} has values up to {np.abs(array).max():.3g}, expected at most 65504, which fp16 holds; export a body of fp32, int8 or int4")
-    return small
+def _check_range(array: np.ndarray, name: str) -> None:
+    """Raise ExportError where float16 cannot hold a value. Before anything is written: onnx-ir wraps what a lazy tensor raises."""
+    most = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))
+    if most > LARGEST_HALF:
+        raise ExportError(f"{name} has values up to {most:.3g}, expected at most {LARGEST_HALF:.0f}, which fp16 holds; export a body of fp32, int8 or int4")
 
 
 def _product(op: Ops, x: ir.Value, w: ir.Value, half: bool) -> ir.Value:
@@ -124,11 +141,9 @@ def dequantised_product(*, half: bool, symmetric: bool) -> Rule:
             raise ExportError(f"{c.name}: groups of {c.group} in {c.k} inputs, expected a divisor, as TensorRT takes it; pass a smaller --group")
         base = str(node.inputs[1].name)  # type: ignore[union-attr]
         dtype, item = (SIGNED if signed else UNSIGNED)[c.bits]
-        middle = 2 ** (c.bits - 1) if signed else 0
-        codes = lazy(f"{base}.codes", dtype, (c.k, c.n), lambda: (c.unpacked().astype(np.int16) - middle).astype(item))
+        codes = lazy(f"{base}.codes", dtype, (c.k, c.n), lambda: _codes(c, signed).astype(item))
         number, kind = (np.float16, HALF) if half else (np.float32, FLOAT)
-        grid = c.scales.numpy().reshape(c.n, c.groups)
-        scales = lazy(f"{base}.scales", kind, (c.groups, c.n), lambda: np.ascontiguousarray(grid.T).astype(number))
+        scales = lazy(f"{base}.scales", kind, (c.groups, c.n), lambda: _scales(c).astype(number))
         inputs = [_declare(node, codes), _declare(node, scales)]
         if not signed:
             inputs.append(_declare(node, lazy(f"{base}.zeros", dtype, (c.groups, c.n), lambda: c.unpacked_zeros().astype(item))))
@@ -149,7 +164,8 @@ def half_product(*, half: bool) -> Rule:
         if x is None or w is None or w.const_value is None or w.dtype != FLOAT:
             return [op.MatMul(x, w)]
         tensor, name = w.const_value, f"{w.name}.half"
-        small = _declare(node, lazy(name, HALF, [int(n) for n in tensor.shape], lambda: _half(tensor.numpy(), name)))
+        _check_range(tensor.numpy(), name)
+        small = _declare(node, lazy(name, HALF, tensor.shape.numpy(), lambda: tensor.numpy().astype(np.float16)))
         return [_product(op, x, small if half else op.Cast(small, to=FLOAT), half)]
 
     return rule
