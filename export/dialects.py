@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+
 from flashhead_edge.export.graph import Ops, opset
 
 OPSET = 21  # the lowest with 4-bit integers, and the highest that ONNX Runtime 1.23 and TensorRT 10.3 read
@@ -43,6 +44,7 @@ class Dialect:
     product: Callable[[Ops, ir.Value, str, np.ndarray], ir.Value]  # x [N, c], W [c, n] -> [N, n]
     block_product: Callable[[Ops, ir.Value, str, np.ndarray, ir.Value], ir.Value]  # x [N, c], W [K, c, n], at [N, P] -> [N, P, n]
     row_product: Callable[[Ops, ir.Value, str, np.ndarray, ir.Value], ir.Value]  # x [N, c], W [n, c], at [N, M] -> [N, M]
+    pick: Callable[[Ops, ir.Value, ir.Value], ir.Value]  # x [N, W], at [N, k] -> [N, k]
     select: Callable[[Ops, ir.Value, ir.Value, ir.Value | None, int, int | None], Selected]  # gap, bound, valid, cap, width
 
 
@@ -135,6 +137,16 @@ def dynamic_select(op: Ops, gap: ir.Value, bound: ir.Value, valid: ir.Value | No
     return Selected(at_, valid_, count, capped, kept)
 
 
+def pick_elements(op: Ops, x: ir.Value, at: ir.Value) -> ir.Value:
+    """Of each state its own places."""
+    return op.GatherElements(x, at, axis=1)  # type: ignore[no-any-return]
+
+
+def pick_by_row(op: Ops, x: ir.Value, at: ir.Value) -> ir.Value:
+    """The same by GatherND: onnx's own evaluator cannot gather elements among more than 64."""
+    return op.GatherND(x, op.Unsqueeze(at, op.ints(2)), batch_dims=1)  # type: ignore[no-any-return]
+
+
 def float_product(op: Ops, x: ir.Value, name: str, whole: np.ndarray) -> ir.Value:
     """x @ W with W dequantised in the graph."""
     return op.MatMul(x, _dequantised(op, op.weight(name, whole), whole))
@@ -173,13 +185,13 @@ def static_select(op: Ops, gap: ir.Value, bound: ir.Value, valid: ir.Value | Non
         return Selected(None, passed, count, capped, passed)
     inside = op.Where(passed, gap, op.const(np.float32(3e38)))
     _, at = op.TopK(inside, op.ints(cap), _outputs=2, largest=0, sorted=1)
-    real = op.GatherElements(passed, at, axis=1)
+    real = pick_by_row(op, passed, at)
     none = op.And(passed, op.const(False, np.bool_))
     return Selected(at, real, count, capped, op.ScatterElements(none, at, real, axis=1))
 
 
 DIALECTS = {
-    "onnxruntime": Dialect("onnxruntime", opset(OPSET), integer_product, integer_block_product, float_row_product, dynamic_select),
-    "portable": Dialect("portable", opset(OPSET), float_product, float_block_product, dequantised_row_product, static_select),
-    "tensorrt": Dialect("tensorrt", opset(OPSET), float_product, float_block_product, dequantised_row_product, static_select),
+    "onnxruntime": Dialect("onnxruntime", opset(OPSET), integer_product, integer_block_product, float_row_product, pick_elements, dynamic_select),
+    "portable": Dialect("portable", opset(OPSET), float_product, float_block_product, dequantised_row_product, pick_by_row, static_select),
+    "tensorrt": Dialect("tensorrt", opset(OPSET), float_product, float_block_product, dequantised_row_product, pick_by_row, static_select),
 }

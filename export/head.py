@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from flashhead_edge.export.arrays import Grid, grid
 from flashhead_edge.export.dialects import Dialect, Selected
 from flashhead_edge.export.graph import Function, Ops, function
-
 from flashhead_edge.index import Gate, HeadIndex, own_error, slot_of_token
 from flashhead_edge.reference import BELOW
 
@@ -45,12 +45,37 @@ def head_functions(index: HeadIndex, rows: Any, bias: np.ndarray | None, dialect
         return function(name, inputs, body, dialect.imports, doc)
 
     return HeadFunctions(
-        make("Probe", ("hidden_states",), lambda op, h: probe(op, h, index, dialect), "Scores of all clusters, and those that open."),
-        make("Score", ("z", "unit", "clusters", "opened", "opened_valid", "kept"), lambda op, *x: score(op, *x, index=index, dialect=dialect), "The coded rows of what opened, code after code."),
-        make("Rescore", ("hidden_states", "tokens"), lambda op, h, t: {"logits": rescore(op, h, t, rows, bias)}, "The model's own rows times the hidden states."),
-        make("Decode", ("tokens", "logits", "valid"), lambda op, *x: decode(op, *x, vocab_size=index.vocab_size), "The greedy token, and the candidates in the order of their ids."),
-        make("Widen", ("clusters", "scored_tokens", "scores", "scored", "tokens", "exact", "valid"), lambda op, *x: widen(op, *x, index=index), "A finite logit for every token."),
-    )  # fmt: skip
+        probe=make(
+            "Probe",
+            ("hidden_states",),
+            lambda op, h: probe(op, h, index, dialect),
+            "Scores of all clusters, and those that open.",
+        ),
+        score=make(
+            "Score",
+            ("z", "unit", "clusters", "opened", "opened_valid", "kept"),
+            lambda op, *x: score(op, *x, index=index, dialect=dialect),
+            "The coded rows of what opened, code after code.",
+        ),
+        rescore=make(
+            "Rescore",
+            ("hidden_states", "tokens"),
+            lambda op, h, t: {"logits": rescore(op, h, t, rows, bias)},
+            "The model's own rows times the hidden states.",
+        ),
+        decode=make(
+            "Decode",
+            ("tokens", "logits", "valid"),
+            lambda op, *x: decode(op, *x, vocab_size=index.vocab_size, dialect=dialect),
+            "The greedy token, and the candidates in the order of their ids.",
+        ),
+        widen=make(
+            "Widen",
+            ("clusters", "scored_tokens", "scores", "scored", "tokens", "exact", "valid"),
+            lambda op, *x: widen(op, *x, index=index),
+            "A finite logit for every token.",
+        ),
+    )
 
 
 def probe(op: Ops, hidden: ir.Value, index: HeadIndex, dialect: Dialect) -> dict[str, ir.Value]:
@@ -108,7 +133,7 @@ def score(
             wide = op.Add(wide, op.Unsqueeze(half, op.ints(2)))
         if first.scale is not None:
             wide = op.Mul(wide, op.Gather(op.weight("stage1.scale", first.scale.reshape(-1, size)), opened, axis=0))
-        scores = op.Reshape(op.Add(wide, op.Unsqueeze(op.GatherElements(clusters, opened, axis=1), op.ints(2))), op.ints(0, -1))
+        scores = op.Reshape(op.Add(wide, op.Unsqueeze(dialect.pick(op, clusters, opened), op.ints(2))), op.ints(0, -1))
         near = _nearness(index.stages[0].gate)
         nearness = op.Reshape(op.Gather(op.weight("stage1.nearness", near.reshape(-1, size)), opened, axis=0), op.ints(0, -1))
     if always:
@@ -150,7 +175,7 @@ def score(
                 if place is None:  # all stand where they stood
                     latest = op.Where(real, scores, latest)
                 else:
-                    latest = op.ScatterElements(latest, place, op.Where(real, scores, op.GatherElements(latest, place, axis=1)), axis=1)
+                    latest = op.ScatterElements(latest, place, op.Where(real, scores, dialect.pick(op, latest, place)), axis=1)
             best = op.ReduceMax(op.Where(real, scores, op.const(np.float32(-3e38))), op.ints(1), keepdims=1)
             gap = op.Mul(op.Sub(best, scores), nearness)
             chosen = dialect.select(op, gap, _bound(op, unit, stage.gate), real, stage.gate.cap, width)
@@ -158,10 +183,10 @@ def score(
             capped.append(chosen.capped)
             if chosen.at is not None:
                 width = _static_width(stage.gate.cap, width)
-                slots = op.GatherElements(slots, chosen.at, axis=1)
-                place = chosen.at if place is None else op.GatherElements(place, chosen.at, axis=1)
+                slots = dialect.pick(op, slots, chosen.at)
+                place = chosen.at if place is None else dialect.pick(op, place, chosen.at)
                 if i + 1 < len(index.stages):
-                    scores = op.GatherElements(scores, chosen.at, axis=1)
+                    scores = dialect.pick(op, scores, chosen.at)
             real = chosen.valid
         out["scored_tokens"], out["scores"], out["scored"] = op.Gather(tokens, all_slots, axis=0), latest, all_real
         if any(c is not None for c in capped):
@@ -188,7 +213,7 @@ def rescore(op: Ops, hidden: ir.Value, tokens: ir.Value, rows: Any, bias: np.nda
     return logits if bias is None else op.Add(logits, op.Gather(op.weight("bias", bias), tokens, axis=0))
 
 
-def decode(op: Ops, tokens: ir.Value, logits: ir.Value, valid: ir.Value, *, vocab_size: int) -> dict[str, ir.Value]:
+def decode(op: Ops, tokens: ir.Value, logits: ir.Value, valid: ir.Value, *, vocab_size: int, dialect: Dialect) -> dict[str, ir.Value]:
     """The largest logit's token, the smaller id on ties; candidates ascending, then -1."""
     real = op.Where(valid, logits, op.const(-np.inf))
     beyond = op.const(vocab_size, np.int64)
@@ -196,7 +221,7 @@ def decode(op: Ops, tokens: ir.Value, logits: ir.Value, valid: ir.Value, *, voca
     token = op.ReduceMin(op.Where(op.And(best, valid), tokens, beyond), op.ints(1), keepdims=0)
     ids, at = op.TopK(op.Where(valid, tokens, beyond), op.Shape(tokens, start=1, end=2), _outputs=2, largest=0, sorted=1)
     none = op.Equal(ids, beyond)
-    return {"token": token, "candidate_ids": op.Where(none, op.const(-1, np.int64), ids), "candidate_logits": op.GatherElements(real, at, axis=1)}
+    return {"token": token, "candidate_ids": op.Where(none, op.const(-1, np.int64), ids), "candidate_logits": dialect.pick(op, real, at)}
 
 
 def widen(

@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+
+import flashhead_edge
+from flashhead_edge.checkpoint.atomic import check_space, copy_file, replacing, write_file
+from flashhead_edge.checkpoint.families import text_config
+from flashhead_edge.checkpoint.source import Source, open_source, weight_map
+from flashhead_edge.checkpoint.tensors import read_header
+from flashhead_edge.codes import row_bytes
+from flashhead_edge.costs import ERROR_BYTES, TOKEN_BYTES, fixed_bytes
+from flashhead_edge.errors import CheckpointError, SettingsError
 from flashhead_edge.export.body import GROUPS, PRECISIONS, Body, build_body
 from flashhead_edge.export.body_dialects import to_dialect
 from flashhead_edge.export.dialects import DIALECTS
@@ -19,15 +28,6 @@ from flashhead_edge.export.head import head_functions
 from flashhead_edge.export.parts import head_model, rescore_model, stage_models, whole_decoder
 from flashhead_edge.export.passes.embedding import DTYPES
 from flashhead_edge.export.storage import bytes_of, write_models
-
-import flashhead_edge
-from flashhead_edge.checkpoint.atomic import check_space, copy_file, replacing, write_file
-from flashhead_edge.checkpoint.families import text_config
-from flashhead_edge.checkpoint.source import Source, open_source, weight_map
-from flashhead_edge.checkpoint.tensors import read_header
-from flashhead_edge.codes import row_bytes
-from flashhead_edge.costs import ERROR_BYTES, TOKEN_BYTES, fixed_bytes
-from flashhead_edge.errors import CheckpointError, SettingsError
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.progress import Progress, silent
 

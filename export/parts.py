@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+
 from flashhead_edge.export.dialects import Dialect
 from flashhead_edge.export.genai import last_hidden
 from flashhead_edge.export.graph import DOMAIN, DOMAIN_VERSION, Function, Main, Ops
 from flashhead_edge.export.head import HeadFunctions
-
 from flashhead_edge.index import HeadIndex
 
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL

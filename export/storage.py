@@ -29,7 +29,8 @@ def write_models(folder: Path, models: dict[str, ir.Model]) -> None:
             for name, value in _initializers(model):
                 tensor = value.const_value
                 assert tensor is not None
-                if tensor.nbytes <= SMALL:
+                if tensor.nbytes <= SMALL:  # it may lie in a file of its own until now
+                    value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
                     continue
                 known = stored.get(name)
                 if known is None:
