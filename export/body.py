@@ -4,6 +4,7 @@ The builder is a well-kept exporter of many families with the operators that ONN
 open is put right here on the graph that it returns, and each of these is checked against transformers in the tests:
 
 * sliding windows: the builder gives Mistral and Phi-3 none;
+* the epsilon of Phi's norms, which it does not find in the config, and Gemma's norms, which it rounds to 16 bits;
 * layers without rotary positions: its SmolLM3 fails on them;
 * Gemma's embedding scale, which it rounds to two decimals;
 * the embedding, which it stores in 32 bits: here it is the checkpoint's own matrix in the checkpoint's own dtype, which
@@ -109,17 +110,18 @@ def build_body(source: Source | str | Path, work: Path, *, precision: str = "int
     name_cache_width(model, _head_width(config))
     rows, tied = embedding_tensor(source)
     share_embedding(model, rows, "head.rows" if tied else "model.embed_tokens", _embedding_scale(config))
-    _shape_constants(model)
+    _type_constants(model)
     remove_unused(model)
     genai = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
     return Body(model, genai, precision, group if precision in ("int8", "int4") else None)
 
 
-def _shape_constants(model: ir.Model) -> None:
-    """Give constants their own shape: the builder calls them all scalars, which strict shape inference refuses."""
+def _type_constants(model: ir.Model) -> None:
+    """Give constants their own shape and type: the builder calls them all scalars, which strict shape inference refuses."""
     for node in model.graph:
         if node.op_type == "Constant":
-            node.outputs[0].shape = ir.Shape(node.attributes["value"].as_tensor().shape.numpy())
+            tensor = node.attributes["value"].as_tensor()
+            node.outputs[0].shape, node.outputs[0].type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
 
 
 def layer_rules(config: PreTrainedConfig) -> list[LayerRule]:
@@ -157,7 +159,19 @@ def _checked_config(source: Source) -> PreTrainedConfig:
             f"{source.name}: attention heads of {_head_width(config)} values, expected a multiple of {HEAD_WIDTH}, as ONNX Runtime's operator takes them; "
             "export the head alone, or choose another model"
         )
+    scaled = [kind for kind, rope in _nested_rope(config).items() if rope.get("rope_type", "default") != "default"]
+    if scaled:
+        raise ExportError(
+            f"{source.name}: scaled rotary positions for {', '.join(scaled)} layers, which the builder would give all layers, expected none beside those of "
+            "other layers; export the head alone, or choose another model"
+        )
     return config
+
+
+def _nested_rope(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """Rotary settings by type of layer, where a model has several."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    return {kind: rope for kind, rope in settings.items() if isinstance(rope, dict)}
 
 
 def _own_integers(source: Source, precision: str) -> dict[str, Any] | None:
@@ -193,6 +207,7 @@ def _link_source(source: Source, config: PreTrainedConfig, scheme: dict[str, Any
         config.quantization_config = scheme
     if getattr(config, "no_rope_layers", None):
         config.no_rope_layers = [1] * config.num_hidden_layers  # put right afterwards: see `layer_rules`
+    config.dtype = "float32"  # the builder adds 1 to Gemma's norms in the dtype that it loads: in 16 bits that rounds them
     config.save_pretrained(folder)
     weights = {path.name for path in weight_map(source.folder).values()} | {INDEX}
     for path in sorted(source.folder.iterdir()):

@@ -11,19 +11,30 @@ import sys
 from typing import Any
 
 
-def flatten_rope(config: Any) -> None:
-    """Say the rotary settings of layer types as the builder reads them: transformers 5 nests them, builder 0.18 expects them flat."""
-    nested = getattr(config, "rope_parameters", None)
-    if isinstance(nested, dict) and "full_attention" in nested:
-        config.rope_local_base_freq = nested["sliding_attention"]["rope_theta"]
-        config.rope_parameters = dict(nested["full_attention"])
+def say_rope_as_before(config: Any) -> None:
+    """Say the rotary settings as builder 0.18 reads them, in transformers 4's terms: flat where 5 nests layer types, the kind also as `type`."""
+    settings = getattr(config, "rope_parameters", None)
+    if not isinstance(settings, dict):
+        return
+    if "full_attention" in settings:
+        config.rope_local_base_freq = settings["sliding_attention"]["rope_theta"]
+        settings = settings["full_attention"]
+    config.rope_parameters = dict(settings) | {"type": settings.get("rope_type")}
+
+
+def name_epsilon(config: Any) -> None:
+    """Give the norms' epsilon the one name that the builder looks for; where it is missing it takes 1e-6."""
+    epsilon = getattr(config, "layer_norm_eps", None)
+    if epsilon is not None and not hasattr(config, "rms_norm_eps"):
+        config.rms_norm_eps = epsilon
 
 
 def main(source: str, out: str, cache: str, precision: str, options: dict[str, str]) -> None:
     from onnxruntime_genai.models import builder
 
     prepared = builder.parse_extra_options(None, source, out, precision, "cpu", cache, [f"{k}={v}" for k, v in options.items()])
-    flatten_rope(prepared["hf_details"]["hf_config"])
+    say_rope_as_before(prepared["hf_details"]["hf_config"])
+    name_epsilon(prepared["hf_details"]["hf_config"])
     builder.create_model(None, source, out, precision, "cpu", cache, **prepared)
 
 

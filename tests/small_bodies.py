@@ -17,6 +17,10 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+    "short_factor": [1.0 + 0.05 * i for i in range(8)], "long_factor": [1.0 + 0.3 * i for i in range(8)],
+}  # fmt: skip
 WIDE = {"head_dim": 16}
 GEMMA = WIDE | {"sliding_window": 16, "query_pre_attn_scalar": 16}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -33,6 +37,7 @@ BODIES: dict[str, Callable[[Any], Any]] = {
     "gemma3": lambda t: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SIZES, **GEMMA, **LAYERS)),
     "phi": lambda t: t.PhiForCausalLM(t.PhiConfig(**SIZES | {"hidden_size": 128, "num_key_value_heads": 4})),
     "phi3": lambda t: t.Phi3ForCausalLM(t.Phi3Config(**SIZES, original_max_position_embeddings=256, sliding_window=16)),
+    "phi3_long": lambda t: t.Phi3ForCausalLM(t.Phi3Config(**SIZES, original_max_position_embeddings=64, rope_parameters=dict(LONG))),
     "granite": lambda t: t.GraniteForCausalLM(t.GraniteConfig(**SIZES, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.25)),
 }
 
