@@ -112,3 +112,48 @@ def vllm(
         if plot is not None:
             write_serving(document, plot)
             click.echo(f"plots: {plot}", err=True)
+
+
+@bench.command(short_help="Time exported heads, whole models and engines on this CPU, beside ONNX Runtime's own and llama.cpp.")
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option("--text", metavar="FILE", help="Text whose hidden states the head of OUT is timed on; its beginning is the engines' prompt.")
+@click.option("--gguf", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The same model as a GGUF file, for llama.cpp.")
+@click.option("--part", "parts", multiple=True, type=click.Choice(["head", "models", "engines"]), help="What to compare. Repeatable.  [default: all]")
+@click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made model, such as Llama-3.2-1B. Repeatable.  [default: three]")
+@click.option("--threads", multiple=True, type=click.IntRange(1), help="Threads of all that is compared. Repeatable.  [default: 1, 2]")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(2), help="Measured rounds, after one that is dropped.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page with plots to this file.")
+@json_option
+@common_options
+@click.pass_obj
+def onnx(
+    settings: Settings,
+    out: Path | None,
+    text: str | None,
+    gguf: Path | None,
+    parts: tuple[str, ...],
+    shapes: tuple[str, ...],
+    threads: tuple[int, ...],
+    rounds: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Time FlashHead in ONNX Runtime on this CPU: the head alone, whole models, and whole engines.
+
+    Made models of known shapes draw what opens from a real head's distribution. With the checkpoint OUT its own head is timed too, and engines
+    run it: FlashHead's, ONNX Runtime GenAI, llama.cpp. Models are exported once and kept in the user's cache folder.
+    """
+    check_page(plot, "--plot")
+    command = shlex.join(["flashhead", *settings.arguments])
+    with answer_only() as stdout:
+        with shown_progress("looking for ONNX Runtime") as progress:
+            from flashhead_edge.bench.onnx import bench_onnx
+            from flashhead_edge.report.onnx import show_onnx, write_onnx
+
+            document = bench_onnx(out, text, gguf, shapes, threads, parts, command, progress, rounds=rounds)
+        show_onnx(document, person(stdout, as_json))
+        if as_json:
+            write_json(document, stdout)
+        if plot is not None:
+            write_onnx(document, plot)
+            click.echo(f"plots: {plot}", err=True)
