@@ -67,6 +67,11 @@ class OnnxBody:
             raise CheckpointError("hidden states: NaN or infinity found, expected finite values; the model's weights are damaged: export the model again")
         return hidden
 
+    def states(self, ids: Sequence[int]) -> np.ndarray:
+        """Run tokens after what the cache holds, all at once: hidden states of all of them, [n, d] float32, the caller's to keep."""
+        self._run(ids)
+        return self.hidden[0].copy()
+
     def cut(self, tokens: int) -> None:
         """Forget the last `tokens` positions."""
         self.restore(self.length - tokens)

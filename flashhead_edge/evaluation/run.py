@@ -78,7 +78,7 @@ def evaluate_checkpoint(
         raise SettingsError(f"evaluation: {positions} positions and {prompts} prompts, expected at least 1 and 0; call again with other values")
     if not texts:
         raise SettingsError("evaluation: no text given, expected at least one; give a text file (--text FILE)")
-    contents = [_read(Path(text)) for text in texts]
+    contents = [read_text(Path(text)) for text in texts]
     import torch
 
     from flashhead_edge.capture import WINDOW
@@ -106,7 +106,7 @@ def evaluate_checkpoint(
     parts: list[list[Measured]] = []
     records, running = [], []
     for i, text in enumerate(read):
-        measured, free = _one_text(model, text, judge, contenders, positions, prompts, stored, _within(progress, text.name, i, len(read)))
+        measured, free = _one_text(model, text, judge, contenders, positions, prompts, stored, within(progress, text.name, i, len(read)))
         evaluations = [replace(summarise(c, m, dense, text_of), free_running=f) for c, m, f in zip(contenders, measured, free)]
         parts.append(measured)
         running.append(free)
@@ -242,7 +242,7 @@ def _with_rivals(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     return {**as_json(evaluations[0]), "rivals": [as_json(e) for e in evaluations[1:]]}
 
 
-def _within(progress: Progress, name: str, i: int, n: int) -> Progress:
+def within(progress: Progress, name: str, i: int, n: int) -> Progress:
     """The progress of the i-th of n texts."""
 
     def inner(message: str, share: float | None = None) -> None:
@@ -251,7 +251,7 @@ def _within(progress: Progress, name: str, i: int, n: int) -> Progress:
     return inner
 
 
-def _read(path: Path) -> tuple[str, str]:
+def read_text(path: Path) -> tuple[str, str]:
     """A text file and its SHA-256."""
     if not path.is_file():
         found = "it is a folder" if path.is_dir() else "no such file"
