@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from flashhead_edge.export.body_dialects import to_dialect
 from flashhead_edge.export.passes.products import coded_weights
 
 LENGTHS = [20, 15, 1, 1, 1, 1, 1]  # a prompt longer than the window of 16, a piece onto its cache, and steps of one token
+new_folder: Callable[[str], Path]
 ROUNDING = 3e-5  # of values about 3, after two layers of float32 sums of up to 128 terms in another order: 7e-6 was measured.
 # The faults that this must see are larger: an embedding scale rounded to two decimals 4e-4, a wrong window or rotary table 1e-2 and more.
 
@@ -35,19 +37,22 @@ def ids_of(batch: int = 1) -> np.ndarray:
     return np.random.default_rng(0).integers(3, 120, (batch, sum(LENGTHS)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where models and bodies lie that several tests share."""
+    global new_folder
+    new_folder = tmp_path_factory.mktemp
+
+
 @lru_cache
 def model_folder(family: str) -> Path:
-    import tempfile
-
-    return save_body(Path(tempfile.mkdtemp(prefix=f"body-{family}-")), family)
+    return save_body(new_folder(family), family)
 
 
 @lru_cache
 def built(family: str, precision: str = "fp32", group: int = 32) -> tuple[Path, Body]:
     """A body on disk; its tensors stay in the folder beside it."""
-    import tempfile
-
-    work = Path(tempfile.mkdtemp(prefix=f"body-{family}-{precision}-"))
+    work = new_folder(f"{family}-{precision}")
     body = build_body(model_folder(family), work, precision=precision, group=group)
     ir.save(body.model, work / "body.onnx", external_data="body.onnx.data")
     return work / "body.onnx", body
