@@ -130,7 +130,7 @@ def dynamic_select(op: Ops, gap: ir.Value, bound: ir.Value, valid: ir.Value | No
     many_out = [at, real, many.ScatterElements(none, at, real, axis=1)]
 
     def branch(part: Ops, outputs: list[ir.Value], name: str) -> ir.Graph:
-        part.rename(name)
+        part.rename(f"{name}_{len(op.nodes)}")
         return ir.Graph([], outputs, nodes=part.nodes, name=name)
 
     at_, valid_, kept = op.If(single, _outputs=3, then_branch=branch(one, one_out, "one_state"), else_branch=branch(many, many_out, "capped_or_many"))
@@ -149,25 +149,23 @@ def pick_by_row(op: Ops, x: ir.Value, at: ir.Value) -> ir.Value:
 
 def float_product(op: Ops, x: ir.Value, name: str, whole: np.ndarray) -> ir.Value:
     """x @ W with W dequantised in the graph."""
-    return op.MatMul(x, _dequantised(op, op.weight(name, whole), whole))
+    matrix = op.weight(name, whole)
+    return op.MatMul(x, op.DequantizeLinear(matrix, op.const(1.0)) if whole.dtype == np.int8 else op.Cast(matrix, to=ir.DataType.FLOAT))  # type: ignore[no-any-return]
 
 
 def float_block_product(op: Ops, x: ir.Value, name: str, whole: np.ndarray, at: ir.Value) -> ir.Value:
-    """The same for a block W[k] of each place."""
-    blocks = _dequantised(op, op.Gather(op.weight(name, whole), at, axis=0), whole)
-    return op.Squeeze(op.MatMul(op.Unsqueeze(x, op.ints(1, 2)), blocks), op.ints(2))
+    """The same for a block W[k] of each place; gathered weights are float16, since TensorRT gathers none in 8 bits."""
+    blocks = _gathered(op, name, whole, at)
+    return op.Squeeze(op.MatMul(op.Unsqueeze(x, op.ints(1, 2)), blocks), op.ints(2))  # type: ignore[no-any-return]
 
 
-def dequantised_row_product(op: Ops, x: ir.Value, name: str, whole: np.ndarray, at: ir.Value) -> ir.Value:
-    """Rows of W, dequantised, times x."""
-    rows = _dequantised(op, op.Gather(op.weight(name, whole), at, axis=0), whole)
-    return op.Squeeze(op.MatMul(rows, op.Unsqueeze(x, op.ints(2))), op.ints(2))
+def half_row_product(op: Ops, x: ir.Value, name: str, whole: np.ndarray, at: ir.Value) -> ir.Value:
+    """Rows of W, gathered in float16, times x."""
+    return op.Squeeze(op.MatMul(_gathered(op, name, whole, at), op.Unsqueeze(x, op.ints(2))), op.ints(2))  # type: ignore[no-any-return]
 
 
-def _dequantised(op: Ops, values: ir.Value, whole: np.ndarray) -> ir.Value:
-    if whole.dtype == np.int8:
-        return op.DequantizeLinear(values, op.const(1.0))  # type: ignore[no-any-return]
-    return values if whole.dtype == np.float32 else op.Cast(values, to=ir.DataType.FLOAT)  # type: ignore[no-any-return]
+def _gathered(op: Ops, name: str, whole: np.ndarray, at: ir.Value) -> ir.Value:
+    return op.Cast(op.Gather(op.weight(name, whole.astype(np.float16)), at, axis=0), to=ir.DataType.FLOAT)  # type: ignore[no-any-return]
 
 
 def static_select(op: Ops, gap: ir.Value, bound: ir.Value, valid: ir.Value | None, cap: int, width: int | None) -> Selected:
@@ -192,6 +190,6 @@ def static_select(op: Ops, gap: ir.Value, bound: ir.Value, valid: ir.Value | Non
 
 DIALECTS = {
     "onnxruntime": Dialect("onnxruntime", opset(OPSET), integer_product, integer_block_product, float_row_product, pick_elements, dynamic_select),
-    "portable": Dialect("portable", opset(OPSET), float_product, float_block_product, dequantised_row_product, pick_by_row, static_select),
-    "tensorrt": Dialect("tensorrt", opset(OPSET), float_product, float_block_product, dequantised_row_product, pick_by_row, static_select),
+    "portable": Dialect("portable", opset(OPSET), float_product, float_block_product, half_row_product, pick_by_row, static_select),
+    "tensorrt": Dialect("tensorrt", opset(OPSET), float_product, float_block_product, half_row_product, pick_by_row, static_select),
 }

@@ -89,11 +89,10 @@ def function(name: str, inputs: Sequence[str], body: Callable[..., dict[str, ir.
         again = any(value is other for name, other in outputs.items() if name != key)
         if value.producer() is None or again:  # each output of a function needs a node of its own
             outputs[key] = ops.Identity(value)
+    ops.rename(name)  # values too: a parser that inlines functions may keep all names in one table
     for key, value in outputs.items():
         value.name = key
     graph = ir.Graph([*values, *ops.weights.values()], list(outputs.values()), nodes=ops.nodes, opset_imports=imports, name=name, doc_string=doc)
-    for node in ops.nodes:
-        node.name = f"{name}/{node.name}"
     return Function(ir.Function(DOMAIN, name, graph=graph, attributes=[]), ops.arrays, tuple(outputs))
 
 

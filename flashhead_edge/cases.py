@@ -37,6 +37,8 @@ class Settings:
     mean: tuple[float, ...]
     caps: tuple[float, ...]
     percentiles: dict[str, tuple[float, ...]]  # half of all steps need at most p50; caps cut below p99
+    cluster_size: int = 32
+    coordinates: int | None = None  # of the rotation, in 8 bits each; None: as many as the hidden state has, in 4
 
 
 def _shares(*slots: float) -> tuple[float, ...]:
@@ -65,6 +67,18 @@ FEW_CODES = Settings(  # what --device h100 chooses: `scripts/opened.py` on 2,00
     _shares(22_080, 2_009),
     {"p50": _shares(15_328, 251), "p90": _shares(22_080, 1_027), "p99": _shares(22_080, 2_009)},
 )
+BYTE_COLUMNS = Settings(  # what --device onnxruntime chooses
+    "columns256",
+    ("columns128",),
+    _shares(4_800, 60),
+    _shares(16_000, 500),
+    {
+        "p1": _shares(160, 1), "p10": _shares(800, 3), "p25": _shares(1_600, 8), "p50": _shares(3_200, 25), "p75": _shares(6_400, 70),
+        "p90": _shares(11_000, 160), "p99": _shares(16_000, 480),
+    },
+    cluster_size=16,
+    coordinates=384,
+)  # fmt: skip
 PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES = 16, 256
 
 
@@ -83,6 +97,7 @@ class Case:
     states: str = "normal"  # normal, negative (all logits), huge (one row, always scored), tied (rows come in pairs that are equal in everything)
     always: int = 18
     state_power: float = 0.5
+    coordinates: int | None = None  # as in `Settings`
 
     def __str__(self) -> str:
         return self.name
@@ -90,7 +105,8 @@ class Case:
 
 def case_of(name: str, settings: Settings) -> Case:
     """The case of a shape of `SHAPES` with the settings of a calibrated head."""
-    return Case(name, *SHAPES[name], rows=settings.rows, centroids=settings.centroids, shares=settings.mean, caps=settings.caps)
+    s = settings
+    return Case(name, *SHAPES[name], s.cluster_size, s.rows, s.centroids, s.mean, s.caps, coordinates=s.coordinates)
 
 
 def _small(name: str, **changes: object) -> Case:
@@ -237,8 +253,12 @@ def made_index(case: Case, seed: int = 0) -> HeadIndex:
         return Gate(error, 0.5, 0.0, max(1, min(n, round(share * of))))
 
     published = case.centroids == "float16"
-    coordinates = d if published else d + 1
-    rotation = None if published else made_bits(random, d, 4 * d // 8, d, 1 / math.sqrt(d))
+    turned = min(case.coordinates or d, d)
+    coordinates = d if published else turned + 1
+    rotation = None
+    if not published:
+        spread = 1 / math.sqrt(d)
+        rotation = made_columns(random, d, turned, spread) if case.coordinates else made_bits(random, d, 4 * d // 8, d, spread)
     if published:
         centroids = Coded("float16", d, random.standard_normal((k, d)).astype(np.float16).view(np.uint8))
     else:
@@ -279,7 +299,9 @@ def huge_row(vocab_size: int) -> int:
 
 
 def made_code(random: np.random.Generator, n: int, code: str, product_columns: int, coordinates: int, spread: float) -> Coded:
-    """A random code by its short name, ``product24`` or ``bits96``."""
+    """A random code by its short name, ``product24``, ``columns128`` or ``bits96``."""
+    if code.startswith("columns"):
+        return made_columns(random, n, min(int(code.removeprefix("columns")), coordinates), spread)
     if code.startswith("product"):
         return made_product(random, n, int(code.removeprefix("product")), product_columns, coordinates, spread)
     return made_bits(random, n, int(code.removeprefix("bits")), coordinates, spread)
@@ -298,6 +320,13 @@ def made_bits(random: np.random.Generator, n: int, size: int, coordinates: int, 
     steps = (spread * 2.0 ** (1.0 - widths.astype(float)) * (1 + np.arange(columns) / 32) ** -0.5).astype(np.float32)
     data = random.integers(0, 256, (n, packed_bytes(widths)), dtype=np.uint8)
     return Coded("bits", columns, data, scale, widths, np.where(widths > 0, steps, 0).astype(np.float32))
+
+
+def made_columns(random: np.random.Generator, n: int, columns: int, spread: float) -> Coded:
+    """A random `bits` code of 8 bits a column whose values are about `spread` large."""
+    scale = random.uniform(0.5, 1.5, (n, 1)).astype(np.float16)
+    steps = (spread / 128 * (1 + np.arange(columns) / 32) ** -0.5).astype(np.float32)
+    return Coded("bits", columns, random.integers(0, 256, (n, columns), dtype=np.uint8), scale, np.full(columns, 8, np.uint8), steps)
 
 
 def made_product(random: np.random.Generator, n: int, groups: int, columns: int, coordinates: int, spread: float) -> Coded:

@@ -2,7 +2,7 @@
 
     python scripts/opened.py FOLDER TEXT... [--positions 2000]
 
-One JSON document on stdout: codes, caps, and mean, p50, p90 and p99 of the slots opened and of those that each code's gate
+One JSON document on stdout: codes, caps, and mean and percentiles of the slots opened and of those that each code's gate
 lets through, over all texts together.
 """
 
@@ -33,15 +33,17 @@ def measure(folder: str, texts: list[Path], positions: int) -> dict[str, Any]:
     found = torch.cat(counts).numpy()
     found = np.concatenate([found[:, :1] * index.cluster_size, found[:, 2:]], 1)  # slots opened, then what each gate lets through
     plan = index.summary.get("plan", {})
+    percentiles = (1, 10, 25, 50, 75, 90, 99)
     return {
         "centroids": plan.get("centroids"),
         "rows": plan.get("codes"),
         "cluster_size": index.cluster_size,
+        "coordinates": None if index.rotation is None else index.rotation.columns,
         "vocab_size": index.vocab_size,
         "positions": len(found),
         "caps": [index.probe.cap * index.cluster_size, *(stage.gate.cap for stage in index.stages)],
         "mean": found.mean(0).tolist(),
-        **{f"p{p}": np.percentile(found, p, axis=0).tolist() for p in (50, 90, 99)},
+        **{f"p{p}": np.percentile(found, p, axis=0).tolist() for p in percentiles},
     }
 
 

@@ -159,18 +159,20 @@ def drawn_shares(settings: Settings, n: int, seed: int) -> np.ndarray:
 
 
 def with_lengths(index: HeadIndex, weight: Tensor, states: Tensor, opened: Tensor) -> Tensor:
-    """The states [n, d] made longer or shorter, so that each opens as many clusters as `opened` [n] says, before any cap."""
+    """The states [n, d] nearer to the index's mean or further from it, so that each opens as many clusters as `opened` [n] says, before any cap."""
     head = torch_head(index, weight)
-    low = torch.full((len(states),), -RANGE, dtype=torch.float64)
+    mean = torch.zeros(states.shape[1], dtype=torch.float64) if head.mean is None else head.mean
+    away = states.double() - mean
+    low = torch.full((len(states), 1), -RANGE, dtype=torch.float64)
     high = -low
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        z = coordinates(head, states * torch.exp2(middle)[:, None])
+        z = coordinates(head, mean + away * torch.exp2(middle))
         scores = probe(head, z)
         gap = (scores.amax(1, keepdim=True) - scores) / (head.probe.error * state_unit(head, z))
-        more = (gap <= head.probe.margin).sum(1) > opened  # a longer state opens fewer
+        more = (gap <= head.probe.margin).sum(1, keepdim=True) > opened[:, None]  # a longer state opens fewer
         low, high = torch.where(more, middle, low), torch.where(more, high, middle)
-    return states * torch.exp2(high)[:, None]
+    return mean + away * torch.exp2(high)
 
 
 def write_dense_heads(

@@ -1,6 +1,8 @@
 """The head as ONNX models against the reference: every case, both dialects that run here, alone and in a batch, and each stage alone."""
 
 import functools
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -205,3 +207,23 @@ def test_a_state_that_is_not_finite_leaves_no_candidate():
     broken[0, 3] = np.nan
     counts = session(head_model(f, index, DIALECTS["onnxruntime"], {}, logits=False)).run(["counts"], {"hidden_states": broken})[0]
     assert counts[0, -1] == 0
+
+
+@pytest.mark.parametrize("dialect", ["portable", "tensorrt"])
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[18]], ids=str)
+def test_tensorrt_rtx_parses_and_builds(case, dialect, root, tmp_path):
+    """Without a plugin and without a GPU: what a current TensorRT takes."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    index, f = functions(case, dialect)
+    for logits in (False, True):
+        ir.save(head_model(f, index, DIALECTS[dialect], {}, logits=logits), tmp_path / f"head{logits}.onnx")
+    files = sorted(str(p) for p in tmp_path.glob("*.onnx"))
+    result = subprocess.run([sys.executable, root / "scripts/check_tensorrt_rtx.py", *files], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_exporting_twice_gives_the_same_bytes():
+    for dialect in DIALECTS:
+        index, _ = functions(SMALL[0], dialect)
+        one, two = (ir.to_proto(head_model(functions(SMALL[0], dialect)[1], index, DIALECTS[dialect], {}, logits=True)).SerializeToString() for _ in range(2))
+        assert one == two
