@@ -46,7 +46,7 @@ def _shares(*slots: float) -> tuple[float, ...]:
 
 
 SHARES_SOURCE = (
-    "SmolLM2-135M-Instruct's 99.5 % heads on five texts (WikiText-2, GSM8K, Python, German, Chinese), 10,000 positions for few codes, "
+    "SmolLM2-135M-Instruct's 99.5 % heads on five texts (WikiText-2, GSM8K, Python, German, Chinese), 10,000 positions for few codes and for byte columns, "
     "40,000 for fewest bytes, scaled by the vocabulary"
 )
 FEWEST_BYTES = Settings(
@@ -67,17 +67,17 @@ FEW_CODES = Settings(  # what --device h100 chooses: `scripts/opened.py` on 2,00
     _shares(22_080, 2_009),
     {"p50": _shares(15_328, 251), "p90": _shares(22_080, 1_027), "p99": _shares(22_080, 2_009)},
 )
-BYTE_COLUMNS = Settings(  # what --device onnxruntime chooses
-    "columns256",
-    ("columns128",),
-    _shares(4_800, 60),
-    _shares(16_000, 500),
+BYTE_COLUMNS = Settings(  # what --device onnxruntime chooses: `scripts/opened.py`, as for few codes
+    "columns384",
+    ("columns192",),
+    _shares(6_477.0176, 628.5798),
+    _shares(16_528, 2_858),
     {
-        "p1": _shares(160, 1), "p10": _shares(800, 3), "p25": _shares(1_600, 8), "p50": _shares(3_200, 25), "p75": _shares(6_400, 70),
-        "p90": _shares(11_000, 160), "p99": _shares(16_000, 480),
+        "p1": _shares(128, 10), "p10": _shares(448, 41), "p25": _shares(1_744, 96), "p50": _shares(4_864, 340), "p75": _shares(10_480, 819),
+        "p90": _shares(16_528, 1_787.5), "p99": _shares(16_528, 2_858),
     },
     cluster_size=16,
-    coordinates=384,
+    coordinates=512,
 )  # fmt: skip
 PUBLISHED_CLUSTER_SIZE, PUBLISHED_PROBES = 16, 256
 

@@ -36,6 +36,7 @@ CONFIGS = VLLM_CONFIGS | {  # transformers' configuration class, and what differ
 }
 STATES = 64  # drawn for a made head
 HALVINGS = 24  # of the range of lengths: after them a length is known to a millionth
+LENGTH = 16.0  # of a random state's entries: so long that the constant coordinate does not matter beside them, shortened ones' included
 RANGE = 6.0  # lengths are searched from 2^-6 to 2^6 of a random state's own
 DENSE_FORMS = ((8, 32), (8, 128), (4, 32))  # bits, weights that share a scale
 ORT_DOMAIN = "com.microsoft"
@@ -136,7 +137,7 @@ def drawn_head(case: Case, settings: Settings, weight: Tensor, n: int = STATES, 
     """A made head, states [n, d] whose opened clusters are drawn from the settings' distribution, and the reference's step on them."""
     v, size = case.vocab_size, case.cluster_size
     shares = drawn_shares(settings, n, seed)
-    directions = torch.from_numpy(made_states(case, n, seed))
+    directions = LENGTH * torch.from_numpy(made_states(case, n, seed))
     weight = weight[:v]
     index = made_index(case)
     start = with_shares(index, weight, directions, settings.mean[:1])

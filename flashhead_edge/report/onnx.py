@@ -21,12 +21,13 @@ TITLES = {"head": "a step of the head", "models": "a token of a whole model, int
 COLUMNS = {
     "head": ["us a step", "99 of 100 below", "reads", "agreement", "95 % interval"],
     "models": ["ms a token", "tokens a second", "best published"],
-    "engines": ["tokens a second", "prompt, ms", "import to first token, s", "peak memory", "of the model's bytes", "agreement", "equal tokens"],
+    "engines": ["tokens a second", "prompt, ms", "start, s", "peak memory", "x model", "agreement", "equal tokens"],
 }
 CAPTIONS = {
     "head": "FlashHead's speed over a row's, round by round: median (lowest to highest). us: mean over the states of a round, median of the rounds",
     "models": "the same body with another head, or with none; FlashHead's speed over a row's as above",
-    "engines": "tokens a second after the first. Memory: above what the process has after its imports. Equal tokens: until the text differs from FlashHead's",
+    "engines": "tokens a second: after the first. prompt: to its first token. start: from the imports to the first token. memory: above what the "
+    "process has after its imports, and over the model's files. equal tokens: until the text differs from FlashHead's",
 }
 
 
@@ -51,7 +52,7 @@ def sheets(document: Mapping[str, Any]) -> Iterator[Sheet]:
             many = f"{threads} thread" + ("s" if threads > 1 else "")
             columns = ["head" if part != "engines" else "engine", *COLUMNS[part], f"{OURS} is x times as fast", "wanted"]
             if part == "engines":
-                columns.append("x times as fast to the first token")
+                columns.append("to the first token")
             rows = [[r["head"], *FIGURES[part](r), *against(ours, r["head"], part)] for r in some]
             at = next((i for i, r in enumerate(some) if r is ours), None)
             yield Sheet(part, f"{TITLES[part]}: {model}, {v:,} x {d:,}, {many}", columns, rows, at)
