@@ -179,7 +179,7 @@ def with_lengths(index: HeadIndex, weight: Tensor, states: Tensor, opened: Tenso
 def write_dense_heads(
     rows: Tensor, bias: np.ndarray | None, folder: Path, forms: tuple[tuple[int, int], ...] = DENSE_FORMS, fp32: bool = True
 ) -> dict[str, Path]:
-    """ONNX Runtime's own dense heads over rows [V, d]: hidden_states [N, d] -> logits [N, V], both float32; files by name.
+    """ONNX Runtime's own dense heads over rows [V, d] float32: hidden_states [N, d] -> logits [N, V], both float32; files by name.
 
     Coded ones by ONNX Runtime's quantiser, with activations in 8 bits, as ONNX Runtime GenAI exports heads.
     """
@@ -188,7 +188,7 @@ def write_dense_heads(
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     v, d = rows.shape
-    weights = [numpy_helper.from_array(np.ascontiguousarray(rows.float().T.numpy()), "rows")]
+    weights = [numpy_helper.from_array(np.ascontiguousarray(rows.T.numpy()), "rows")]
     nodes = [helper.make_node("MatMul", ["hidden_states", "rows"], ["logits" if bias is None else "product"], name="head")]
     if bias is not None:
         weights.append(numpy_helper.from_array(bias[:v].astype(np.float32), "bias"))
@@ -220,10 +220,9 @@ def dense_name(bits: int, block: int) -> str:
 
 
 def export_rows(export: Path) -> tuple[Tensor, np.ndarray | None]:
-    """The model's own rows [V, d] and the bias [V or more] of an export's head."""
+    """The model's own rows [V or more, d] and the bias [V or more] of an export's head, float32."""
     import onnx_ir as ir
 
     arrays: Mapping[str, Any] = ir.load(export / "head.onnx").graph.initializers
     found = {name: arrays[f"head.{name}"].const_value.numpy() for name in ("rows", "bias") if f"head.{name}" in arrays}
-    rows = found["rows"]
-    return torch.from_numpy(rows.astype(np.float32) if rows.dtype not in (np.float16, np.float32) else rows), found.get("bias")
+    return torch.from_numpy(found["rows"].astype(np.float32)), found.get("bias")
