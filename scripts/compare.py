@@ -88,7 +88,8 @@ def main() -> None:
         data, moments, tables = prepared
         share = 1 - (1 - a.target) / strict
         groups = tuple(dataclasses.replace(g, allowed=allowed_misses(g.stop - g.start, share)) for g in data.groups)
-        fitted = fit(plan, tables[plan.cluster_size], fit_coordinates(weight, bias, moments, plan.rotation_bits, plan.coordinates), moments, None, 2 * weight.shape[1] + 4, 0)
+        coordinates = fit_coordinates(weight, bias, moments, plan.rotation_bits, plan.coordinates)
+        fitted = fit(plan, tables[plan.cluster_size], coordinates, moments, None, 2 * weight.shape[1] + 4, 0)
         index = finish(fitted, dataclasses.replace(data, groups=groups), a.target, weight, bias, [], head.fingerprint, 0)
         runner, agreements, shares, tails, counts = torch_head(index, weight, bias), [], [], [], []
         for states, winners in texts.values():

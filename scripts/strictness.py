@@ -109,7 +109,8 @@ def report(
     plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in index.summary["plan"].items()})
     moments, winners = accumulate(weight, bias, [own.states], {index.cluster_size: index.token_table})
     data: Data = gather([own], winners, 0.995)
-    f = fit(plan, index.token_table, fit_coordinates(weight, bias, moments, plan.rotation_bits, plan.coordinates), moments, None, 2 * weight.shape[1] + 4, a.seed)
+    coordinates = fit_coordinates(weight, bias, moments, plan.rotation_bits, plan.coordinates)
+    f = fit(plan, index.token_table, coordinates, moments, None, 2 * weight.shape[1] + 4, a.seed)
     need = needs_of(f, data, torch.arange(len(data.states)))
     dense = dense_bytes(vocab_size, weight.shape[1])
     for target in a.target or [0.995, 0.999]:
