@@ -97,6 +97,8 @@ def made_checkpoint(folder: Path, name: str, settings: Settings, with_body: bool
     """A FlashHead checkpoint with random weights in bfloat16: states for its head [n, d], and the reference's step on them."""
     import transformers
     from safetensors.torch import save_file
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
 
     from flashhead_edge.checkpoint import open_source, read_head
     from flashhead_edge.checkpoint.assets import ASSETS, index_arrays
@@ -115,6 +117,9 @@ def made_checkpoint(folder: Path, name: str, settings: Settings, with_body: bool
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     del tensors
     config.save_pretrained(folder)
+    # of one word: nobody reads the text, but the body's builder wants a tokenizer
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     head = read_head(open_source(folder))
     index, states, step = drawn_head(case_of(name, settings), settings, head.weight)
     document = json.loads((folder / "config.json").read_text())
