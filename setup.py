@@ -2,11 +2,15 @@
 
 Two rooms of the package live in top-level folders: export/ is flashhead_edge.export, jetson/ is flashhead_edge.jetson.
 The CUDA sources, which are compiled on the user's machine, travel as the data of flashhead_edge.kernels.sources.
+One library is compiled when the package is: the head's step as an operator of ONNX Runtime, in C. Where there is no compiler
+the installation succeeds without it, and exported heads run on ONNX Runtime's own operators.
 The mapping stands here and not in pyproject.toml because there it would need every package of the house by name;
 found packages cannot be forgotten. In editable mode setuptools' finder serves the two folders under the same names.
 """
 
-from setuptools import find_packages, setup
+import os
+
+from setuptools import Extension, find_packages, setup
 
 ROOMS = {"flashhead_edge.export": "export", "flashhead_edge.jetson": "jetson"}
 
@@ -16,4 +20,22 @@ for name, folder in ROOMS.items():
 
 SOURCES = {"flashhead_edge.kernels.sources": "plugins_trt/kernels"}
 
-setup(packages=[*packages, *SOURCES], package_dir=ROOMS | SOURCES)
+# What a state gets may depend on nothing but the state: the compiler must not fuse multiplications and additions where the source does not.
+FLAGS = ["/O2", "/fp:precise", "/std:c11"] if os.name == "nt" else ["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden"]
+NATIVE = Extension(
+    "flashhead_edge.jetson._native",
+    ["jetson/native/module.c", "jetson/native/head_step.c"],
+    depends=["jetson/native/ort_abi.h"],
+    define_macros=[("Py_LIMITED_API", "0x030a0000")],  # Python 3.10: one wheel for all later ones
+    py_limited_api=True,
+    extra_compile_args=FLAGS,
+    libraries=[] if os.name == "nt" else ["m"],
+    optional=True,
+)
+
+setup(
+    packages=[*packages, *SOURCES],
+    package_dir=ROOMS | SOURCES,
+    ext_modules=[NATIVE],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

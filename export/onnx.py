@@ -25,6 +25,7 @@ from flashhead_edge.export.folder import check_folder, copied_files
 from flashhead_edge.export.genai import genai_config
 from flashhead_edge.export.graph import DOMAIN
 from flashhead_edge.export.head import head_functions
+from flashhead_edge.export.native import native_model
 from flashhead_edge.export.parts import head_model, rescore_model, stage_models, whole_decoder
 from flashhead_edge.export.passes.embedding import DTYPES
 from flashhead_edge.export.storage import bytes_of, write_models
@@ -105,6 +106,8 @@ def export_onnx(
             "head_logits.onnx": head_model(functions, index, said, about | {"flashhead.part": "head_logits"}, logits=True),
             "rescore.onnx": rescore_model(functions, index, said, about | {"flashhead.part": "rescore"}),
         }
+        if dialect == "onnxruntime":
+            models["head_native.onnx"] = native_model(index, head_rows(source, name), bias, about | {"flashhead.part": "head_native"})
         if stages:
             models |= {f"stages_{n}.onnx": m for n, m in stage_models(functions, index, said, about).items()}
         if built is not None:

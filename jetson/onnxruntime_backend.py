@@ -12,11 +12,12 @@ from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.jetson.folder import PARTS, ExportSettings, check_belongs, part_file, read_settings
 from flashhead_edge.jetson.onnxruntime_body import OnnxBody
-from flashhead_edge.jetson.onnxruntime_sessions import open_model, usable_threads
+from flashhead_edge.jetson.onnxruntime_sessions import native_library, open_model, usable_threads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
+NATIVE = "head_native"  # the part whose step is one operator of ours
 STEP = ("token", "candidate_ids", "candidate_logits", "counts", "capped")
 TOKENS_AT_ONCE = 8192  # of the model's own rows that a dense pass widens to float32 at a time
 
@@ -28,6 +29,7 @@ class OnnxRuntime:
     folder: Path
     threads: int  # 0: one for each physical core
     fingerprint: str | None  # of the head that config.json names
+    step_part: str = "head"  # the part that makes steps: "head", in standard operators, or NATIVE
     sessions: dict[str, InferenceSession] = field(default_factory=dict)
     found: dict[str, ExportSettings] = field(default_factory=dict)
 
@@ -44,7 +46,14 @@ class OnnxRuntime:
     def about(self) -> dict[str, Any]:
         import onnxruntime
 
-        return {"backend": "onnxruntime", "backend_version": onnxruntime.__version__, "device": "cpu", "threads": self.threads or None}
+        operators = "native" if self.step_part == NATIVE else "standard operators"
+        return {
+            "backend": "onnxruntime",
+            "backend_version": onnxruntime.__version__,
+            "device": "cpu",
+            "threads": self.threads or None,
+            "head_operators": operators,
+        }
 
     def body(self) -> OnnxBody:
         return OnnxBody(self.session("body"), self.settings)
@@ -58,7 +67,7 @@ class OnnxRuntime:
         """
         if part not in self.sessions:
             path = part_file(self.folder, part)
-            session = open_model(path, self.threads)
+            session = open_model(path, self.threads, native_library() if part == NATIVE else None)
             settings = read_settings(path, part, session.get_modelmeta().custom_metadata_map)
             if self.fingerprint is not None:
                 check_belongs(path, settings, self.fingerprint, "config.json")
@@ -82,8 +91,9 @@ def open_folder(folder: Path, threads: int | None, fingerprint: str | None) -> O
         raise SettingsError(f"generate: threads is {threads}, expected 1 or more; call again with another value")
     for part in PARTS:
         part_file(folder, part)
-    backend = OnnxRuntime(folder, threads or usable_threads(), fingerprint)
-    for part in ("body", "head"):
+    native = native_library() is not None and (folder / f"{NATIVE}.onnx").is_file()
+    backend = OnnxRuntime(folder, threads or usable_threads(), fingerprint, NATIVE if native else "head")
+    for part in ("body", backend.step_part):
         backend.session(part)
     return backend
 
@@ -95,7 +105,7 @@ class OnnxHead:
     backend: OnnxRuntime
 
     def step(self, hidden: np.ndarray) -> Step:
-        return Step(*self.backend.session("head").run(STEP, {"hidden_states": single(hidden)}))
+        return Step(*self.backend.session(self.backend.step_part).run(STEP, {"hidden_states": single(hidden)}))
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         return self.step_with_logits(hidden)[1]

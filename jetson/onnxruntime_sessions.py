@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -23,12 +24,20 @@ def usable_threads() -> int:
     return bound if bound < (os.cpu_count() or 1) else 0
 
 
-def open_model(path: Path, threads: int) -> InferenceSession:
+def native_library() -> Path | None:
+    """The library of our own operator, None where this installation was made without a C compiler."""
+    found = importlib.util.find_spec("flashhead_edge.jetson._native")
+    return None if found is None or found.origin is None else Path(found.origin)
+
+
+def open_model(path: Path, threads: int, library: Path | None = None) -> InferenceSession:
     """An ONNX model as a session on the CPU.
 
+    Args:
+        library: operators of our own that the model needs.
     Raises:
         CheckpointError: the file or its external data is damaged.
-        EngineError: ONNX Runtime is missing or does not know the model's operators.
+        EngineError: ONNX Runtime is missing or does not know the model's operators, or cannot load the library.
     """
     try:
         import onnxruntime
@@ -39,6 +48,12 @@ def open_model(path: Path, threads: int) -> InferenceSession:
     options.log_severity_level = 3  # errors: they come as exceptions as well, warnings are about graphs that nobody can change here
     # Threads that wait must not spin: beside another program on the same cores two of them then take twice the time of one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if library is not None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except runtime_errors() as error:
+            reason = f"ONNX Runtime {onnxruntime.__version__} cannot load it ({short(error)})"
+            raise EngineError(f"{library}: {reason}, expected a library built for this machine; install flashhead-edge again") from error
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except runtime_errors() as error:
