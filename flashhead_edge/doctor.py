@@ -53,6 +53,7 @@ def examine() -> dict[str, Any]:
         lambda: library("TensorRT", "nvinfer", f"TensorRT engines: {LATER}", packages=("tensorrt", "tensorrt-cu12", "tensorrt-cu13")),
         lambda: package("vllm", "serving: vllm serve OUT (0.26 or newer, on a GPU)"),
         onnxruntime,
+        lambda: package("onnxruntime-genai", "export onnx with the decoder's body (extra: export)"),
         jetson,
     )
     return {"flashhead_edge": __version__, "facts": [asdict(look()) for look in looks]}
@@ -164,7 +165,7 @@ def library(name: str, short: str, enables: str, packages: tuple[str, ...] = ())
 
 
 def onnxruntime() -> Fact:
-    enables = f"the head without torch: {LATER}"
+    enables = "generate, chat and evaluate of an export, without torch (extra: onnx)"
     version = next((v for v in map(_version, ("onnxruntime-gpu", "onnxruntime")) if v), None)
     if version is None:
         return Fact("ONNX Runtime", False, None, None, enables)
