@@ -37,5 +37,6 @@ setup(
     packages=[*packages, *SOURCES],
     package_dir=ROOMS | SOURCES,
     ext_modules=[NATIVE],
+    exclude_package_data={"flashhead_edge.jetson": ["native/*"]},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

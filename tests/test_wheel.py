@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import email
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,8 +18,8 @@ IMPORT = (
 )
 
 
-def run(*command: object, cwd: Path) -> str:
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=cwd, timeout=240)
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=cwd, timeout=240, env=os.environ | environment)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -41,6 +43,27 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=source)
     (found,) = out.glob("*.whl")
     return found
+
+
+def libraries(wheel: Path) -> list[str]:
+    return [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith((".so", ".pyd"))]
+
+
+@pytest.mark.skipif(os.name == "nt" or shutil.which("cc") is None, reason="no C compiler is called cc here")
+def test_wheel_carries_the_operator_of_onnx_runtime_for_every_python(wheel: Path, tmp_path: Path) -> None:
+    assert libraries(wheel) == ["flashhead_edge/jetson/_native.abi3.so"]
+    assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
+    python = environment(tmp_path / "venv", wheel)
+    assert "operator for ONNX Runtime" in run(python, "-c", "import flashhead_edge.jetson._native as native; print(native.__doc__)", cwd=tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the name of the compiler cannot be set there")
+def test_without_a_compiler_the_wheel_is_built_without_the_operator(source: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.so"))
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, copy, cwd=copy, CC="no-such-compiler")
+    (built,) = tmp_path.glob("*.whl")
+    assert libraries(built) == []
+    assert run(environment(tmp_path / "venv", built), "-c", IMPORT, cwd=tmp_path)
 
 
 def environment(folder: Path, *arguments: object) -> Path:
