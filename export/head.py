@@ -27,7 +27,8 @@ class HeadFunctions:
     """A head in one dialect."""
 
     probe: Function
-    score: Function
+    score: Function  # what is left for the exact stage
+    score_all: Function  # the same, and every coded score: what full-width logits are made from
     rescore: Function
     decode: Function
     widen: Function
@@ -54,8 +55,14 @@ def head_functions(index: HeadIndex, rows: Any, bias: np.ndarray | None, dialect
         score=make(
             "Score",
             ("z", "unit", "clusters", "opened", "opened_valid", "kept"),
-            lambda op, *x: score(op, *x, index=index, dialect=dialect),
+            lambda op, *x: score(op, *x, index=index, dialect=dialect, everything=False),
             "The coded rows of what opened, code after code.",
+        ),
+        score_all=make(
+            "Score",
+            ("z", "unit", "clusters", "opened", "opened_valid", "kept"),
+            lambda op, *x: score(op, *x, index=index, dialect=dialect, everything=True),
+            "The coded rows of what opened, code after code, and every coded score.",
         ),
         rescore=make(
             "Rescore",
@@ -111,9 +118,19 @@ def probe(op: Ops, hidden: ir.Value, index: HeadIndex, dialect: Dialect) -> dict
 
 
 def score(
-    op: Ops, z: ir.Value, unit: ir.Value, clusters: ir.Value, opened: ir.Value, opened_valid: ir.Value, kept: ir.Value, *, index: HeadIndex, dialect: Dialect
+    op: Ops,
+    z: ir.Value,
+    unit: ir.Value,
+    clusters: ir.Value,
+    opened: ir.Value,
+    opened_valid: ir.Value,
+    kept: ir.Value,
+    *,
+    index: HeadIndex,
+    dialect: Dialect,
+    everything: bool,
 ) -> dict[str, ir.Value]:
-    """The cascade over the slots of opened clusters and those always scored: what is left for the exact stage."""
+    """The cascade over the slots of opened clusters and those always scored: what is left for the exact stage, and all coded scores if `everything`."""
     size, always = index.cluster_size, index.always_scored.size
     table = index.token_table.astype(np.int64)
     width = _static_width(index.probe.cap, index.n_clusters) * size + always  # in dialects whose widths are fixed
@@ -172,9 +189,9 @@ def score(
                 if code.scale is not None:
                     more = op.Mul(more, op.Squeeze(scale, op.ints(2)))
                 scores = op.Add(scores, more)
-                if place is None:  # all stand where they stood
+                if everything and place is None:  # all stand where they stood
                     latest = op.Where(real, scores, latest)
-                else:
+                elif everything:
                     latest = op.ScatterElements(latest, place, op.Where(real, scores, dialect.pick(op, latest, place)), axis=1)
             best = op.ReduceMax(op.Where(real, scores, op.const(np.float32(-3e38))), op.ints(1), keepdims=1)
             gap = op.Mul(op.Sub(best, scores), nearness)
@@ -184,11 +201,13 @@ def score(
             if chosen.at is not None:
                 width = _static_width(stage.gate.cap, width)
                 slots = dialect.pick(op, slots, chosen.at)
-                place = chosen.at if place is None else dialect.pick(op, place, chosen.at)
+                if everything:
+                    place = chosen.at if place is None else dialect.pick(op, place, chosen.at)
                 if i + 1 < len(index.stages):
                     scores = dialect.pick(op, scores, chosen.at)
             real = chosen.valid
-        out["scored_tokens"], out["scores"], out["scored"] = op.Gather(tokens, all_slots, axis=0), latest, all_real
+        if everything:
+            out["scored_tokens"], out["scores"], out["scored"] = op.Gather(tokens, all_slots, axis=0), latest, all_real
         if any(c is not None for c in capped):
             counts[1:] = [op.Min(c, op.const(float(s.gate.cap))) for c, s in zip(counts[1:], index.stages)]
     else:

@@ -25,9 +25,9 @@ from flashhead_edge.export.folder import check_folder, copied_files
 from flashhead_edge.export.genai import genai_config
 from flashhead_edge.export.graph import DOMAIN
 from flashhead_edge.export.head import head_functions
+from flashhead_edge.export.matrices import stored_matrix
 from flashhead_edge.export.native import native_model
 from flashhead_edge.export.parts import head_model, rescore_model, stage_models, whole_decoder
-from flashhead_edge.export.passes.embedding import DTYPES
 from flashhead_edge.export.storage import bytes_of, write_models
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.progress import Progress, silent
@@ -130,13 +130,10 @@ def export_onnx(
     return Exported(str(path), dialect, body, {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()}, index.fingerprint)
 
 
-def head_rows(source: Source, name: str) -> ir.ExternalTensor:
+def head_rows(source: Source, name: str) -> ir.LazyTensor:
     """The head's matrix [V, d] in its own type, read from its file when it is written."""
-    file = weight_map(source.folder)[name].resolve()
-    entry = read_header(file)[name]
-    return ir.ExternalTensor(
-        file.name, entry.start, entry.end - entry.start, DTYPES[entry.dtype], shape=ir.Shape(entry.shape), name="head.rows", base_dir=file.parent
-    )
+    file = weight_map(source.folder)[name]
+    return stored_matrix(file, read_header(file)[name], "head.rows")
 
 
 def metadata(index: HeadIndex, dialect: str, settings: dict[str, Any]) -> dict[str, str]:

@@ -40,7 +40,7 @@ def add_head(main: Main, hidden: ir.Value, f: HeadFunctions, index: HeadIndex, l
     """Call the stages on hidden states [N, d]."""
     op = main.ops
     probed = main.call(f.probe, hidden)
-    scored = main.call(f.score, *(probed[n] for n in ("z", "unit", "clusters", "opened", "opened_valid", "kept")))
+    scored = main.call(f.score_all if logits else f.score, *(probed[n] for n in ("z", "unit", "clusters", "opened", "opened_valid", "kept")))
     exact = main.call(f.rescore, hidden, scored["tokens"])["logits"]
     found = main.call(f.decode, scored["tokens"], exact, scored["valid"])
     wide = None

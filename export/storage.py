@@ -36,7 +36,7 @@ def write_models(folder: Path, models: dict[str, ir.Model]) -> None:
                 if known is None:
                     file.write(b"\0" * (-file.tell() % ALIGNMENT))
                     start = file.tell()
-                    tensor.tofile(file) if hasattr(tensor, "tofile") else file.write(tensor.tobytes())
+                    tensor.tofile(file)  # one that is mapped from another file goes from there, page by page
                     known = ir.ExternalTensor(DATA, start, file.tell() - start, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=folder)
                     stored[name] = known
                 elif list(known.shape) != list(tensor.shape) or known.dtype != tensor.dtype:

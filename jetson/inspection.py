@@ -8,7 +8,8 @@ from typing import Any
 
 from flashhead_edge.errors import CheckpointError
 from flashhead_edge.jetson.folder import AGAIN, FORMAT, is_exported
-from flashhead_edge.jetson.onnxruntime_sessions import open_model
+from flashhead_edge.jetson.onnxruntime_backend import NATIVE
+from flashhead_edge.jetson.onnxruntime_sessions import native_library, open_model
 
 
 def describe_model(path: str | Path) -> dict[str, Any]:
@@ -22,7 +23,8 @@ def describe_model(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         if not is_exported(path):
             raise CheckpointError(f"{path}: no exported model, expected a folder that flashhead export onnx wrote; check the path")
-        models = {file.stem: _model(file) for file in sorted(path.glob("*.onnx"))}
+        files = [f for f in sorted(path.glob("*.onnx")) if f.stem != NATIVE or native_library() is not None]  # which no other installation can open
+        models = {file.stem: _model(file) for file in files}
         shared = [m.pop("calibration") for m in models.values()]
         data = {file.name: file.stat().st_size for file in sorted(path.glob("*.data"))}
         return {"folder": str(path), "calibration": shared[0], "data_bytes": data, "models": models}
@@ -32,7 +34,7 @@ def describe_model(path: str | Path) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    session = open_model(path, 1)
+    session = open_model(path, 1, native_library() if path.stem == NATIVE else None)
     about = session.get_modelmeta().custom_metadata_map
     if about.get("flashhead.format") != FORMAT:
         raise CheckpointError(f"{path}: the model does not come from flashhead export {FORMAT} (flashhead.format is {about.get('flashhead.format')}); {AGAIN}")

@@ -9,11 +9,10 @@ from flashhead_edge.checkpoint.tensors import read_header
 from flashhead_edge.checkpoint.weights import EMBEDDINGS, head_name
 from flashhead_edge.errors import ExportError
 from flashhead_edge.export.graph import Ops
+from flashhead_edge.export.matrices import DTYPES, stored_matrix
 
-DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
-
-def embedding_tensor(source: Source) -> tuple[ir.ExternalTensor, bool]:
+def embedding_tensor(source: Source) -> tuple[ir.LazyTensor, bool]:
     """The embedding [V, d] in the checkpoint's own dtype, read from its file when it is used, and whether the head is tied to it.
 
     Raises:
@@ -27,14 +26,10 @@ def embedding_tensor(source: Source) -> tuple[ir.ExternalTensor, bool]:
     if name is None or entry is None or entry.dtype not in DTYPES or len(entry.shape) != 2:
         what = "no embedding in the weight files" if entry is None else f"the embedding {name} is {entry.dtype} {list(entry.shape)}"
         raise ExportError(f"{source.name}: {what}, expected a matrix [V, d] in F32, F16 or BF16; export from a checkpoint whose embedding is not quantised")
-    path = files[name].resolve()
-    tensor = ir.ExternalTensor(
-        path.name, entry.start, entry.end - entry.start, DTYPES[entry.dtype], shape=ir.Shape(entry.shape), name=name, base_dir=path.parent
-    )
-    return tensor, tied
+    return stored_matrix(files[name], entry, name), tied
 
 
-def share_embedding(model: ir.Model, rows: ir.ExternalTensor, name: str, scale: float | None = None) -> None:
+def share_embedding(model: ir.Model, rows: ir.LazyTensor, name: str, scale: float | None = None) -> None:
     """Look tokens up in `rows` [V, d]: the rows that are needed are gathered first and made float32 afterwards.
 
     Args:
