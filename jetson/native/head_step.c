@@ -39,9 +39,24 @@
 #define PREFETCH(p) ((void)(p))
 #endif
 
+#if defined(__GNUC__)
+#include <sched.h>
+#define TAKE(counter) __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL)
+#define READ(counter) __atomic_load_n(counter, __ATOMIC_ACQUIRE)
+#define SET(counter, value) __atomic_store_n(counter, value, __ATOMIC_RELEASE)
+#define THREADS 8 /* that share a step, at most */
+#else /* one thread makes a step */
+#define TAKE(counter) ((*(counter))++)
+#define READ(counter) (*(counter))
+#define SET(counter, value) (*(counter) = (value))
+#define THREADS 1
+#endif
+
 enum { LANES = 32, PAD = 16, MOST_STAGES = 16, LINE = 64 };
-enum { STREAM = 2048, AHEAD = 4 }; /* rows that lie apart are asked of memory so many before they are multiplied */
-enum { CHUNK_BYTES = 1 << 16, MOST_CHUNKS = 16 }; /* work that is worth waking a thread for; pieces that a phase is cut into */
+enum { STREAM = 2048, AHEAD = 8 }; /* rows that lie apart are asked of memory so many before they are multiplied */
+enum { PIECE_BYTES = 1 << 15, MOST_PIECES = 16 }; /* a phase is cut into pieces of that size, at most so many */
+enum { SHARED_BYTES = 1 << 18 }; /* rotation and centroids together: below that no thread is woken */
+enum { SPINS = 1000 }; /* looks at a counter before the processor is offered to others */
 
 static const float NO_BOUND = 1e30f; /* an infinite margin: as in the standard operators, no sum becomes NaN */
 
@@ -270,38 +285,55 @@ static int rounded(const struct matrix *m, const float *x, int16_t *whole, struc
 
 /* ---- one state ---- */
 
+struct run;
+
 struct item { /* a slot that was opened for the state or is always scored */
     int32_t slot;
     float score, nearness;
     int32_t token;
 };
 
+struct span { /* slots side by side: those of a cluster, or an always-scored one alone */
+    int32_t slot;
+    uint32_t at; /* how many slots stand before them */
+};
+
+struct phase { /* work in pieces, which threads take one after the other */
+    void (*work)(struct run *, size_t);
+    size_t pieces, taken, done;
+};
+
 struct run { /* one state's way through the stages, and its memory */
     const struct kernel *k;
-    const ort_context *context; /* NULL: do not spread work over threads */
+    int shared; /* threads help */
+    struct phase phases[3 + MOST_STAGES];
+    size_t begun, ended; /* phases that were begun; 1: the step is made */
+    float best[MOST_PIECES];
+    size_t kept[MOST_PIECES];
+    float floor, bound;
     void *memory;
     float *hidden, *z, *x, *clusters, *gap, *gap_copy, *logits;
     int16_t *whole;
     int32_t *opened, *ids;
     struct item *items;
-    uint32_t *start; /* [runs + 1], where the items of a run begin: slots side by side, those of a cluster or one alone */
+    struct span *spans; /* [n_spans + 1] */
     uint64_t *marks;  /* a bit a token */
     struct state state;
     const struct matrix *matrix; /* of the phase that runs */
-    size_t n_opened, n_runs, n_items, pieces, piece;
+    size_t n_opened, n_spans, n_items, pieces, piece;
 };
 
 static size_t padded(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 static size_t most_items(const struct kernel *k) { return k->probe.cap * k->cluster_size + k->always; }
 
-static int open_run(struct run *r, const struct kernel *k, const ort_context *context) { /* 0: no memory */
+static int open_run(struct run *r, const struct kernel *k, int shared) { /* 0: no memory */
     size_t items = most_items(k), wide = k->clusters > items ? k->clusters : items;
     size_t d = padded(k->hidden, LANES), c = padded(k->coordinates + LANES, LANES);
     size_t x = d > c ? d : c, words = (k->vocab + 63) / 64;
     const size_t sizes[] = {
         4 * d, 4 * c, 4 * x, 4 * k->clusters, 4 * wide, 4 * wide, 4 * items, 2 * x,
-        4 * k->clusters, 4 * items, sizeof(struct item) * items, 4 * (k->probe.cap + k->always + 1), 8 * words,
+        4 * k->clusters, 4 * items, sizeof(struct item) * items, sizeof(struct span) * (k->probe.cap + k->always + 1), 8 * words,
     };
     size_t at[sizeof sizes / sizeof *sizes], total = LINE;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) { at[i] = total; total += padded(sizes[i], LINE); }
@@ -310,7 +342,7 @@ static int open_run(struct run *r, const struct kernel *k, const ort_context *co
     if (!r->memory) return 0;
     char *base = (char *)((uintptr_t)r->memory / LINE * LINE);
     r->k = k;
-    r->context = context;
+    r->shared = shared;
     r->hidden = (float *)(base + at[0]);
     r->z = (float *)(base + at[1]);
     r->x = (float *)(base + at[2]);
@@ -322,7 +354,7 @@ static int open_run(struct run *r, const struct kernel *k, const ort_context *co
     r->opened = (int32_t *)(base + at[8]);
     r->ids = (int32_t *)(base + at[9]);
     r->items = (struct item *)(base + at[10]);
-    r->start = (uint32_t *)(base + at[11]);
+    r->spans = (struct span *)(base + at[11]);
     r->marks = (uint64_t *)(base + at[12]);
     memset(r->hidden, 0, 4 * d);
     memset(r->z, 0, 4 * c);
@@ -331,15 +363,55 @@ static int open_run(struct run *r, const struct kernel *k, const ort_context *co
     return 1;
 }
 
-/* Do `work` for pieces of n things that read `bytes` each: on ONNX Runtime's own threads where that is much. */
-static ort_status *spread(struct run *r, void (*work)(void *, size_t), size_t n, size_t bytes) {
-    size_t pieces = r->context ? n * bytes / CHUNK_BYTES : 1;
-    r->pieces = pieces < 1 ? 1 : pieces > MOST_CHUNKS ? MOST_CHUNKS : pieces;
+static void rest(size_t looks) { /* between two looks at a counter that another thread counts up */
+#if defined(__GNUC__)
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (looks % SPINS == SPINS - 1) sched_yield();
+#endif
+    (void)looks;
+}
+
+static void take_pieces(struct run *r, struct phase *p) {
+    for (size_t piece; READ(&p->taken) < p->pieces && (piece = TAKE(&p->taken)) < p->pieces; TAKE(&p->done)) p->work(r, piece);
+}
+
+/* Do `work` for pieces of n things that read `bytes` each, with the threads that help. */
+static void spread(struct run *r, void (*work)(struct run *, size_t), size_t n, size_t bytes) {
+    const size_t pieces = r->shared ? n * bytes / PIECE_BYTES : 1;
+    r->pieces = pieces < 1 ? 1 : pieces > MOST_PIECES ? MOST_PIECES : pieces;
     r->piece = padded((n + r->pieces - 1) / r->pieces, 4); /* rows are multiplied four at a time */
-    if (!n) return NULL;
-    if (r->pieces > 1) return ORT(r->k->api, parallel_for)(r->context, work, r->pieces, 0, r);
-    work(r, 0);
-    return NULL;
+    if (r->pieces == 1) {
+        work(r, 0);
+        return;
+    }
+    struct phase *p = &r->phases[r->begun];
+    p->work = work;
+    p->pieces = r->pieces;
+    SET(&r->begun, r->begun + 1);
+    take_pieces(r, p);
+    for (size_t looks = 0; READ(&p->done) < p->pieces; looks++) rest(looks);
+}
+
+/* Another thread's part of a step: pieces of whatever phase runs, until the step is made. It may come late or never. */
+static void help(struct run *r) {
+    for (size_t looks = 0; !READ(&r->ended); looks++) {
+        const size_t begun = READ(&r->begun);
+        if (begun) take_pieces(r, &r->phases[begun - 1]);
+        rest(looks);
+    }
+}
+
+static float largest(const float *x, size_t n) {
+    float most[8], out = -INFINITY;
+    size_t i = 0;
+    for (int l = 0; l < 8; l++) most[l] = -INFINITY;
+    for (; i + 8 <= n; i += 8)
+        for (int l = 0; l < 8; l++) most[l] = x[i + l] > most[l] ? x[i + l] : most[l];
+    for (; i < n; i++) out = x[i] > out ? x[i] : out;
+    for (int l = 0; l < 8; l++) out = most[l] > out ? most[l] : out;
+    return out;
 }
 
 static int piece_of(const struct run *r, size_t piece, size_t n, size_t *first, size_t *end) {
@@ -348,60 +420,72 @@ static int piece_of(const struct run *r, size_t piece, size_t n, size_t *first, 
     return *first < n;
 }
 
-static void rotate_piece(void *run, size_t piece) {
-    struct run *r = run;
+static void rotate_piece(struct run *r, size_t piece) {
     size_t first, end;
     if (piece_of(r, piece, r->k->turn.n, &first, &end)) products(&r->k->turn, &r->state, first, end - first, r->z + 1 + first);
 }
 
-static void probe_piece(void *run, size_t piece) {
-    struct run *r = run;
+static void probe_piece(struct run *r, size_t piece) {
     size_t first, end;
-    if (piece_of(r, piece, r->k->clusters, &first, &end)) products(&r->k->centroids, &r->state, first, end - first, r->clusters + first);
-}
-
-/* Add a code's products to n items, at most BLOCK, whose slots lie side by side. */
-static void add_code(const struct matrix *m, const struct state *s, struct item *items, size_t n) {
-    float sums[BLOCK];
-    const size_t slot = (size_t)items[0].slot;
-    sums_of(m, s, slot, n, sums);
-    for (size_t i = 0; i < n; i++) {
-        const struct tail *tail = (const struct tail *)(m->data + (slot + i) * m->row + m->tail);
-        items[i].score += sums[i] * tail->scale;
-        items[i].nearness = tail->nearness;
-        items[i].token = tail->token;
-    }
+    r->best[piece] = -INFINITY;
+    if (!piece_of(r, piece, r->k->clusters, &first, &end)) return;
+    products(&r->k->centroids, &r->state, first, end - first, r->clusters + first);
+    r->best[piece] = largest(r->clusters + first, end - first);
 }
 
 static void prefetch(const char *from, size_t bytes) {
     for (size_t b = 0; b < bytes; b += LINE) PREFETCH(from + b);
 }
 
-static void run_piece(void *run, size_t piece) { /* the first code: a run's rows are multiplied together */
-    struct run *r = run;
+static const struct tail *tail_of(const struct matrix *m, size_t slot) { return (const struct tail *)(m->data + slot * m->row + m->tail); }
+
+/* The first code: a span's rows are multiplied together. Kept are items that may pass the gate: their gap to the best so far,
+ * which is not above the best of all, passes. They stand from where the piece's first slot would. */
+static void span_piece(struct run *r, size_t piece) {
     const struct matrix *m = r->matrix;
-    size_t first, end;
-    if (!piece_of(r, piece, r->n_runs, &first, &end)) return;
+    size_t first, end, kept = 0;
+    float sums[BLOCK], best = r->floor;
+    r->kept[piece] = 0;
+    r->best[piece] = best;
+    if (!piece_of(r, piece, r->n_spans, &first, &end)) return;
+    struct item *out = r->items + r->spans[first].at;
     for (size_t o = first; o < end; o++) {
-        const uint32_t at = r->start[o], next = r->start[o + 1];
-        if (o + 1 < end) prefetch(m->data + (size_t)r->items[next].slot * m->row, (r->start[o + 2] - next) * m->row);
-        for (uint32_t i = at; i < next; i += BLOCK) add_code(m, &r->state, r->items + i, next - i < BLOCK ? next - i : BLOCK);
+        const struct span *span = &r->spans[o];
+        if (o + 1 < end) prefetch(m->data + (size_t)span[1].slot * m->row, (span[2].at - span[1].at) * m->row);
+        const float cluster = r->clusters[(size_t)span->slot / r->k->cluster_size];
+        const size_t n = span[1].at - span->at;
+        for (size_t i = 0; i < n; i += BLOCK) {
+            const size_t some = n - i < BLOCK ? n - i : BLOCK, slot = (size_t)span->slot + i;
+            sums_of(m, &r->state, slot, some, sums);
+            for (size_t j = 0; j < some; j++) {
+                const struct tail *tail = tail_of(m, slot + j);
+                const float score = cluster + sums[j] * tail->scale;
+                best = score > best ? score : best;
+                const struct item item = {(int32_t)(slot + j), score, tail->nearness, tail->token};
+                out[kept] = item;
+                kept += (best - score) * tail->nearness <= r->bound;
+            }
+        }
     }
+    r->kept[piece] = kept;
+    r->best[piece] = best;
 }
 
-static void item_piece(void *run, size_t piece) { /* a later code: rows that lie apart */
-    struct run *r = run;
+static void item_piece(struct run *r, size_t piece) { /* a later code: rows that lie apart */
     const struct matrix *m = r->matrix;
     size_t first, end;
     if (!piece_of(r, piece, r->n_items, &first, &end)) return;
     for (size_t i = first; i < end; i++) {
         if (i + AHEAD < end) prefetch(m->data + (size_t)r->items[i + AHEAD].slot * m->row, m->row);
-        add_code(m, &r->state, r->items + i, 1);
+        float sum;
+        const size_t slot = (size_t)r->items[i].slot;
+        sums_of(m, &r->state, slot, 1, &sum);
+        r->items[i].score += sum * tail_of(m, slot)->scale;
+        r->items[i].nearness = tail_of(m, slot)->nearness;
     }
 }
 
-static void exact_piece(void *run, size_t piece) {
-    struct run *r = run;
+static void exact_piece(struct run *r, size_t piece) {
     const struct kernel *k = r->k;
     const struct matrix *m = &k->rows;
     size_t first, end;
@@ -445,8 +529,7 @@ static void cut(const float *gap, float *copy, size_t n, size_t cap, float *edge
 /* Clusters that open, ascending: r->opened, r->n_opened. */
 static int open_clusters(struct run *r, float bound) {
     const struct kernel *k = r->k;
-    float best = -INFINITY;
-    for (size_t i = 0; i < k->clusters; i++) best = r->clusters[i] > best ? r->clusters[i] : best;
+    const float best = largest(r->best, r->pieces);
     size_t n = 0;
     for (size_t i = 0; i < k->clusters; i++) {
         const float gap = (best - r->clusters[i]) * k->probe.nearness[i];
@@ -470,30 +553,62 @@ static int open_clusters(struct run *r, float bound) {
     return capped;
 }
 
-/* The slots of opened clusters and those always scored, ascending, no slot twice, with their clusters' scores. */
-static void list_slots(struct run *r) {
+/* The slots of opened clusters and those always scored, ascending, no slot twice: r->spans. */
+static void list_spans(struct run *r) {
     const struct kernel *k = r->k;
     const size_t size = k->cluster_size;
-    size_t n = 0, runs = 0, a = 0;
+    size_t n = 0, spans = 0, a = 0;
     for (size_t o = 0; o <= r->n_opened; o++) {
         const size_t first = o < r->n_opened ? (size_t)r->opened[o] * size : SIZE_MAX; /* of the next cluster */
         for (; a < k->always && (size_t)k->always_slots[a] < first; a++) {
-            r->start[runs++] = (uint32_t)n;
-            r->items[n].slot = k->always_slots[a];
-            r->items[n++].score = r->clusters[(size_t)k->always_slots[a] / size];
+            const struct span alone = {k->always_slots[a], (uint32_t)n++};
+            r->spans[spans++] = alone;
         }
         if (o == r->n_opened) break;
         while (a < k->always && (size_t)k->always_slots[a] < first + size) a++; /* the cluster has them anyway */
-        const int32_t filled = k->filled[r->opened[o]]; /* empty slots stand at a cluster's end */
-        if (filled) r->start[runs++] = (uint32_t)n;
-        for (int32_t i = 0; i < filled; i++) {
-            r->items[n].slot = (int32_t)first + i;
-            r->items[n++].score = r->clusters[r->opened[o]];
-        }
+        const struct span cluster = {(int32_t)first, (uint32_t)n};
+        r->spans[spans] = cluster;
+        spans += k->filled[r->opened[o]] > 0;
+        n += (size_t)k->filled[r->opened[o]]; /* empty slots stand at a cluster's end */
     }
-    r->start[runs] = (uint32_t)n;
-    r->n_runs = runs;
+    r->spans[spans].at = (uint32_t)n;
+    r->n_spans = spans;
     r->n_items = n;
+}
+
+static void score_spans(struct run *r) { /* items behind the first code; some that will not pass are left out */
+    const struct kernel *k = r->k;
+    struct item *to = r->items;
+    /* the best cluster first: with its best slot few others need be kept */
+    size_t best = 0;
+    for (size_t i = 1; i < r->n_spans; i++)
+        if (r->clusters[(size_t)r->spans[i].slot / k->cluster_size] > r->clusters[(size_t)r->spans[best].slot / k->cluster_size]) best = i;
+    const struct span *span = &r->spans[best];
+    const size_t n = span[1].at - span->at < BLOCK ? span[1].at - span->at : BLOCK;
+    float sums[BLOCK];
+    r->floor = -INFINITY;
+    sums_of(r->matrix, &r->state, (size_t)span->slot, n, sums);
+    for (size_t i = 0; i < n; i++) {
+        const float score = r->clusters[(size_t)span->slot / k->cluster_size] + sums[i] * tail_of(r->matrix, (size_t)span->slot + i)->scale;
+        r->floor = score > r->floor ? score : r->floor;
+    }
+    spread(r, span_piece, r->n_spans, k->cluster_size * r->matrix->row);
+    for (size_t p = 0; p < r->pieces; p++) {
+        const size_t first = p * r->piece;
+        if (!r->kept[p]) continue;
+        memmove(to, r->items + r->spans[first].at, r->kept[p] * sizeof *to);
+        to += r->kept[p];
+    }
+    r->n_items = (size_t)(to - r->items);
+}
+
+static void list_items(struct run *r) { /* where there is no code: an item for each slot */
+    for (size_t o = 0; o < r->n_spans; o++)
+        for (uint32_t i = r->spans[o].at; i < r->spans[o + 1].at; i++) {
+            const int32_t slot = r->spans[o].slot + (int32_t)(i - r->spans[o].at);
+            const struct item item = {slot, 0, 0, r->k->token[slot]};
+            r->items[i] = item;
+        }
 }
 
 static int pass(struct run *r, const struct gate *gate, float bound) { /* items that stay behind a code, in their order */
@@ -527,7 +642,7 @@ static int tokens_in_order(struct run *r) { /* the items' tokens, ascending: a b
     const struct kernel *k = r->k;
     size_t n = 0, words = (k->vocab + 63) / 64;
     for (size_t i = 0; i < r->n_items; i++) {
-        const int32_t token = k->stages ? r->items[i].token : k->token[r->items[i].slot];
+        const int32_t token = r->items[i].token;
         if ((uint32_t)token >= k->vocab) return 0;
         r->marks[token >> 6] |= (uint64_t)1 << (token & 63);
     }
@@ -565,10 +680,14 @@ static int prepare(struct run *r, const struct matrix *m) {
 
 static float bound_of(const struct gate *gate, float unit) { return gate->margin < NO_BOUND ? gate->margin * unit : NO_BOUND; }
 
+static void begin(struct run *r) { /* a new state */
+    memset(r->phases, 0, sizeof r->phases);
+    r->begun = r->ended = 0;
+}
+
 /* One state: ids and logits in r, n_items of them; counts [2 + stages]. */
 static ort_status *step(struct run *r, const float *hidden, int64_t *counts, unsigned char *capped, int64_t *token) {
     const struct kernel *k = r->k;
-    ort_status *status;
     float unit = 1;
     memset(counts, 0, (2 + k->stages) * sizeof *counts);
     *capped = 0;
@@ -581,18 +700,18 @@ static ort_status *step(struct run *r, const float *hidden, int64_t *counts, uns
     if (k->mean) {
         for (size_t i = 0; i < k->hidden; i++) r->x[i] = (hidden[i] - k->mean[i]) * (k->turn_scale ? k->turn_scale[i] : 1);
         if (!(k->turn.type == ORT_INT8 ? rounded(&k->turn, r->x, r->whole, &r->state) : real_state(r, k->hidden))) return NULL;
-        if ((status = spread(r, rotate_piece, k->turn.n, k->turn.row))) return status;
+        spread(r, rotate_piece, k->turn.n, k->turn.row);
         r->z[0] = 1;
         double square = 0;
         for (size_t i = 0; i < k->turn.n; i++) square += (double)r->z[1 + i] * r->z[1 + i];
         if (k->state_power != 0) unit = (float)pow(square / (double)k->turn.n, k->state_power / 2);
     } else memcpy(r->z, hidden, k->hidden * sizeof *hidden);
     if (!prepare(r, &k->centroids)) return NULL;
-    if ((status = spread(r, probe_piece, k->clusters, k->centroids.row))) return status;
+    spread(r, probe_piece, k->clusters, k->centroids.row);
     *capped |= (unsigned char)open_clusters(r, bound_of(&k->probe, unit));
     counts[0] = (int64_t)r->n_opened;
     if (!r->n_opened) return NULL; /* no score can be compared */
-    list_slots(r);
+    list_spans(r);
     for (size_t i = 0; i < k->stages; i++) {
         counts[1 + i] = (int64_t)r->n_items;
         r->matrix = &k->stage_rows[i];
@@ -600,14 +719,16 @@ static ort_status *step(struct run *r, const float *hidden, int64_t *counts, uns
             r->n_items = 0;
             return NULL;
         }
-        status = i ? spread(r, item_piece, r->n_items, r->matrix->row) : spread(r, run_piece, r->n_runs, k->cluster_size * r->matrix->row);
-        if (status) return status;
-        *capped |= (unsigned char)pass(r, &k->gates[i], bound_of(&k->gates[i], unit));
+        r->bound = bound_of(&k->gates[i], unit);
+        if (i) spread(r, item_piece, r->n_items, r->matrix->row);
+        else score_spans(r);
+        *capped |= (unsigned char)pass(r, &k->gates[i], r->bound);
     }
+    if (!k->stages) list_items(r);
     counts[1 + k->stages] = (int64_t)r->n_items;
     if (!r->n_items) return NULL;
     if (!tokens_in_order(r)) return ORT(k->api, create_status)(ORT_ERROR_FAIL, "HeadStep: the head's arrays name tokens that it does not have; export it again");
-    if ((status = spread(r, exact_piece, r->n_items, k->rows.row))) return status;
+    spread(r, exact_piece, r->n_items, k->rows.row);
     size_t best = 0;
     for (size_t i = 1; i < r->n_items; i++)
         if (r->logits[i] > r->logits[best]) best = i;
@@ -637,9 +758,10 @@ static void batch_piece(void *batch, size_t piece) {
     struct batch *b = batch;
     const size_t columns = 2 + b->k->stages;
     struct run r;
-    if (!open_run(&r, b->k, NULL)) { b->failed = 1; return; }
+    if (!open_run(&r, b->k, 0)) { b->failed = 1; return; }
     for (size_t i = piece * b->piece; i < b->n && i < (piece + 1) * b->piece; i++) {
         struct found *f = &b->found[i];
+        begin(&r);
         ort_status *status = step(&r, b->hidden + i * b->k->hidden, b->counts + i * columns, b->capped + i, b->token + i);
         if (status) {
             b->failed = 1;
@@ -680,7 +802,7 @@ static ort_status *compute_batch(struct batch *b, ort_context *context) {
     TRY(output(k, context, 3, shape, 2, &counts));
     TRY(output(k, context, 4, shape, 1, &capped));
     b->counts = counts, b->token = token, b->capped = capped;
-    const size_t pieces = b->n < MOST_CHUNKS ? b->n : MOST_CHUNKS;
+    const size_t pieces = b->n < MOST_PIECES ? b->n : MOST_PIECES;
     if (b->n) {
         b->piece = (b->n + pieces - 1) / pieces;
         TRY(ORT(k->api, parallel_for)(context, batch_piece, pieces, 0, b));
@@ -696,6 +818,26 @@ static ort_status *compute_batch(struct batch *b, ort_context *context) {
     return NULL;
 }
 
+struct one { /* a step that threads share */
+    struct run *r;
+    const float *hidden;
+    int64_t *counts, *token;
+    unsigned char *capped;
+    size_t came; /* threads: the first makes the step, whichever it is, so that nobody waits for one that does not come */
+    ort_status *status;
+};
+
+static void one_thread(void *one, size_t number) {
+    struct one *o = one;
+    (void)number;
+    if (TAKE(&o->came)) {
+        help(o->r);
+        return;
+    }
+    o->status = step(o->r, o->hidden, o->counts, o->capped, o->token);
+    SET(&o->r->ended, 1);
+}
+
 static ort_status *compute_one(struct run *r, const float *hidden, ort_context *context) {
     const struct kernel *k = r->k;
     const int64_t shape[] = {1, (int64_t)(2 + k->stages)};
@@ -703,7 +845,11 @@ static ort_status *compute_one(struct run *r, const float *hidden, ort_context *
     TRY(output(k, context, 0, shape, 1, &token));
     TRY(output(k, context, 3, shape, 2, &counts));
     TRY(output(k, context, 4, shape, 1, &capped));
-    TRY(step(r, hidden, counts, capped, token));
+    struct one one = {r, hidden, counts, token, capped, 0, NULL};
+    begin(r);
+    if (r->shared) TRY(ORT(k->api, parallel_for)(context, one_thread, THREADS, 0, &one));
+    else one_thread(&one, 0);
+    if (one.status) return one.status;
     const size_t width = r->n_items ? r->n_items : 1;
     const int64_t wide[] = {1, (int64_t)width};
     TRY(output(k, context, 1, wide, 2, &ids));
@@ -730,7 +876,8 @@ static ort_status *ORT_CALL compute(void *op_kernel, ort_context *context) {
     TRY(ORT(k->api, data)((ort_value *)value, &hidden));
     if (dimensions[0] == 1) { /* one state: threads share its rows */
         struct run r;
-        if (!open_run(&r, k, context)) return no_memory(k);
+        const int shared = THREADS > 1 && k->turn.n * k->turn.row + k->clusters * k->centroids.row >= SHARED_BYTES;
+        if (!open_run(&r, k, shared)) return no_memory(k);
         status = compute_one(&r, hidden, context);
         free(r.memory);
         return status;
