@@ -47,6 +47,8 @@ from flashhead_edge.checkpoint.atomic import replacing
 from flashhead_edge.costs import dense_bytes
 from flashhead_edge.errors import CheckpointError, EngineError, ExportError, SettingsError
 from flashhead_edge.intervals import wilson
+from flashhead_edge.jetson.onnxruntime_backend import NATIVE
+from flashhead_edge.jetson.onnxruntime_sessions import native_library
 from flashhead_edge.progress import Progress, silent
 
 PARTS = ("head", "models", "engines")
@@ -57,6 +59,7 @@ COUNTS_WITHIN = 0.02  # of a count, beside two clusters: items within rounding o
 PREFILL = 256  # positions of a text that are read at once
 ENGINE_TOKENS, ENGINE_PROMPT, STARTS = 128, 200, 3  # of engines: also how often each is started anew
 TIMED_STATES, COMPARED_STATES = 64, 2000  # of a text: timed, and those on which heads' tokens are compared
+STANDARD = "FlashHead, standard operators"
 FLASH, NO_HEAD, FP32, INT8, INT4 = "FlashHead", "no head", dense_name(32, 0), "dense int8", dense_name(4, 32)
 WANTED_HEAD = {FP32: 25.0, INT8: 8.0, INT4: 4.5}  # times as fast; issue 16
 WANTED_REAL_HEAD = {FP32: 10.0, INT8: 5.0, INT4: 3.0}  # operators' overhead weighs more on a small model
@@ -246,8 +249,12 @@ def bench_shape(run: Run, name: str, work: Path, with_head: bool, with_model: bo
 
 
 def head_task(subject: Subject, threads: int) -> dict[str, Any]:
+    """The head that a session takes, and beside it the one of standard operators where that is another."""
+    standard = subject.export / "head.onnx"
+    taken = subject.export / f"{NATIVE}.onnx" if native_library() is not None else standard
     return {
-        "kind": "heads", "name": FLASH, "head": str(subject.export / "head.onnx"), "dense": {name: str(path) for name, path in subject.dense.items()},
+        "kind": "heads", "name": FLASH, "head": str(taken), "others": {} if taken == standard else {STANDARD: str(standard)},
+        "dense": {name: str(path) for name, path in subject.dense.items()},
         "states": str(subject.states), "threads": threads, "vocab_size": subject.vocab_size,
     }  # fmt: skip
 
@@ -258,7 +265,7 @@ def check_steps(run: Run, subject: Subject, tokens: Sequence[int], counts: np.nd
     Raises:
         EngineError: tokens or counts differ by more than what stands within rounding of a margin may explain.
     """
-    with started(head_task(subject, 1) | {"dense": {}}) as ask:
+    with started(head_task(subject, 1) | {"dense": {}, "others": {}}) as ask:
         found = ask({"do": "steps"})
     wrong = sum(a != b for a, b in zip(found["tokens"], tokens))
     if wrong > len(tokens) // 32:  # an item within rounding of a margin may stay or go, and be the best of what stays
@@ -276,25 +283,26 @@ def time_heads(run: Run, subject: Subject) -> None:
     s = subject
     for threads in run.threads:
         run.progress(f"{s.name}: heads, {threads} threads", None)
-        seconds: dict[str, list[float]] = {name: [] for name in (*s.dense, FLASH)}
+        task = head_task(s, threads)
+        seconds: dict[str, list[float]] = {name: [] for name in (*s.dense, *task["others"], FLASH)}
         p99: dict[str, float] = {}
-        with started(head_task(s, threads)) as ask:
+        with started(task) as ask:
             ask({"do": "round", "round": 0})  # the first round's times are those of first calls
             for number in range(1, run.rounds + 1):
                 for name, times in ask({"do": "round", "round": number})["seconds"].items():
                     seconds[name].append(float(np.mean(times)))
                     p99[name] = max(p99.get(name, 0.0), 1e6 * float(np.percentile(times, 99)))
         best_int8 = min((n for n in s.dense if n.startswith(INT8)), key=lambda n: statistics.median(seconds[n]))
-        times_as_fast = {name: ratio(seconds[name], seconds[FLASH]) for name in s.dense}
+        times_as_fast = {name: ratio(seconds[name], seconds[FLASH]) for name in seconds if name != FLASH}
         for name in seconds:
-            flash = name == FLASH
+            flash, ours = name == FLASH, name in (FLASH, STANDARD)
             record(
                 run, "head", s.name, (s.vocab_size, s.hidden_size), name, threads, seconds[name],
                 real_weights=s.real, microseconds_p99=p99[name], ratio_to_dense=1 / ratio(seconds[FP32], seconds[name])["median"],
-                bytes_per_step=bytes_of_step(s.about, s.counts) if flash else dense_read(name, s.vocab_size, s.hidden_size),
+                bytes_per_step=bytes_of_step(s.about, s.counts) if ours else dense_read(name, s.vocab_size, s.hidden_size),
                 counts=s.counts if flash else None, settings={"agreement": s.about["agreement"]} if flash and s.real else {},
                 times_as_fast=times_as_fast if flash else {}, wanted={(best_int8 if n == INT8 else n): x for n, x in s.wanted.items()} if flash else {},
-                **(agreement_of(run, name) if s.real else {}),
+                **(agreement_of(run, FLASH if ours else name) if s.real else {}),
             )  # fmt: skip
 
 

@@ -87,9 +87,10 @@ def session_of(path: str, threads: int) -> tuple[Any, Any, Any]:
     """A head's session, a binding of it, and the array [1, d] that its input is bound to: it must live as long as the binding."""
     import numpy as np
 
-    from flashhead_edge.jetson.onnxruntime_sessions import open_model
+    from flashhead_edge.jetson.onnxruntime_backend import NATIVE
+    from flashhead_edge.jetson.onnxruntime_sessions import native_library, open_model
 
-    session = open_model(Path(path), threads)
+    session = open_model(Path(path), threads, native_library() if Path(path).stem == NATIVE else None)
     binding: Any = session.io_binding()
     (given,) = session.get_inputs()
     state = np.zeros((1, given.shape[1]), np.float32)
@@ -100,13 +101,14 @@ def session_of(path: str, threads: int) -> tuple[Any, Any, Any]:
 def open_heads(task: dict[str, Any], began: float) -> Answer:
     """Heads over the same states, each state by all of them before the next.
 
-    task: `head` (our head.onnx), `dense` (paths by name), `states` (a file), `threads`, `vocab_size`.
+    task: `head` (our head), `others` (of ours too, paths by name), `dense` (paths by name), `states` (a file), `threads`, `vocab_size`.
     """
     import numpy as np
 
     states: Any = np.load(task["states"])
     flash, binding = flash_head(task["head"], task["threads"])
-    heads = {task["name"]: flash} | {name: dense_head(path, task["threads"], task["vocab_size"]) for name, path in task["dense"].items()}
+    others = {name: flash_head(path, task["threads"])[0] for name, path in task["others"].items()}
+    heads = {task["name"]: flash} | others | {name: dense_head(path, task["threads"], task["vocab_size"]) for name, path in task["dense"].items()}
 
     def round_of(number: int) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {name: [] for name in heads}
