@@ -734,7 +734,8 @@ static ort_status *step(struct run *r, const float *hidden, int64_t *counts, uns
     if (!k->stages) list_items(r);
     counts[1 + k->stages] = (int64_t)r->n_items;
     if (!r->n_items) return NULL;
-    if (!tokens_in_order(r)) return ORT(k->api, create_status)(ORT_ERROR_FAIL, "HeadStep: the head's arrays name tokens that it does not have; export it again");
+    if (!tokens_in_order(r))
+        return ORT(k->api, create_status)(ORT_ERROR_FAIL, "HeadStep: the head's arrays name tokens that it does not have; export it again");
     spread(r, exact_piece, r->n_items, k->rows.row);
     size_t best = 0;
     for (size_t i = 1; i < r->n_items; i++)
@@ -907,6 +908,8 @@ struct tensor {
     int type;
 };
 
+static ort_status *refused(ort_api api, const char *why) { return ORT(api, create_status)(ORT_ERROR_ARGUMENT, why); }
+
 static ort_status *tensor_of(ort_api api, const ort_info *info, size_t index, struct tensor *out) {
     const ort_value *value = NULL;
     ort_shape *shape;
@@ -914,14 +917,14 @@ static ort_status *tensor_of(ort_api api, const ort_info *info, size_t index, st
     void *data = NULL;
     memset(out, 0, sizeof *out);
     TRY(ORT(api, constant_input)(info, index, &constant, &value));
-    if (!constant) return ORT(api, create_status)(ORT_ERROR_ARGUMENT, "HeadStep: an array of the head is not an initializer, expected all inputs but the first to be");
+    if (!constant) return refused(api, "HeadStep: an array of the head is not an initializer, expected all inputs but the first to be");
     TRY(ORT(api, shape)(value, &shape));
     ort_status *status = ORT(api, rank)(shape, &out->rank);
     if (!status) status = ORT(api, element_type)(shape, &out->type);
     if (!status && out->rank <= 2) status = ORT(api, dimensions)(shape, out->dimensions, out->rank);
     ORT(api, release_shape)(shape);
     if (status) return status;
-    if (out->rank < 1 || out->rank > 2) return ORT(api, create_status)(ORT_ERROR_ARGUMENT, "HeadStep: an array of the head has neither one nor two dimensions");
+    if (out->rank < 1 || out->rank > 2) return refused(api, "HeadStep: an array of the head has neither one nor two dimensions");
     out->n = (size_t)out->dimensions[0] * (out->rank == 2 ? (size_t)out->dimensions[1] : 1);
     if (out->n) TRY(ORT(api, data)((ort_value *)value, &data));
     out->data = data;
@@ -934,7 +937,7 @@ static ort_status *array_of(ort_api api, const ort_info *info, size_t *index, in
     TRY(tensor_of(api, info, (*index)++, &t));
     *out = t.data;
     if (t.n == 0 && (may_be_absent || n == 0)) { *out = NULL; return NULL; }
-    if (t.type != type || t.n < n) return ORT(api, create_status)(ORT_ERROR_ARGUMENT, "HeadStep: an array of the head has another type or fewer elements than its sizes say");
+    if (t.type != type || t.n < n) return refused(api, "HeadStep: an array of the head has another type or fewer elements than its sizes say");
     return NULL;
 }
 
@@ -949,8 +952,9 @@ static ort_status *matrix_of(ort_api api, const ort_info *info, size_t *index, s
     m->tail = padded(m->padded * size, PAD);
     m->row = code ? m->tail + sizeof(struct tail) : m->padded * size;
     const int known = type == ORT_INT8 || type == ORT_FLOAT || type == ORT_FLOAT16 || type == ORT_BFLOAT16;
-    if (t.rank != 2 || !known || columns < 1 || (n && m->n != n) || t.type != (code ? ORT_INT8 : type) || (size_t)t.dimensions[1] != (code ? m->row : m->padded))
-        return ORT(api, create_status)(ORT_ERROR_ARGUMENT, "HeadStep: a matrix of the head has another type or shape than its sizes say");
+    const int fits = t.rank == 2 && t.type == (code ? ORT_INT8 : type) && (size_t)t.dimensions[1] == (code ? m->row : m->padded);
+    if (!fits || !known || columns < 1 || (n && m->n != n))
+        return refused(api, "HeadStep: a matrix of the head has another type or shape than its sizes say");
     return NULL;
 }
 
@@ -969,19 +973,19 @@ static ort_status *fill(struct kernel *k, const ort_info *info) {
     TRY(ORT(api, float_attributes)(info, "margins", margins, &margin_count));
     TRY(ORT(api, input_count)(info, &inputs));
     if (n < 1 || margin_count != n || column_count != n + 1 || type_count != n + 1 || half_count != n + 1 || vocab < 1 || size < 1)
-        return ORT(api, create_status)(ORT_ERROR_ARGUMENT, "HeadStep: attributes of the head do not fit each other");
+        return refused(api, "HeadStep: attributes of the head do not fit each other");
     k->vocab = (size_t)vocab, k->cluster_size = (size_t)size, k->stages = n - 1;
-    if (inputs != 13 + 2 * k->stages) return ORT(api, create_status)(ORT_ERROR_ARGUMENT, "HeadStep: the node has another number of inputs than its stages need");
+    if (inputs != 13 + 2 * k->stages) return refused(api, "HeadStep: the node has another number of inputs than its stages need");
     struct tensor t;
     TRY(tensor_of(api, info, at, &t));
     TRY(matrix_of(api, info, &at, 0, (size_t)t.dimensions[1], t.type, 0, 0, &k->rows));
-    if (k->rows.type == ORT_INT8 || k->rows.n < k->vocab) return ORT(api, create_status)(ORT_ERROR_ARGUMENT, "HeadStep: the exact rows are not floats, or fewer than the vocabulary");
+    if (k->rows.type == ORT_INT8 || k->rows.n < k->vocab) return refused(api, "HeadStep: the exact rows are not floats, or fewer than the vocabulary");
     k->hidden = k->rows.columns;
     TRY(array_of(api, info, &at, ORT_FLOAT, k->vocab, 1, (const void **)&k->bias));
     TRY(tensor_of(api, info, at, &t));
     const size_t slots = t.n;
     k->clusters = slots / k->cluster_size;
-    if (!k->clusters || slots % k->cluster_size || slots > INT32_MAX) return ORT(api, create_status)(ORT_ERROR_ARGUMENT, "HeadStep: the token table is not of whole clusters");
+    if (!k->clusters || slots % k->cluster_size || slots > INT32_MAX) return refused(api, "HeadStep: the token table is not of whole clusters");
     TRY(array_of(api, info, &at, ORT_INT32, slots, 0, (const void **)&k->token));
     TRY(tensor_of(api, info, at, &t));
     k->always = t.n;
@@ -999,7 +1003,7 @@ static ort_status *fill(struct kernel *k, const ort_info *info) {
         struct gate *gate = i ? &k->gates[i - 1] : &k->probe;
         const size_t items = i ? slots : k->clusters;
         if (columns[1 + i] < 1 || (size_t)columns[1 + i] > k->coordinates || caps[i] < 1 || (size_t)caps[i] > items)
-            return ORT(api, create_status)(ORT_ERROR_ARGUMENT, "HeadStep: columns or caps of a stage are out of range");
+            return refused(api, "HeadStep: columns or caps of a stage are out of range");
         TRY(matrix_of(api, info, &at, items, (size_t)columns[1 + i], types[1 + i], i > 0, halves[1 + i], m));
         TRY(array_of(api, info, &at, ORT_FLOAT, m->columns, m->type != ORT_INT8, (const void **)&m->steps));
         if (!i) {
@@ -1013,8 +1017,8 @@ static ort_status *fill(struct kernel *k, const ort_info *info) {
     if (!k->filled) return ORT(api, create_status)(ORT_ERROR_FAIL, "HeadStep: not enough memory for the operator");
     for (size_t i = 0; i < slots; i++) k->filled[i / k->cluster_size] += k->token[i] >= 0;
     for (size_t a = 0; a < k->always; a++)
-        if (k->always_slots[a] < 0 || (size_t)k->always_slots[a] >= slots || (a && k->always_slots[a] <= k->always_slots[a - 1]) || k->token[k->always_slots[a]] < 0)
-            return ORT(api, create_status)(ORT_ERROR_ARGUMENT, "HeadStep: always-scored slots are not ascending slots with a token");
+        if (k->always_slots[a] < (a ? k->always_slots[a - 1] + 1 : 0) || (size_t)k->always_slots[a] >= slots || k->token[k->always_slots[a]] < 0)
+            return refused(api, "HeadStep: always-scored slots are not ascending slots with a token");
     return NULL;
 }
 
