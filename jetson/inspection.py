@@ -8,8 +8,7 @@ from typing import Any
 
 from flashhead_edge.errors import CheckpointError
 from flashhead_edge.jetson.folder import AGAIN, FORMAT, is_exported
-from flashhead_edge.jetson.onnxruntime_backend import NATIVE
-from flashhead_edge.jetson.onnxruntime_sessions import native_library, open_model
+from flashhead_edge.jetson.onnxruntime_sessions import NATIVE, native_library, open_model
 
 
 def describe_model(path: str | Path) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def describe_model(path: str | Path) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    session = open_model(path, 1, native_library() if path.stem == NATIVE else None)
+    session = open_model(path, 1)
     about = session.get_modelmeta().custom_metadata_map
     if about.get("flashhead.format") != FORMAT:
         raise CheckpointError(f"{path}: the model does not come from flashhead export {FORMAT} (flashhead.format is {about.get('flashhead.format')}); {AGAIN}")

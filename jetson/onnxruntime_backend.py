@@ -12,12 +12,11 @@ from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.jetson.folder import PARTS, ExportSettings, check_belongs, part_file, read_settings
 from flashhead_edge.jetson.onnxruntime_body import OnnxBody
-from flashhead_edge.jetson.onnxruntime_sessions import native_library, open_model, usable_threads
+from flashhead_edge.jetson.onnxruntime_sessions import NATIVE, native_library, open_model, usable_threads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-NATIVE = "head_native"  # the part whose step is one operator of ours
 STEP = ("token", "candidate_ids", "candidate_logits", "counts", "capped")
 TOKENS_AT_ONCE = 8192  # of the model's own rows that a dense pass widens to float32 at a time
 
@@ -67,7 +66,7 @@ class OnnxRuntime:
         """
         if part not in self.sessions:
             path = part_file(self.folder, part)
-            session = open_model(path, self.threads, native_library() if part == NATIVE else None)
+            session = open_model(path, self.threads)
             settings = read_settings(path, part, session.get_modelmeta().custom_metadata_map)
             if self.fingerprint is not None:
                 check_belongs(path, settings, self.fingerprint, "config.json")

@@ -24,20 +24,21 @@ def usable_threads() -> int:
     return bound if bound < (os.cpu_count() or 1) else 0
 
 
+NATIVE = "head_native"  # the part whose step is one operator of ours
+
+
 def native_library() -> Path | None:
     """The library of our own operator, None where this installation was made without a C compiler."""
     found = importlib.util.find_spec("flashhead_edge.jetson._native")
     return None if found is None or found.origin is None else Path(found.origin)
 
 
-def open_model(path: Path, threads: int, library: Path | None = None) -> InferenceSession:
-    """An ONNX model as a session on the CPU.
+def open_model(path: Path, threads: int) -> InferenceSession:
+    """An ONNX model as a session on the CPU, with our own operators where it is the native head.
 
-    Args:
-        library: operators of our own that the model needs.
     Raises:
         CheckpointError: the file or its external data is damaged.
-        EngineError: ONNX Runtime is missing or does not know the model's operators, or cannot load the library.
+        EngineError: ONNX Runtime is missing or does not know the model's operators, or our library is not there or cannot be loaded.
     """
     try:
         import onnxruntime
@@ -48,7 +49,10 @@ def open_model(path: Path, threads: int, library: Path | None = None) -> Inferen
     options.log_severity_level = 3  # errors: they come as exceptions as well, warnings are about graphs that nobody can change here
     # Threads that wait must not spin: beside another program on the same cores two of them then take twice the time of one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if library is not None:
+    if path.stem == NATIVE:
+        library = native_library()
+        if library is None:
+            raise EngineError(f"{path}: this installation has no library of native operators, expected one; install flashhead-edge with a C compiler")
         try:
             options.register_custom_ops_library(str(library))
         except runtime_errors() as error:

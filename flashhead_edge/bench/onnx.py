@@ -47,8 +47,7 @@ from flashhead_edge.checkpoint.atomic import replacing
 from flashhead_edge.costs import dense_bytes
 from flashhead_edge.errors import CheckpointError, EngineError, ExportError, SettingsError
 from flashhead_edge.intervals import wilson
-from flashhead_edge.jetson.onnxruntime_backend import NATIVE
-from flashhead_edge.jetson.onnxruntime_sessions import native_library
+from flashhead_edge.jetson.onnxruntime_sessions import NATIVE, native_library
 from flashhead_edge.progress import Progress, silent
 
 PARTS = ("head", "models", "engines")

@@ -87,10 +87,9 @@ def session_of(path: str, threads: int) -> tuple[Any, Any, Any]:
     """A head's session, a binding of it, and the array [1, d] that its input is bound to: it must live as long as the binding."""
     import numpy as np
 
-    from flashhead_edge.jetson.onnxruntime_backend import NATIVE
-    from flashhead_edge.jetson.onnxruntime_sessions import native_library, open_model
+    from flashhead_edge.jetson.onnxruntime_sessions import open_model
 
-    session = open_model(Path(path), threads, native_library() if Path(path).stem == NATIVE else None)
+    session = open_model(Path(path), threads)
     binding: Any = session.io_binding()
     (given,) = session.get_inputs()
     state = np.zeros((1, given.shape[1]), np.float32)
