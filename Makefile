@@ -11,7 +11,7 @@ ALIVE := $(PYTHON) scripts/alive.py
 .PHONY: setup demo test test-vllm lint kernels clean
 setup: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.py requirements/cpu.txt
+$(VENV)/installed: pyproject.toml setup.py requirements/cpu.txt $(wildcard jetson/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(ALIVE) "installing" $(BIN)/pip install --disable-pip-version-check $(CONSTRAINT) -e ".[torch,report,dev]"
 	touch $@

@@ -63,13 +63,13 @@ class OnnxBody:
             raise EngineError(f"body: the text has {self.length + len(ids)} tokens, expected at most the model's {limit} positions; shorten it")
         for at in range(0, len(ids), PROMPT_BLOCK):
             hidden = self._run(ids[at : at + PROMPT_BLOCK])
-        if not math.isfinite(hidden.sum()):  # one call; a number that is none makes the sum none
-            raise CheckpointError("hidden states: NaN or infinity found, expected finite values; the model's weights are damaged: export the model again")
+        check_numbers(hidden)
         return hidden
 
     def states(self, ids: Sequence[int]) -> np.ndarray:
         """Run tokens after what the cache holds, all at once: hidden states of all of them, [n, d] float32, the caller's to keep."""
         self._run(ids)
+        check_numbers(self.hidden)
         return self.hidden[0].copy()
 
     def cut(self, tokens: int) -> None:
@@ -150,6 +150,12 @@ class OnnxBody:
         self.cache = {name: OrtValue.ortvalue_from_numpy(value) for name, value in arrays.items()}
         for name, value in self.cache.items():
             self.binding.bind_ortvalue_input(name, value)
+
+
+def check_numbers(hidden: np.ndarray) -> None:
+    """Raise CheckpointError where a state is not finite: one call, since a number that is none makes the sum none."""
+    if not math.isfinite(hidden.sum()):
+        raise CheckpointError("hidden states: NaN or infinity found, expected finite values; the model's weights are damaged: export the model again")
 
 
 def present(past: str) -> str:

@@ -19,9 +19,9 @@
  *
  * Bytes of a step (SmolLM2-135M at 99.5 %, the mean of its counts): rotation 512 x 576, centroids 3,072 x 384, rows
  * 6,638 x 208, exact rows 551 x 1,152: 3.5 MB. Floor on a 2-core EPYC that others used too, one thread: 100 us where the
- * last-level cache holds them (34 GB/s), 410 us from memory (8.5 GB/s). Predicted 170 to 250 us and 450; measured 300 to
- * 430 and 540 to 750 (median over states, of the fastest of each): rows that lie apart come at 3 to 5 GB/s, bounded by
- * address translation; prefetching further ahead and huge pages changed nothing. The standard operators: 1,600 to 2,300.
+ * last-level cache holds them (34 GB/s), 410 us from memory (8.5 GB/s). Predicted 170 to 250 us in the cache; measured 300
+ * to 430, and 540 to 750 from memory (median over states, of the fastest of each): rows that lie apart come at 3 to 5 GB/s.
+ * Prefetching further ahead changed nothing, huge pages gave a tenth at most. The standard operators: 1,600 to 2,300.
  * What no row is read for (quantising, gates, lists) is 25 us.
  *
  * Threads: whoever comes first makes the step, others take pieces of the phase that runs. One parallel section a step:
