@@ -30,7 +30,7 @@ from flashhead_edge.checkpoint import PublishedClusters
 from flashhead_edge.coding import encode
 from flashhead_edge.conversion import probes_needed
 from flashhead_edge.costs import bytes_per_step, fixed_bytes
-from flashhead_edge.devices import DEVICES, row_price, table_price
+from flashhead_edge.devices import DEVICES, RUNTIMES, prices, row_price, table_price
 from flashhead_edge.fitting import accumulate, fit_coordinates, fold_of
 from flashhead_edge.intervals import wilson
 from flashhead_edge.progress import silent
@@ -202,6 +202,26 @@ def test_a_device_charges_for_operations_and_launches():
     assert row_price(product, slow) == 8  # two operations for each of 8 bytes, as many bytes' time
     assert table_price(bits, slow) == table_price(bits, None) + 5e5  # 5 microseconds at 100 GB/s
     assert table_price(product, slow) == 2 * 256 * product.columns / 2 + 2 * 5e5  # its look-up table is a stage of its own
+
+
+def test_a_runtime_charges_for_columns_whatever_their_width():
+    values = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    runtime = dataclasses.replace(RUNTIMES["onnxruntime"], turned=1.0, centroid=(10, 2.0), first=(20, 3.0), later=(30, 4.0), exact=(40, 5.0), stage=100.0)
+    rotation, centroids = encode(values[:50], "columns24"), encode(values, "columns32")
+    rows = [encode(values, "columns16"), encode(values, "bits40")]
+    fixed, items = prices(rotation, centroids, rows, 0, runtime)
+    assert fixed == 50 * 24 + 300 * (10 + 2 * 32) + 2 * 100
+    assert items == [20 + 3 * 16, 30 + 4 * rows[1].columns, 40 + 5 * 50]
+    assert encode(values, "columns16").widths.tolist() == [8] * 16
+    plans = dict(options(runtime))
+    assert set(plans["cluster_size"]) == {16} and all(code.startswith("columns") for codes in plans["codes"] for code in codes)
+
+
+def test_coordinates_can_be_few():
+    moments, _ = accumulate(WEIGHT, None, [small_states(2000)], {SIZE: small_table()})
+    every, few = (fit_coordinates(WEIGHT, None, moments, 8.0, most) for most in (None, 5))
+    assert few.rotation.columns == 5 < every.rotation.columns
+    assert bool((few.lost >= every.lost - 1e-4).all())  # what they do not see is counted
 
 
 def test_plans_of_one_code_are_tried_where_a_device_is_named_alone():
