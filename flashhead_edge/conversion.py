@@ -33,7 +33,7 @@ from flashhead_edge.checkpoint import (
 from flashhead_edge.clustering import Clusters, cluster
 from flashhead_edge.coding import encode_float16
 from flashhead_edge.costs import dense_bytes, fixed_bytes
-from flashhead_edge.devices import device_named
+from flashhead_edge.devices import Runtime, device_named
 from flashhead_edge.errors import CheckpointError, SettingsError
 from flashhead_edge.fitting import accumulate, roots, second_moment
 from flashhead_edge.index import FORMAT_VERSION, Gate, HeadIndex, default_probes
@@ -228,8 +228,11 @@ def calibrated(
         data = calibration.gather(sources, winners, target)
         fitted, tried = calibration.search(data, moments, tables, weight, bias, priced, seed, progress)
         index = calibration.finish(fitted, data, target, weight, bias, ends, weights.fingerprint, seed, progress)
-    dense = dense_bytes(weights.vocab_size, weight.shape[1])
-    searched = [{"plan": calibration.describe(t.plan), "state_power": t.plan.state_power, "share": t.cost / dense} for t in tried]
+    dense = None if isinstance(priced, Runtime) else dense_bytes(weights.vocab_size, weight.shape[1])  # a runtime's prices are no bytes
+    searched = [
+        {"plan": calibration.describe(t.plan), "state_power": t.plan.state_power, "cost": t.cost, "share": None if dense is None else t.cost / dense}
+        for t in tried
+    ]
     chosen = f"{calibration.describe(fitted.plan)}: the least cost of {len(tried)} candidates at equal held-out misses"
     frontier = index.summary["frontier"]
     if priced is not None:  # bytes' worth of time, as time
