@@ -1,7 +1,7 @@
 """The three dialects: how what the head's description asks for is said in operators.
 
-The description (`head.py`) uses ai.onnx, and four things that no dialect has as one operator: products with a coded
-matrix, with blocks and with rows of it, and the selection of what passes a gate. A dialect is a function for each.
+The description (`head.py`) uses ai.onnx, and five things that dialects say differently: products with a coded matrix,
+with blocks and with rows of it, each state's own places of a matrix, and the selection of what passes a gate.
 
 * ``onnxruntime``: 8-bit integer products with activations in two 8-bit limbs, selections as wide as the step needs.
 * ``portable``: ai.onnx only; weights dequantised in the graph, selections as wide as their caps.
@@ -168,10 +168,15 @@ def _gathered(op: Ops, name: str, whole: np.ndarray, at: ir.Value) -> ir.Value:
     return op.Cast(op.Gather(op.weight(name, whole.astype(np.float16)), at, axis=0), to=ir.DataType.FLOAT)  # type: ignore[no-any-return]
 
 
+def static_width(cap: int, width: int) -> int:
+    """Items that stay of `width` where widths are fixed: the cap, or all where no TopK can cut them."""
+    return width if cap > MOST_TOPK else min(cap, width)
+
+
 def static_select(op: Ops, gap: ir.Value, bound: ir.Value, valid: ir.Value | None, cap: int, width: int | None) -> Selected:
     """The `cap` smallest gaps; where TensorRT has no TopK so wide, all items stay, under a mask.
 
-    Raises no error where a cap is above that limit and binds: the mask then lets through what the cap would cut off.
+    Where such a cap binds, the mask lets through what the cap would cut off; that it binds is reported as elsewhere.
     """
     passed = op.LessOrEqual(gap, bound)
     if valid is not None:
@@ -179,7 +184,7 @@ def static_select(op: Ops, gap: ir.Value, bound: ir.Value, valid: ir.Value | Non
     count = op.ReduceSum(op.Cast(passed, to=ir.DataType.FLOAT), op.ints(1), keepdims=0)
     capped = op.Greater(count, op.const(float(cap)))
     assert width is not None
-    if cap > MOST_TOPK or cap >= width:
+    if static_width(cap, width) == width:
         return Selected(None, passed, count, capped, passed)
     inside = op.Where(passed, gap, op.const(np.float32(3e38)))
     _, at = op.TopK(inside, op.ints(cap), _outputs=2, largest=0, sorted=1)

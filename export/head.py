@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from flashhead_edge.export.arrays import Grid, grid
-from flashhead_edge.export.dialects import Dialect, Selected
+from flashhead_edge.export.dialects import Dialect, Selected, static_width
 from flashhead_edge.export.graph import Function, Ops, function
 from flashhead_edge.index import Gate, HeadIndex, own_error, slot_of_token
 from flashhead_edge.reference import BELOW
@@ -133,7 +133,7 @@ def score(
     """The cascade over the slots of opened clusters and those always scored: what is left for the exact stage, and all coded scores if `everything`."""
     size, always = index.cluster_size, index.always_scored.size
     table = index.token_table.astype(np.int64)
-    width = _static_width(index.probe.cap, index.n_clusters) * size + always  # in dialects whose widths are fixed
+    width = static_width(index.probe.cap, index.n_clusters) * size + always  # in dialects whose widths are fixed
     # slots [N, P, size]: of an opened cluster, one after the other
     slots = op.Reshape(op.Add(op.Unsqueeze(op.Mul(opened, op.const(size, np.int64)), op.ints(2)), op.const(np.arange(size), np.int64)), op.ints(0, -1))
     real = op.Expand(op.Unsqueeze(opened_valid, op.ints(2)), op.ints(1, 1, size))
@@ -199,7 +199,7 @@ def score(
             counts.append(chosen.count)
             capped.append(chosen.capped)
             if chosen.at is not None:
-                width = _static_width(stage.gate.cap, width)
+                width = static_width(stage.gate.cap, width)
                 slots = dialect.pick(op, slots, chosen.at)
                 if everything:
                     place = chosen.at if place is None else dialect.pick(op, place, chosen.at)
@@ -208,8 +208,7 @@ def score(
             real = chosen.valid
         if everything:
             out["scored_tokens"], out["scores"], out["scored"] = op.Gather(tokens, all_slots, axis=0), latest, all_real
-        if any(c is not None for c in capped):
-            counts[1:] = [op.Min(c, op.const(float(s.gate.cap))) for c, s in zip(counts[1:], index.stages)]
+        counts[1:] = [op.Min(c, op.const(float(s.gate.cap))) for c, s in zip(counts[1:], index.stages)]
     else:
         counts.append(op.ReduceSum(op.Cast(real, to=FLOAT), op.ints(1), keepdims=0))
     out["tokens"], out["valid"] = op.Gather(tokens, slots, axis=0), real
@@ -308,9 +307,3 @@ def _places(op: Ops, chosen: Selected, like: ir.Value) -> ir.Value:
         return chosen.at
     every = op.Range(op.const(0, np.int64), op.Squeeze(op.Shape(like, start=1, end=2), op.ints(0)), op.const(1, np.int64))
     return op.Expand(op.Unsqueeze(every, op.ints(0)), op.Shape(like))
-
-
-def _static_width(cap: int, width: int) -> int:
-    from flashhead_edge.export.dialects import MOST_TOPK
-
-    return width if cap > MOST_TOPK or cap >= width else cap
