@@ -12,7 +12,7 @@ import numpy as np
 from flashhead_edge.costs import dense_bytes
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.evaluation.measures import Found, Measured, as_json, join, measure_all, summarise
-from flashhead_edge.evaluation.run import read_text, summary, within
+from flashhead_edge.evaluation.run import read_text, summary, untimed_record, within
 from flashhead_edge.jetson.engine import ExportedEngine, open_engine
 from flashhead_edge.jetson.inspection import describe_model
 from flashhead_edge.progress import Progress, silent
@@ -100,21 +100,7 @@ def evaluate_export(
         found = summarise(contender, measured, dense, lambda token: tokenizer.decode([token]))
         records.append({"text": Path(text).name, "sha256": digest, **as_json(found), "rivals": []})
     pooled = summarise(contender, join(parts), dense, lambda token: tokenizer.decode([token]))
-    record = {
-        "model": Path(folder).resolve().name,
-        "shape": [engine.vocab_size, engine.hidden_size],
-        "real_weights": None,
-        "batch": 1,
-        "context": WINDOW,
-        "head": "exported",
-        **engine.backend.about,
-        "microseconds": None,
-        "tokens_per_second": None,
-        "ratio_to_dense": None,
-        "spread": None,
-        "commit": None,
-        "command": command,
-    }
+    record = untimed_record(Path(folder).resolve().name, (engine.vocab_size, engine.hidden_size), WINDOW, "exported", engine.backend.about, command)
     calibration = about["calibration"]
     return {**record, **as_json(pooled), "rivals": [], "summary": summary(records, calibration), "texts": records, "calibration": calibration}
 

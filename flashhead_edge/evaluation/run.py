@@ -112,25 +112,25 @@ def evaluate_checkpoint(
         running.append(free)
         records.append({"text": text.name, "sha256": text.digest, **_with_rivals(evaluations)})
     pooled = [replace(summarise(c, join(list(m)), dense, text_of), free_running=_pool(list(f))) for c, m, f in zip(contenders, zip(*parts), zip(*running))]
-    record = {
-        "model": source.name,
-        "shape": [index.vocab_size, index.hidden_size],
-        "real_weights": None,
-        "batch": 1,
-        "context": WINDOW,
-        "head": head_kind(index),
+    ran = {
         "backend": "torch",
         "backend_version": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
-        "microseconds": None,
-        "tokens_per_second": None,
-        "ratio_to_dense": None,
-        "spread": None,
-        "commit": None,
-        "command": command,
     }
+    record = untimed_record(source.name, (index.vocab_size, index.hidden_size), WINDOW, head_kind(index), ran, command)
     return {**record, **_with_rivals(pooled), "summary": summary(records, index.summary), "texts": records, "calibration": index.summary}
+
+
+def untimed_record(model: str, shape: tuple[int, int], context: int, head: str, ran: dict[str, Any], command: str | None) -> dict[str, Any]:
+    """What every measurement says of itself, of one that times nothing.
+
+    Args:
+        ran: backend, its version, device, threads.
+    """
+    said = {"model": model, "shape": list(shape), "real_weights": None, "batch": 1, "context": context, "head": head}
+    absent = dict.fromkeys(("microseconds", "tokens_per_second", "ratio_to_dense", "spread", "commit"))
+    return {**said, **ran, **absent, "command": command}
 
 
 def summary(records: Sequence[dict[str, Any]], calibration: dict[str, Any]) -> dict[str, Any]:
