@@ -9,6 +9,7 @@ found packages cannot be forgotten. In editable mode setuptools' finder serves t
 """
 
 import os
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 
@@ -24,8 +25,8 @@ SOURCES = {"flashhead_edge.kernels.sources": "plugins_trt/kernels"}
 FLAGS = ["/O2", "/fp:precise", "/std:c11"] if os.name == "nt" else ["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden"]
 NATIVE = Extension(
     "flashhead_edge.jetson._native",
-    ["jetson/native/module.c", "jetson/native/head_step.c"],
-    depends=["jetson/native/ort_abi.h"],
+    sorted(glob("jetson/native/*.c")),
+    depends=sorted(glob("jetson/native/*.h")),  # which travel with the sources, too
     define_macros=[("Py_LIMITED_API", "0x030a0000")],  # Python 3.10: one wheel for all later ones
     py_limited_api=True,
     extra_compile_args=FLAGS,
