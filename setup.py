@@ -22,7 +22,7 @@ for name, folder in ROOMS.items():
 SOURCES = {"flashhead_edge.kernels.sources": "plugins_trt/kernels"}
 
 # What a state gets may depend on nothing but the state: the compiler must not fuse multiplications and additions where the source does not.
-FLAGS = ["/O2", "/fp:precise", "/std:c11"] if os.name == "nt" else ["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden"]
+FLAGS = ["/O2", "/fp:precise", "/std:c11"] if os.name == "nt" else ["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
 NATIVE = Extension(
     "flashhead_edge.jetson._native",
     sorted(glob("jetson/native/*.c")),

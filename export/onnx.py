@@ -20,6 +20,7 @@ from flashhead_edge.costs import ERROR_BYTES, TOKEN_BYTES, fixed_bytes
 from flashhead_edge.errors import CheckpointError, SettingsError
 from flashhead_edge.export.body import GROUPS, PRECISIONS, Body, build_body
 from flashhead_edge.export.body_dialects import to_dialect
+from flashhead_edge.export.decoder import NotNative, decoder_model
 from flashhead_edge.export.dialects import DIALECTS
 from flashhead_edge.export.folder import check_folder, copied_files
 from flashhead_edge.export.genai import genai_config
@@ -114,6 +115,11 @@ def export_onnx(
             built.model.metadata_props.update(about | {"flashhead.part": "body"})
             models["model.onnx"] = whole_decoder(built.model, functions, index, scale, softcap, about | {"flashhead.part": "decoder"})
             models["body.onnx"] = built.model
+            if dialect == "onnxruntime":
+                try:
+                    models["body_native.onnx"] = decoder_model(built.model, about | {"flashhead.part": "body_native"})
+                except NotNative as why:
+                    progress(f"no native body: {why}", None)
         for model in models.values():
             model.metadata_props["flashhead.opset"] = str(model.graph.opset_imports[""])
             model.metadata_props["flashhead.functions"] = json.dumps([name for domain, name, _ in model.functions if domain == DOMAIN])

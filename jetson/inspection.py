@@ -22,7 +22,7 @@ def describe_model(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         if not is_exported(path):
             raise CheckpointError(f"{path}: no exported model, expected a folder that flashhead export onnx wrote; check the path")
-        files = [f for f in sorted(path.glob("*.onnx")) if f.stem != NATIVE or native_library() is not None]  # which no other installation can open
+        files = [f for f in sorted(path.glob("*.onnx")) if f.stem not in NATIVE or native_library() is not None]  # which no other installation can open
         models = {file.stem: _model(file) for file in files}
         shared = [m.pop("calibration") for m in models.values()]
         data = {file.name: file.stat().st_size for file in sorted(path.glob("*.data"))}

@@ -12,7 +12,7 @@ from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.jetson.folder import PARTS, ExportSettings, check_belongs, part_file, read_settings
 from flashhead_edge.jetson.onnxruntime_body import OnnxBody
-from flashhead_edge.jetson.onnxruntime_sessions import NATIVE, native_library, open_model, usable_threads
+from flashhead_edge.jetson.onnxruntime_sessions import NATIVE_BODY, NATIVE_HEAD, native_library, open_model, usable_threads, vector_unit
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -28,14 +28,15 @@ class OnnxRuntime:
     folder: Path
     threads: int  # 0: one for each physical core
     fingerprint: str | None  # of the head that config.json names
-    step_part: str = "head"  # the part that makes steps: "head", in standard operators, or NATIVE
+    step_part: str = "head"  # the part that makes steps: "head", in standard operators, or NATIVE_HEAD
+    body_part: str = "body"  # or NATIVE_BODY
     sessions: dict[str, InferenceSession] = field(default_factory=dict)
     found: dict[str, ExportSettings] = field(default_factory=dict)
 
     @property
     def settings(self) -> ExportSettings:
-        self.session("body")
-        return self.found["body"]
+        self.session(self.body_part)
+        return self.found[self.body_part]
 
     @property
     def head(self) -> OnnxHead:
@@ -45,17 +46,18 @@ class OnnxRuntime:
     def about(self) -> dict[str, Any]:
         import onnxruntime
 
-        operators = "native" if self.step_part == NATIVE else "standard operators"
+        head, body = ("native" if part in (NATIVE_HEAD, NATIVE_BODY) else "standard operators" for part in (self.step_part, self.body_part))
         return {
             "backend": "onnxruntime",
             "backend_version": onnxruntime.__version__,
             "device": "cpu",
             "threads": self.threads or None,
-            "head_operators": operators,
+            "head_operators": head,
+            "body_operators": body,
         }
 
     def body(self) -> OnnxBody:
-        return OnnxBody(self.session("body"), self.settings)
+        return OnnxBody(self.session(self.body_part), self.settings)
 
     def session(self, part: str) -> InferenceSession:
         """A part, opened and checked.
@@ -90,9 +92,13 @@ def open_folder(folder: Path, threads: int | None, fingerprint: str | None) -> O
         raise SettingsError(f"generate: threads is {threads}, expected 1 or more; call again with another value")
     for part in PARTS:
         part_file(folder, part)
-    native = native_library() is not None and (folder / f"{NATIVE}.onnx").is_file()
-    backend = OnnxRuntime(folder, threads or usable_threads(), fingerprint, NATIVE if native else "head")
-    for part in ("body", backend.step_part):
+    head, body = ((folder / f"{part}.onnx").is_file() for part in (NATIVE_HEAD, NATIVE_BODY))
+    backend = OnnxRuntime(
+        folder, threads or usable_threads(), fingerprint,
+        step_part=NATIVE_HEAD if head and native_library() is not None else "head",
+        body_part=NATIVE_BODY if body and vector_unit() not in (None, "plain") else "body",  # plain loops are slower than standard operators
+    )  # fmt: skip
+    for part in (backend.body_part, backend.step_part):
         backend.session(part)
     return backend
 

@@ -24,17 +24,26 @@ def usable_threads() -> int:
     return bound if bound < (os.cpu_count() or 1) else 0
 
 
-NATIVE = "head_native"  # the part whose step is one operator of ours
+NATIVE_HEAD, NATIVE_BODY = NATIVE = ("head_native", "body_native")  # the parts that are one operator of ours each
 
 
 def native_library() -> Path | None:
-    """The library of our own operator, None where this installation was made without a C compiler."""
+    """The library of our own operators, None where this installation was made without a C compiler."""
     found = importlib.util.find_spec("flashhead_edge.jetson._native")
     return None if found is None or found.origin is None else Path(found.origin)
 
 
+def vector_unit() -> str | None:
+    """What the library's products of a body run on: avx512vnni, avx2, or plain loops; None without the library."""
+    if native_library() is None:
+        return None
+    from flashhead_edge.jetson import _native
+
+    return str(_native.vector_unit)
+
+
 def open_model(path: Path, threads: int) -> InferenceSession:
-    """An ONNX model as a session on the CPU, with our own operators where it is the native head.
+    """An ONNX model as a session on the CPU, with our own operators where it is one of the native parts.
 
     Raises:
         CheckpointError: the file or its external data is damaged.
@@ -49,7 +58,7 @@ def open_model(path: Path, threads: int) -> InferenceSession:
     options.log_severity_level = 3  # errors: they come as exceptions as well, warnings are about graphs that nobody can change here
     # Threads that wait must not spin: beside another program on the same cores two of them then take twice the time of one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if path.stem == NATIVE:
+    if path.stem in NATIVE:
         library = native_library()
         if library is None:
             raise EngineError(f"{path}: this installation has no library of native operators, expected one; install flashhead-edge with a C compiler")

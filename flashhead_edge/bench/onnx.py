@@ -47,7 +47,7 @@ from flashhead_edge.checkpoint.atomic import replacing
 from flashhead_edge.costs import dense_bytes
 from flashhead_edge.errors import CheckpointError, EngineError, ExportError, SettingsError
 from flashhead_edge.intervals import wilson
-from flashhead_edge.jetson.onnxruntime_sessions import NATIVE, native_library
+from flashhead_edge.jetson.onnxruntime_sessions import NATIVE_HEAD, native_library
 from flashhead_edge.progress import Progress, silent
 
 PARTS = ("head", "models", "engines")
@@ -250,7 +250,7 @@ def bench_shape(run: Run, name: str, work: Path, with_head: bool, with_model: bo
 def head_task(subject: Subject, threads: int) -> dict[str, Any]:
     """The head that a session takes, and beside it the one of standard operators where that is another."""
     standard = subject.export / "head.onnx"
-    taken = subject.export / f"{NATIVE}.onnx" if native_library() is not None else standard
+    taken = subject.export / f"{NATIVE_HEAD}.onnx" if native_library() is not None else standard
     return {
         "kind": "heads", "name": FLASH, "head": str(taken), "others": {} if taken == standard else {STANDARD: str(standard)},
         "dense": {name: str(path) for name, path in subject.dense.items()},

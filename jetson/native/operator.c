@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "layers.h"
+#include "linear.h"
 #include "vector.h"
 
 static ort_status *read_tensor(ort_api api, const ort_value *value, struct tensor *out) {
@@ -36,7 +38,7 @@ ort_status *tensor_of(const struct node *node, size_t index, struct tensor *out)
     TRY(ORT(node->api, constant_input)(node->info, index, &constant, &value));
     if (!constant) return refused_array(node, "is not an initializer, expected all inputs but the first to be");
     TRY(read_tensor(node->api, value, out));
-    if (out->rank < 1 || out->rank > 2) return refused_array(node, "has neither one nor two dimensions");
+    if (out->rank < 1 || out->rank > 3) return refused_array(node, "has neither one, two nor three dimensions");
     return NULL;
 }
 
@@ -77,9 +79,11 @@ ORT_EXPORT ort_status *ORT_CALL RegisterCustomOps(ort_options *options, const st
     ort_domain *domain;
     if (!api) { /* the first place of every table is the same function */
         api = base->api(1);
-        return failed(api, "HeadStep: this ONNX Runtime is older than 1.17");
+        return failed(api, "flashhead.native: this ONNX Runtime is older than 1.17");
     }
     choose_products();
+    choose_linear();
+    choose_layers();
     TRY(ORT(api, create_domain)("flashhead.native", &domain)); /* lives as long as the process, as sessions may */
     for (size_t i = 0; i < sizeof operators / sizeof *operators; i++) TRY(ORT(api, add_op)(domain, operators[i]));
     return ORT(api, add_domain)(options, domain);

@@ -7,8 +7,11 @@
 
 #include "ort_abi.h"
 
-#define OPERATORS(each) \
-    each(head_step)
+#if defined(__GNUC__) /* DecoderStep is written with GCC's vectors */
+#define OPERATORS(each) each(head_step) each(decoder_step)
+#else
+#define OPERATORS(each) each(head_step)
+#endif
 
 #define DECLARED(op) extern const struct ort_op op;
 OPERATORS(DECLARED)
@@ -34,7 +37,7 @@ struct node { /* of which a kernel is made */
 static inline ort_status *refused(ort_api api, const char *why) { return ORT(api, create_status)(ORT_ERROR_ARGUMENT, why); }
 static inline ort_status *failed(ort_api api, const char *why) { return ORT(api, create_status)(ORT_ERROR_FAIL, why); }
 
-/* An input of a node: an initializer of one or two dimensions. It stays where the session has it. */
+/* An input of a node: an initializer of one to three dimensions. It stays where the session has it. */
 ort_status *tensor_of(const struct node *node, size_t index, struct tensor *out);
 
 /* The next input as an array of n elements of a type; where it may be absent, an empty one gives NULL. */

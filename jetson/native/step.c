@@ -5,9 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { AHEAD = 8 }; /* rows that lie apart are asked of memory so many before they are multiplied */
-
-_Static_assert(3 + MOST_STAGES <= MOST_PHASES, "rotation, centroids, codes and exact rows are a phase each");
+enum { AHEAD = 8, TOGETHER = 4 }; /* rows that lie apart are asked of memory so many before they are multiplied; rows that are multiplied together */
 
 static size_t most_items(const struct kernel *k) { return k->probe.cap * k->cluster_size + k->always; }
 
@@ -28,6 +26,8 @@ int run_open(struct run *r, const struct kernel *k, int shared) {
     r->k = k;
     r->team.data = r;
     r->team.shared = shared;
+    r->team.phases = r->phases;
+    r->team.room = MOST_PHASES;
     r->hidden = (float *)(base + at[0]);
     r->z = (float *)(base + at[1]);
     r->x = (float *)(base + at[2]);
@@ -191,7 +191,7 @@ static void score_spans(struct run *r) { /* items behind the first code; some th
         const float score = r->clusters[(size_t)span->slot / k->cluster_size] + sums[i] * tail_of(r->matrix, (size_t)span->slot + i)->scale;
         r->floor = score > r->floor ? score : r->floor;
     }
-    team_spread(&r->team, span_piece, r->n_spans, k->cluster_size * r->matrix->row);
+    team_spread(&r->team, span_piece, r->n_spans, k->cluster_size * r->matrix->row, TOGETHER);
     for (size_t p = 0; p < r->team.pieces; p++) {
         const size_t first = p * r->team.piece;
         if (!r->kept[p]) continue;
@@ -290,14 +290,14 @@ int run_step(struct run *r, const float *hidden, int64_t *counts, unsigned char 
     if (k->mean) {
         for (size_t i = 0; i < k->hidden; i++) r->x[i] = (hidden[i] - k->mean[i]) * (k->turn_scale ? k->turn_scale[i] : 1);
         if (!(k->turn.type == ORT_INT8 ? rounded(&k->turn, r->x, r->whole, &r->state) : real_state(r, k->hidden))) return 1;
-        team_spread(&r->team, rotate_piece, k->turn.n, k->turn.row);
+        team_spread(&r->team, rotate_piece, k->turn.n, k->turn.row, TOGETHER);
         r->z[0] = 1;
         double square = 0;
         for (size_t i = 0; i < k->turn.n; i++) square += (double)r->z[1 + i] * r->z[1 + i];
         if (k->state_power != 0) unit = (float)pow(square / (double)k->turn.n, k->state_power / 2);
     } else memcpy(r->z, hidden, k->hidden * sizeof *hidden);
     if (!prepare(r, &k->centroids)) return 1;
-    team_spread(&r->team, probe_piece, k->clusters, k->centroids.row);
+    team_spread(&r->team, probe_piece, k->clusters, k->centroids.row, TOGETHER);
     *capped |= (unsigned char)open_clusters(r, gate_bound(&k->probe, unit));
     counts[0] = (int64_t)r->n_opened;
     if (!r->n_opened) return 1; /* no score can be compared */
@@ -310,7 +310,7 @@ int run_step(struct run *r, const float *hidden, int64_t *counts, unsigned char 
             return 1;
         }
         r->bound = gate_bound(&k->gates[i], unit);
-        if (i) team_spread(&r->team, item_piece, r->n_items, r->matrix->row);
+        if (i) team_spread(&r->team, item_piece, r->n_items, r->matrix->row, TOGETHER);
         else score_spans(r);
         *capped |= (unsigned char)pass(r, &k->gates[i], r->bound);
     }
@@ -318,7 +318,7 @@ int run_step(struct run *r, const float *hidden, int64_t *counts, unsigned char 
     counts[1 + k->stages] = (int64_t)r->n_items;
     if (!r->n_items) return 1;
     if (!tokens_in_order(r)) return 0;
-    team_spread(&r->team, exact_piece, r->n_items, k->rows.row);
+    team_spread(&r->team, exact_piece, r->n_items, k->rows.row, TOGETHER);
     size_t best = 0;
     for (size_t i = 1; i < r->n_items; i++)
         if (r->logits[i] > r->logits[best]) best = i;

@@ -40,8 +40,11 @@ struct span { /* slots side by side: those of a cluster, or an always-scored one
     uint32_t at; /* how many slots stand before them */
 };
 
+enum { MOST_PHASES = 3 + MOST_STAGES }; /* rotation, centroids, codes and exact rows */
+
 struct run { /* one state's way through the stages, and its memory */
     struct team team;
+    struct phase phases[MOST_PHASES];
     const struct kernel *k;
     float best[MOST_PIECES];
     size_t kept[MOST_PIECES];

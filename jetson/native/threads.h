@@ -15,7 +15,6 @@
 #endif
 
 enum { PIECE_BYTES = 1 << 15, MOST_PIECES = 16 }; /* a phase is cut into pieces of that size, at most so many */
-enum { MOST_PHASES = 19 };                        /* of a step that are cut */
 
 struct phase { /* work in pieces, which threads take one after the other */
     void (*work)(void *, size_t);
@@ -29,15 +28,18 @@ struct team { /* the threads of one step */
     void (*step)(void *);
     void *of_step; /* what the step gets */
     size_t came;   /* threads: the first makes the step, whichever it is */
+    const void *caller;  /* the thread that called us, and the processor that it was on, -1: not known */
+    int processor;
     size_t begun, ended; /* phases that were begun; 1: the step is made */
-    struct phase phases[MOST_PHASES];
+    struct phase *phases; /* [room]: a place for each that is cut */
+    size_t room;
 };
 
 /* Make a step with the threads that come; without, where nothing is shared. */
 ort_status *team_step(struct team *t, ort_api api, const ort_context *context, void (*step)(void *), void *of_step);
 
-/* Within a step: do `work` for pieces of n things that read `bytes` each, with the threads that help. */
-void team_spread(struct team *t, void (*work)(void *data, size_t piece), size_t n, size_t bytes);
+/* Within a step: do `work` for pieces of n things that read `bytes` each, with the threads that help. A piece is a multiple of `together` things. */
+void team_spread(struct team *t, void (*work)(void *data, size_t piece), size_t n, size_t bytes, size_t together);
 
 /* Within work: which of the n things a piece is, first to end. 0: none. */
 static inline int team_piece(const struct team *t, size_t piece, size_t n, size_t *first, size_t *end) {

@@ -32,7 +32,7 @@ static float float_of_bits(uint32_t bits) {
     return out;
 }
 
-static void widen(const void *row, int type, size_t first, size_t n, float *out) { /* n values of a row as floats */
+void widen(const void *row, int type, size_t first, size_t n, float *out) {
     if (type == ORT_FLOAT) memcpy(out, (const float *)row + first, n * sizeof(float));
     else if (type == ORT_FLOAT16)
         for (size_t j = 0; j < n; j++) out[j] = float_of_bits(bits_of_half(((const uint16_t *)row)[first + j]));

@@ -37,6 +37,9 @@ void choose_products(void);
 
 float largest(const float *x, size_t n);
 
+/* n values of a row of float16, bfloat16 or float32 as floats. */
+void widen(const void *row, int type, size_t first, size_t n, float *out);
+
 static inline size_t padded(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 static inline void prefetch(const char *from, size_t bytes) {
