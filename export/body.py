@@ -9,6 +9,7 @@ open is put right here on the graph that it returns, and each of these is checke
 * Gemma's embedding scale, which it rounds to two decimals;
 * the embedding, which it stores in 32 bits: here it is the checkpoint's own matrix in the checkpoint's own dtype, which
   a tied head shares;
+* zero points of GPTQ checkpoints of version 2, which it reads as those of version 1;
 * the width of the cache, which its inputs leave unnamed.
 """
 
@@ -33,6 +34,7 @@ from flashhead_edge.errors import ExportError, SettingsError, UnsupportedModelEr
 from flashhead_edge.export.passes.attention import LayerRule, apply_layer_rules, name_cache_width
 from flashhead_edge.export.passes.embedding import embedding_tensor, share_embedding
 from flashhead_edge.export.passes.lowering import remove_unused
+from flashhead_edge.export.passes.products import take_back_raised_zeros
 from flashhead_edge.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -108,6 +110,8 @@ def build_body(source: Source | str | Path, work: Path, *, precision: str = "int
     model.ir_version = IR_VERSION
     apply_layer_rules(model, rules)
     name_cache_width(model, _head_width(config))
+    if scheme is not None and scheme["quant_method"] == "gptq":
+        take_back_raised_zeros(model, second=scheme.get("checkpoint_format") == "gptq_v2")
     rows, tied = embedding_tensor(source)
     share_embedding(model, rows, "head.rows" if tied else "model.embed_tokens", _embedding_scale(config))
     _type_constants(model)
@@ -189,6 +193,11 @@ def _own_integers(source: Source, precision: str) -> dict[str, Any] | None:
         )
     if precision != f"int{bits}":
         raise ExportError(f"{source.name}: the weights are integers of {bits} bits, expected a body of int{bits}, found {precision}; pass --body int{bits}")
+    if scheme.get("desc_act") and not scheme.get("sym", True):  # ONNX Runtime 1.32 is right where all are equal
+        raise ExportError(
+            f"{source.name}: GPTQ with zero points and columns in the order of activations (desc_act), which ONNX Runtime multiplies wrongly, "
+            "expected a symmetric one, or columns in their own order; export the head alone, or choose another checkpoint"
+        )
     return scheme
 
 

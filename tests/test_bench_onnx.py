@@ -125,7 +125,10 @@ def test_a_whole_run_over_a_tiny_model(tiny_shape: str, tmp_path: Path, monkeypa
     checkpoint = write_with_index(model, tmp_path / "checkpoint", lambda w, fingerprint: everything_open(w, cascade=True, fingerprint=fingerprint))
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 6)
-    document = bench.bench_onnx(checkpoint, str(text), None, [tiny_shape], [1], [], "flashhead bench onnx", rounds=2)
+    from small_bodies import warm_builder
+
+    with warm_builder():  # for our two exports; the two by GenAI alone run as the product runs them
+        document = bench.bench_onnx(checkpoint, str(text), None, [tiny_shape], [1], [], "flashhead bench onnx", rounds=2)
     records = {(r["part"], r["model"], r["head"]): r for r in document["records"]}
     assert records["head", "checkpoint", "FlashHead"]["top1_agreement"] == 1
     assert records["head", "checkpoint", "FlashHead"]["real_weights"]

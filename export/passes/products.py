@@ -58,6 +58,33 @@ def _fields(data: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([data & 15, data >> 4], axis=-1).reshape(len(data), -1)
 
 
+def _bytes(fields: np.ndarray, bits: int) -> np.ndarray:
+    """The other way round; a last byte that is not full is filled up with 0."""
+    if bits == 8:
+        return fields
+    even = np.pad(fields, ((0, 0), (0, fields.shape[1] % 2)))
+    return even[:, ::2] | even[:, 1::2] << 4
+
+
+def take_back_raised_zeros(model: ir.Model, second: bool) -> None:
+    """Lower the zero points of a GPTQ checkpoint that stores them as they are (version 2): the builder raises all of them by one, as version 1 needs it.
+
+    Args:
+        second: what the checkpoint's config says. A symmetric file tells by its zeros, as in `checkpoint.quantised.dequantise_gptq`.
+    """
+    for node in model.graph:
+        zeros = node.inputs[3] if node.op_type == "MatMulNBits" and len(node.inputs) > 3 else None
+        if zeros is None or zeros.const_value is None:
+            continue
+        at = node.attributes
+        n, bits, groups = at.get_int("N"), at.get_int("bits", 4), -(-at.get_int("K") // at.get_int("block_size"))
+        stored = zeros.const_value.numpy()
+        raised, half = _fields(stored.reshape(n, -1), bits)[:, :groups], 2 ** (bits - 1)
+        as_they_are = bool(raised[0, 0] == half + 1) if (raised == half).all() or (raised == half + 1).all() else second
+        if as_they_are:
+            zeros.const_value = ir.tensor(_bytes(raised - 1 & 2**bits - 1, bits).reshape(stored.shape), name=zeros.name)
+
+
 def coded_weights(node: ir.Node) -> Coded:
     """Read a MatMulNBits node.
 

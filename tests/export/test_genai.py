@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ og = pytest.importorskip("onnxruntime_genai")
 
 import onnx_ir as ir  # noqa: E402
 
-from flashhead_edge.export.body import build_body  # noqa: E402
+from flashhead_edge.export.body import Body, build_body  # noqa: E402
 from flashhead_edge.export.body_dialects import to_dialect  # noqa: E402
 from flashhead_edge.export.genai import genai_config, last_hidden  # noqa: E402
 from flashhead_edge.export.graph import Ops  # noqa: E402
@@ -55,16 +56,31 @@ def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     return written
 
 
-@pytest.mark.parametrize("dialect", ["onnxruntime", "portable"])
-def test_greedy_text_is_transformers(dialect: str, tmp_path: Path) -> None:
-    import transformers
-
-    folder = save_body(tmp_path / "model", "qwen3", torch.float32)
-    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": VOCAB - 1}  # a token that is not written here
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that stops at a token which is not written here."""
+    folder = save_body(tmp_path_factory.mktemp("genai") / "model", "qwen3", torch.float32)
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": VOCAB - 1}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": VOCAB - 1, "pad_token_id": 0}))
-    (tmp_path / "work").mkdir()
-    body = build_body(folder, tmp_path / "work", precision="fp32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Body]:
+    """Its body on disk, built as the product builds it."""
+    work = tmp_path_factory.mktemp("work")
+    body = build_body(folder, work, precision="fp32")
+    ir.save(body.model, work / "body.onnx", external_data="body.onnx.data")
+    return work / "body.onnx", body
+
+
+@pytest.mark.parametrize("dialect", ["onnxruntime", "portable"])
+def test_greedy_text_is_transformers(dialect: str, folder: Path, built: tuple[Path, Body], tmp_path: Path) -> None:
+    import transformers
+
+    path, first = built
+    body = replace(first, model=ir.load(path))
     to_dialect(body, dialect)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = plain.get_output_embeddings().weight.detach().numpy()

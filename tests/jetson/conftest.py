@@ -37,12 +37,16 @@ def exported(converted: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     """The export of such a checkpoint."""
     pytest.importorskip("onnxruntime_genai")
 
+    from small_bodies import warm_builder
+
     from flashhead_edge.export import export_onnx
 
     @lru_cache
-    def make(dialect: str = "onnxruntime", body: str = "fp32", index: str = "all") -> Path:
+    def make(dialect: str, body: str, index: str) -> Path:
         out = tmp_path_factory.mktemp("exported") / f"{dialect}-{body}-{index}"
-        export_onnx(converted(index), out, dialect=dialect, body=body)
+        with warm_builder():
+            export_onnx(converted(index), out, dialect=dialect, body=body)
         return out
 
-    return make
+    # a cache takes a default and the same value said aloud for two things
+    return lambda dialect="onnxruntime", body="fp32", index="all": make(dialect, body, index)
