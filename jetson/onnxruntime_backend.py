@@ -78,12 +78,13 @@ class OnnxRuntime:
         return self.sessions[part]
 
 
-def open_folder(folder: Path, threads: int | None, fingerprint: str | None) -> OnnxRuntime:
+def open_folder(folder: Path, threads: int | None, fingerprint: str | None, *, native: bool = True) -> OnnxRuntime:
     """Open an exported folder: body and head at once, what only sampling and exact mode need when they need it.
 
     Args:
         threads: None is one for each physical core that this process may use.
         fingerprint: of the head that the folder's config.json names, None where it names none.
+        native: take our own operators where the folder and this installation have them.
     Raises:
         SettingsError: `threads` is out of range.
         CheckpointError, EngineError: see `OnnxRuntime.session`.
@@ -92,7 +93,7 @@ def open_folder(folder: Path, threads: int | None, fingerprint: str | None) -> O
         raise SettingsError(f"generate: threads is {threads}, expected 1 or more; call again with another value")
     for part in PARTS:
         part_file(folder, part)
-    head, body = ((folder / f"{part}.onnx").is_file() for part in (NATIVE_HEAD, NATIVE_BODY))
+    head, body = (native and (folder / f"{part}.onnx").is_file() for part in (NATIVE_HEAD, NATIVE_BODY))
     backend = OnnxRuntime(
         folder, threads or usable_threads(), fingerprint,
         step_part=NATIVE_HEAD if head and native_library() is not None else "head",

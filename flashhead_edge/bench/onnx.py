@@ -8,7 +8,7 @@ Three parts, each with 1 and 2 threads, batch 1:
 * head: `head.onnx` beside ONNX Runtime's dense heads (float32, int8, int4), all in one process, each state by all of them
   before the next, so that each reads from memory what the others have pushed out of the caches. A dense head's argmax is not
   counted. The time of a round is the mean over its states, since that is what decoding speed follows.
-* models: the decode loop over an int4 body with our head, with a dense int4 head, and with none.
+* models: the decode loop over an int4 body with our head, with a dense int4 head, and with none, and ONNX Runtime's own body with the dense head.
 * engines: SmolLM2 or whatever OUT is, through our own session, ONNX Runtime GenAI with its own exports and with ours, and
   llama.cpp; a process an engine, rounds in turn. Token ids alone: no engine makes text of them.
 
@@ -60,6 +60,7 @@ ENGINE_TOKENS, ENGINE_PROMPT, STARTS = 128, 200, 3  # of engines: also how often
 TIMED_STATES, COMPARED_STATES = 64, 2000  # of a text: timed, and those on which heads' tokens are compared
 STANDARD = "FlashHead, standard operators"
 FLASH, NO_HEAD, FP32, INT8, INT4 = "FlashHead", "no head", dense_name(32, 0), "dense int8", dense_name(4, 32)
+PLAIN = f"{INT4}, ONNX Runtime's body"
 WANTED_HEAD = {FP32: 25.0, INT8: 8.0, INT4: 4.5}  # times as fast; issue 16
 WANTED_REAL_HEAD = {FP32: 10.0, INT8: 5.0, INT4: 3.0}  # operators' overhead weighs more on a small model
 WANTED_MODELS = {"Gemma-3-270M": 1.8, "Qwen3-0.6B": 1.25, "Llama-3.2-1B": 1.2}
@@ -322,13 +323,13 @@ def dense_read(name: str, v: int, d: int) -> float:
 
 
 def time_models(run: Run, subject: Subject) -> None:
-    """Records of a body's decode loop with our head, the dense int4 head, and none."""
+    """Records of a body's decode loop with our head, the dense int4 head, and none, and of ONNX Runtime's body with the dense one."""
     s = subject
     for threads in run.threads:
         run.progress(f"{s.name}: whole model, {threads} threads", None)
         task = {
-            "kind": "models", "export": str(s.export), "dense": str(s.dense[INT4]), "dense_name": INT4, "states": str(s.states), "threads": threads,
-            "vocab_size": s.vocab_size, "prompt": PROMPT, "tokens": TOKENS,
+            "kind": "models", "export": str(s.export), "dense": str(s.dense[INT4]), "dense_name": INT4, "plain_name": PLAIN, "states": str(s.states),
+            "threads": threads, "vocab_size": s.vocab_size, "prompt": PROMPT, "tokens": TOKENS,
         }  # fmt: skip
         seconds: dict[str, list[float]] = {}
         with started(task) as ask:
@@ -336,13 +337,14 @@ def time_models(run: Run, subject: Subject) -> None:
                 for name, total in ask({"round": number})["seconds"].items():
                     if number:
                         seconds.setdefault(name, []).append(total / TOKENS)
-        for name in (INT4, "flash", "none"):
+        for name in (PLAIN, INT4, "flash", "none"):
             flash = name == "flash"
             published = {"published": PUBLISHED_MODELS.get(s.name)} if flash else {}
             record(
                 run, "models", s.name, (s.vocab_size, s.hidden_size), {"flash": FLASH, "none": NO_HEAD}.get(name, name), threads, seconds[name],
                 context=PROMPT + TOKENS, settings={"body": "int4", "group": 32, "tokens": TOKENS, **published},
-                ratio_to_dense=1 / ratio(seconds[INT4], seconds[name])["median"], times_as_fast={INT4: ratio(seconds[INT4], seconds[name])},
+                ratio_to_dense=1 / ratio(seconds[INT4], seconds[name])["median"],
+                times_as_fast={dense: ratio(seconds[dense], seconds[name]) for dense in (INT4, PLAIN)},
                 wanted={INT4: WANTED_MODELS[s.name]} if flash and s.name in WANTED_MODELS else {},
             )  # fmt: skip
 

@@ -157,11 +157,12 @@ def open_agreement(task: dict[str, Any], began: float) -> Answer:
 
 
 def open_models(task: dict[str, Any], began: float) -> Answer:
-    """A body's decode loop with our head, with a dense one, and with none: steps of a body that goes on from one prompt.
+    """A body's decode loop with our head, with a dense one, and with none, and of ONNX Runtime's own body with the dense one.
 
     The head is given `states`, since what a body with random weights says opens nothing like a real one's states; the body
     goes on with tokens of its own choice.
-    task: `export` (a folder), `dense` (a path), `states`, `threads`, `vocab_size`, `prompt`, `tokens`.
+    task: `export` (a folder), `dense` (a path), `dense_name`, `plain_name` (of the dense head with each body), `states`, `threads`, `vocab_size`,
+    `prompt`, `tokens`.
     """
     import numpy as np
 
@@ -170,25 +171,29 @@ def open_models(task: dict[str, Any], began: float) -> Answer:
     states: Any = np.load(task["states"])
     backend = open_folder(Path(task["export"]), task["threads"], None)
     product = dense_head(task["dense"], task["threads"], task["vocab_size"])
-    body, head = backend.body(), backend.head
+    body, plain, head = backend.body(), open_folder(Path(task["export"]), task["threads"], None, native=False).body(), backend.head
     random = np.random.default_rng(1)
     ids = random.integers(0, task["vocab_size"], task["prompt"] + task["tokens"]).tolist()
-    body.feed(ids[: task["prompt"]])
-    start = body.snapshot()
+    starts = {b: (b.feed(ids[: task["prompt"]]), b.snapshot())[1] for b in (body, plain)}
 
-    heads: Mapping[str, Callable[[Any], int]] = {
-        "flash": lambda state: int(head.step(state).token[0]),
-        task["dense_name"]: lambda state: int(product(state)[0].argmax()),
-        "none": lambda state: 0,
+    def dense(state: Any) -> int:
+        return int(product(state)[0].argmax())
+
+    heads: Mapping[str, tuple[Any, Callable[[Any], int]]] = {
+        "flash": (body, lambda state: int(head.step(state).token[0])),
+        task["dense_name"]: (body, dense),
+        task["plain_name"]: (plain, dense),
+        "none": (body, lambda state: 0),
     }
 
     def round_of(number: int) -> dict[str, Any]:
         seconds = {}
         for name in in_turn(list(heads), number):
-            body.restore(start)
-            choose, begin = heads[name], time.perf_counter()
+            using, choose = heads[name]
+            using.restore(starts[using])
+            begin = time.perf_counter()
             for i, token in enumerate(ids[task["prompt"] :]):
-                body.feed([token])
+                using.feed([token])
                 choose(states[(number + i) % len(states)][None])
             seconds[name] = time.perf_counter() - begin
         return {"seconds": seconds}

@@ -27,7 +27,7 @@ static size_t first_seen(const struct instruction *i, size_t position) { return 
 int pass_open(struct pass *p, const struct decoder *d, size_t tokens, size_t past, int shared) {
     const struct coded *widest = largest_matrix(d);
     const size_t quads = widest ? quads_of(widest->k) : 0, positions = padded(past + tokens, POSITIONS) + POSITIONS;
-    size_t at[MOST_SLOTS + 9], total = LINE, n = 0, heads = 0, keys = 0, size = 0;
+    size_t at[MOST_SLOTS + 10], total = LINE, n = 0, heads = 0, keys = 0, size = 0;
     for (size_t i = 0; i < d->n_instructions; i++) {
         const struct instruction *one = &d->instructions[i];
         if (one->operation != ATTEND) continue;
@@ -43,6 +43,7 @@ int pass_open(struct pass *p, const struct decoder *d, size_t tokens, size_t pas
     ROOM(tokens * quads * QUAD);
     ROOM(tokens * quads * 4 * sizeof(float));
     ROOM(tokens * quads * 4 * sizeof(float));
+    ROOM(tokens * quads * 16 * sizeof(int32_t));
     ROOM((tokens == 1 ? heads * p->parts * PART : MOST_PIECES * p->score_room) * sizeof(float));
     ROOM(heads * p->parts * sizeof(struct partial));
     ROOM(heads * p->parts * size * sizeof(float));
@@ -58,12 +59,13 @@ int pass_open(struct pass *p, const struct decoder *d, size_t tokens, size_t pas
     p->rounded.whole = (int8_t *)(base + at[n]);
     p->rounded.scale = (float *)(base + at[n + 1]);
     p->rounded.offset = (float *)(base + at[n + 2]);
-    p->scores = (float *)(base + at[n + 3]);
-    p->partials = (struct partial *)(base + at[n + 4]);
-    p->sums = (float *)(base + at[n + 5]);
-    p->turned_keys = (float *)(base + at[n + 6]);
-    p->caches = (struct cache *)(base + at[n + 7]);
-    p->team.phases = (struct phase *)(base + at[n + 8]);
+    p->rounded.eight = (int32_t *)(base + at[n + 3]);
+    p->scores = (float *)(base + at[n + 4]);
+    p->partials = (struct partial *)(base + at[n + 5]);
+    p->sums = (float *)(base + at[n + 6]);
+    p->turned_keys = (float *)(base + at[n + 7]);
+    p->caches = (struct cache *)(base + at[n + 8]);
+    p->team.phases = (struct phase *)(base + at[n + 9]);
     p->team.room = d->phases;
     p->team.data = p;
     p->team.shared = shared;
@@ -118,7 +120,7 @@ static void round_piece(void *pass, size_t piece) {
     const struct coded *m = &p->now->matrix;
     size_t first, end;
     if (!team_piece(&p->team, piece, p->tokens, &first, &end)) return;
-    for (size_t t = first; t < end; t++) linear.round(place_of(p, p->now->a, t), m->k, m->offsets ? 1 : 8, &p->rounded, t);
+    for (size_t t = first; t < end; t++) linear.round(place_of(p, p->now->a, t), m->k, &p->rounded, t);
 }
 
 static void linear_piece(void *pass, size_t piece) {

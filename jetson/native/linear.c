@@ -9,26 +9,29 @@
 
 #include "vector.h"
 
-enum { TILE = 4, STRIP = 16, AHEAD = 2048 }; /* tokens that share an unpacked row; rows that stay in the cache for all tokens; bytes asked of memory before */
+enum { TILE = 4, STRIP = 16, EIGHT = 8, AHEAD = 2048 }; /* tokens that share an unpacked row; rows that stay in the cache for all tokens; rows whose lanes are added together; bytes asked of memory before */
 
-static void round_plain(const float *x, size_t k, float zero, const struct rounded *to, size_t t) {
+static void round_plain(const float *x, size_t k, const struct rounded *to, size_t t) {
     const size_t quads = quads_of(k);
     int8_t *whole = to->whole + t * quads * QUAD;
     float *scale = to->scale + t * quads * 4, *offset = to->offset + t * quads * 4;
     for (size_t b = 0; b < quads * 4; b++) {
         const size_t from = b * CODED, n = from >= k ? 0 : k - from < CODED ? k - from : CODED;
         int8_t *even = whole + b / 4 * QUAD + b % 4 * (CODED / 2), *odd = even + QUAD / 2;
+        int32_t *eight = to->eight + (t * quads * 4 + b) * 4;
         float most = 0;
+        for (size_t l = 0; l < 4; l++) eight[l] = 0;
         for (size_t i = 0; i < n; i++) most = fabsf(x[from + i]) > most ? fabsf(x[from + i]) : most;
         const float by = most > 0 ? 127 / most : 0;
         int32_t sum = 0;
         for (size_t i = 0; i < CODED; i++) {
             const int32_t value = i < n ? (int32_t)((x[from + i] * by + 12582912.0f) - 12582912.0f) : 0; /* to the nearest, halves to even */
             sum += value;
+            eight[i / 8] -= 8 * value;
             (i & 1 ? odd : even)[i / 2] = (int8_t)value;
         }
         scale[b] = most / 127;
-        offset[b] = -zero * ((float)sum * scale[b]);
+        offset[b] = -((float)sum * scale[b]);
     }
 }
 
@@ -41,10 +44,10 @@ static inline void four_scales(const float *row, size_t quad, size_t groups, siz
 }
 
 static float sum_of(const float *lane, const float *offset) { /* the one order in which partial sums are added */
-    float a[8], b[4];
+    float a[8];
     for (int l = 0; l < 8; l++) a[l] = lane[l] + lane[l + 8];
-    for (int l = 0; l < 4; l++) b[l] = (a[l] + a[l + 4]) + offset[l];
-    return (b[0] + b[2]) + (b[1] + b[3]);
+    for (int l = 0; l < 4; l++) a[l] += offset[l];
+    return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
 }
 
 static void rows_plain(const struct coded *m, size_t first, size_t n, const struct rounded *x, size_t tokens, float *out, size_t stride) {
@@ -54,16 +57,18 @@ static void rows_plain(const struct coded *m, size_t first, size_t n, const stru
             float lane[16] = {0}, offset[4] = {0};
             for (size_t q = 0; q < quads; q++) {
                 const uint8_t *codes = m->codes + r * bytes + q * QUAD / 2;
-                const size_t left = bytes - q * QUAD / 2, some = left < QUAD / 2 ? left : QUAD / 2;
-                const int8_t *even = x->whole + (t * quads + q) * QUAD, *odd = even + QUAD / 2;
+                const size_t left = bytes - q * QUAD / 2, some = left < QUAD / 2 ? left : QUAD / 2, at = t * quads + q;
+                const int8_t *even = x->whole + at * QUAD, *odd = even + QUAD / 2;
                 float s[4], o[4];
                 four_scales(m->scales + r * m->groups, q, m->groups, m->group, s);
-                four_scales((m->offsets ? m->offsets : m->scales) + r * m->groups, q, m->groups, m->group, o);
-                for (size_t b = 0; b < 4; b++) offset[b] = fmaf(o[b], x->offset[(t * quads + q) * 4 + b], offset[b]);
+                if (m->offsets) {
+                    four_scales(m->offsets + r * m->groups, q, m->groups, m->group, o);
+                    for (size_t b = 0; b < 4; b++) offset[b] = fmaf(o[b], x->offset[at * 4 + b], offset[b]);
+                }
                 for (size_t l = 0; l < some / 4; l++) {
-                    int32_t sum = 0;
+                    int32_t sum = m->offsets ? 0 : x->eight[at * 16 + l];
                     for (size_t i = 4 * l; i < 4 * l + 4; i++) sum += (codes[i] & 15) * even[i] + (codes[i] >> 4) * odd[i];
-                    lane[l] = fmaf((float)sum, s[l / 4] * x->scale[(t * quads + q) * 4 + l / 4], lane[l]);
+                    lane[l] = fmaf((float)sum, s[l / 4] * x->scale[at * 4 + l / 4], lane[l]);
                 }
             }
             out[t * stride + r] = sum_of(lane, offset);
@@ -79,7 +84,7 @@ struct linear linear = {round_plain, rows_plain};
 #define AVX2 __attribute__((target("avx2,fma")))
 #define VNNI __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 
-AVX2 static void round_avx2(const float *x, size_t k, float zero, const struct rounded *to, size_t t) {
+AVX2 static void round_avx2(const float *x, size_t k, const struct rounded *to, size_t t) {
     const size_t quads = quads_of(k);
     int8_t *whole = to->whole + t * quads * QUAD;
     float *scale = to->scale + t * quads * 4, *offset = to->offset + t * quads * 4;
@@ -112,8 +117,12 @@ AVX2 static void round_avx2(const float *x, size_t k, float zero, const struct r
         const __m256i split = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, parts), 0xd8);
         _mm_storeu_si128((__m128i *)even, _mm256_castsi256_si128(split));
         _mm_storeu_si128((__m128i *)(even + QUAD / 2), _mm256_extracti128_si256(split, 1));
+        /* four neighbours among the even places, and among the odd ones, are eight in a row: a register's half of a, c, d or e each */
+        const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, c), _mm256_hadd_epi32(d, e)); /* halves of a, c, d, e; then the others */
+        const __m128i eights = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+        _mm_storeu_si128((__m128i *)(to->eight + (t * quads * 4 + b) * 4), _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(eights, 3)));
         scale[b] = most / 127;
-        offset[b] = -zero * ((float)_mm_cvtsi128_si32(s) * scale[b]);
+        offset[b] = -((float)_mm_cvtsi128_si32(s) * scale[b]);
     }
 }
 
@@ -131,46 +140,53 @@ AVX2 INLINE __m128 last_scales(const float *row, size_t quad, size_t left, int b
     return _mm_maskload_ps(row + 4 * quad, _mm_cmpgt_epi32(_mm_set1_epi32((int)left), _mm_setr_epi32(0, 1, 2, 3)));
 }
 
-AVX2 INLINE float sum_avx2(__m256 low, __m256 high, __m128 offset) {
-    const __m256 a = _mm256_add_ps(low, high);
-    const __m128 b = _mm_add_ps(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)), offset);
-    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+/* Sums of eight rows' eight lanes, each in the order of sum_of. */
+AVX2 INLINE __m256 eight_sums(const __m256 *a) {
+    const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
+
+AVX2 INLINE __m256 with_offset(__m256 a, __m128 offset) { return _mm256_add_ps(a, _mm256_insertf128_ps(_mm256_setzero_ps(), offset, 0)); }
 
 struct tokens { /* of a tile */
     const int8_t *whole;
     const float *scale, *offset;
+    const int32_t *eight;
     size_t quads;
 };
 
-AVX2 INLINE void quad_avx2(__m256i first, __m256i second, __m128 s, __m128 o, const struct tokens *x, size_t q, int tokens, __m256 *low, __m256 *high, __m128 *offset) {
+AVX2 INLINE void quad_avx2(__m256i first, __m256i second, __m128 s, __m128 o, const struct tokens *x, size_t q, int tokens, int offsets, __m256 *low, __m256 *high, __m128 *offset) {
     const __m256i mask = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
     const __m256i e0 = _mm256_and_si256(first, mask), o0 = _mm256_and_si256(_mm256_srli_epi16(first, 4), mask);
     const __m256i e1 = _mm256_and_si256(second, mask), o1 = _mm256_and_si256(_mm256_srli_epi16(second, 4), mask);
     for (int t = 0; t < tokens; t++) {
         const size_t at = (size_t)t * x->quads + q;
         const __m256i *w = (const __m256i *)(x->whole + at * QUAD);
-        const __m256i a = _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(e0, _mm256_loadu_si256(w)), _mm256_maddubs_epi16(o0, _mm256_loadu_si256(w + 2))), one);
-        const __m256i b = _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(e1, _mm256_loadu_si256(w + 1)), _mm256_maddubs_epi16(o1, _mm256_loadu_si256(w + 3))), one);
+        __m256i a = _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(e0, _mm256_loadu_si256(w)), _mm256_maddubs_epi16(o0, _mm256_loadu_si256(w + 2))), one);
+        __m256i b = _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(e1, _mm256_loadu_si256(w + 1)), _mm256_maddubs_epi16(o1, _mm256_loadu_si256(w + 3))), one);
+        if (!offsets) {
+            a = _mm256_add_epi32(a, _mm256_loadu_si256((const __m256i *)(x->eight + 16 * at)));
+            b = _mm256_add_epi32(b, _mm256_loadu_si256((const __m256i *)(x->eight + 16 * at + 8)));
+        }
         const __m256 by = _mm256_castps128_ps256(_mm_mul_ps(s, _mm_loadu_ps(x->scale + 4 * at)));
         low[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), _mm256_permutevar8x32_ps(by, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)), low[t]);
         high[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(b), _mm256_permutevar8x32_ps(by, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3)), high[t]);
-        offset[t] = _mm_fmadd_ps(o, _mm_loadu_ps(x->offset + 4 * at), offset[t]);
+        if (offsets) offset[t] = _mm_fmadd_ps(o, _mm_loadu_ps(x->offset + 4 * at), offset[t]);
     }
 }
 
-AVX2 INLINE void row_avx2(const struct coded *m, size_t row, const struct tokens *x, int tokens, int blocks, float *out, size_t stride) {
+AVX2 INLINE void row_avx2(const struct coded *m, size_t row, const struct tokens *x, int tokens, int blocks, int offsets_too, __m256 *out) {
     const size_t bytes = m->groups * m->group / 2, whole = bytes / (QUAD / 2);
     const uint8_t *codes = m->codes + row * bytes;
-    const float *scales = m->scales + row * m->groups, *offsets = (m->offsets ? m->offsets : m->scales) + row * m->groups;
+    const float *scales = m->scales + row * m->groups, *offsets = offsets_too ? m->offsets + row * m->groups : scales;
     __m256 low[TILE], high[TILE];
     __m128 offset[TILE];
     for (int t = 0; t < tokens; t++) { low[t] = high[t] = _mm256_setzero_ps(); offset[t] = _mm_setzero_ps(); }
     for (size_t q = 0; q < whole; q++) {
         if (tokens == 1) PREFETCH(codes + q * QUAD / 2 + AHEAD);
         const __m256i *at = (const __m256i *)(codes + q * QUAD / 2);
-        quad_avx2(_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1), quad_scales(scales, q, blocks), quad_scales(offsets, q, blocks), x, q, tokens, low, high, offset);
+        quad_avx2(_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1), quad_scales(scales, q, blocks), quad_scales(offsets, q, blocks), x, q, tokens, offsets_too, low, high, offset);
     }
     const size_t left = blocks == 4 ? 0 : bytes / (CODED / 2) % 4; /* blocks behind the last whole quad */
     if (left) {
@@ -178,64 +194,85 @@ AVX2 INLINE void row_avx2(const struct coded *m, size_t row, const struct tokens
         const __m256i none = _mm256_setzero_si256();
         const __m256i first = left == 1 ? _mm256_inserti128_si256(none, _mm_loadu_si128((const __m128i *)at), 0) : _mm256_loadu_si256((const __m256i *)at);
         const __m256i second = left == 3 ? _mm256_inserti128_si256(none, _mm_loadu_si128((const __m128i *)(at + CODED)), 0) : none;
-        quad_avx2(first, second, last_scales(scales, whole, left, blocks), last_scales(offsets, whole, left, blocks), x, whole, tokens, low, high, offset);
+        quad_avx2(first, second, last_scales(scales, whole, left, blocks), last_scales(offsets, whole, left, blocks), x, whole, tokens, offsets_too, low, high, offset);
     }
-    for (int t = 0; t < tokens; t++) out[(size_t)t * stride + row] = sum_avx2(low[t], high[t], offset[t]);
+    for (int t = 0; t < tokens; t++) out[t * EIGHT] = offsets_too ? with_offset(_mm256_add_ps(low[t], high[t]), offset[t]) : _mm256_add_ps(low[t], high[t]);
 }
 
-VNNI INLINE void quad_vnni(__m512i codes, __m128 s, __m128 o, const struct tokens *x, size_t q, int tokens, __m512 *sum, __m128 *offset) {
+VNNI INLINE void quad_vnni(__m512i codes, __m128 s, __m128 o, const struct tokens *x, size_t q, int tokens, int offsets, __m512 *sum, __m128 *offset) {
     const __m512i mask = _mm512_set1_epi8(15), each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const __m512i even = _mm512_and_si512(codes, mask), odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
     for (int t = 0; t < tokens; t++) {
         const size_t at = (size_t)t * x->quads + q;
-        __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, _mm512_loadu_si512(x->whole + at * QUAD));
+        const __m512i from = offsets ? _mm512_setzero_si512() : _mm512_loadu_si512(x->eight + 16 * at);
+        __m512i a = _mm512_dpbusd_epi32(from, even, _mm512_loadu_si512(x->whole + at * QUAD));
         a = _mm512_dpbusd_epi32(a, odd, _mm512_loadu_si512(x->whole + at * QUAD + QUAD / 2));
         const __m512 by = _mm512_permutexvar_ps(each, _mm512_castps128_ps512(_mm_mul_ps(s, _mm_loadu_ps(x->scale + 4 * at))));
         sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), by, sum[t]);
-        offset[t] = _mm_fmadd_ps(o, _mm_loadu_ps(x->offset + 4 * at), offset[t]);
+        if (offsets) offset[t] = _mm_fmadd_ps(o, _mm_loadu_ps(x->offset + 4 * at), offset[t]);
     }
 }
 
-VNNI INLINE void row_vnni(const struct coded *m, size_t row, const struct tokens *x, int tokens, int blocks, float *out, size_t stride) {
+VNNI INLINE void row_vnni(const struct coded *m, size_t row, const struct tokens *x, int tokens, int blocks, int offsets_too, __m256 *out) {
     const size_t bytes = m->groups * m->group / 2, whole = bytes / (QUAD / 2);
     const uint8_t *codes = m->codes + row * bytes;
-    const float *scales = m->scales + row * m->groups, *offsets = (m->offsets ? m->offsets : m->scales) + row * m->groups;
+    const float *scales = m->scales + row * m->groups, *offsets = offsets_too ? m->offsets + row * m->groups : scales;
     __m512 sum[TILE];
     __m128 offset[TILE];
     for (int t = 0; t < tokens; t++) { sum[t] = _mm512_setzero_ps(); offset[t] = _mm_setzero_ps(); }
     for (size_t q = 0; q < whole; q++) {
         if (tokens == 1) PREFETCH(codes + q * QUAD / 2 + AHEAD);
-        quad_vnni(_mm512_loadu_si512(codes + q * QUAD / 2), quad_scales(scales, q, blocks), quad_scales(offsets, q, blocks), x, q, tokens, sum, offset);
+        quad_vnni(_mm512_loadu_si512(codes + q * QUAD / 2), quad_scales(scales, q, blocks), quad_scales(offsets, q, blocks), x, q, tokens, offsets_too, sum, offset);
     }
     const size_t left = blocks == 4 ? 0 : bytes / (CODED / 2) % 4;
     if (left) {
         const __m512i last = _mm512_maskz_loadu_epi32((__mmask16)((1u << 4 * left) - 1), codes + whole * QUAD / 2);
-        quad_vnni(last, last_scales(scales, whole, left, blocks), last_scales(offsets, whole, left, blocks), x, whole, tokens, sum, offset);
+        quad_vnni(last, last_scales(scales, whole, left, blocks), last_scales(offsets, whole, left, blocks), x, whole, tokens, offsets_too, sum, offset);
     }
-    for (int t = 0; t < tokens; t++) out[(size_t)t * stride + row] = sum_avx2(_mm512_castps512_ps256(sum[t]), _mm512_extractf32x8_ps(sum[t], 1), offset[t]);
+    for (int t = 0; t < tokens; t++) {
+        const __m256 lanes = _mm256_add_ps(_mm512_castps512_ps256(sum[t]), _mm512_extractf32x8_ps(sum[t], 1));
+        out[t * EIGHT] = offsets_too ? with_offset(lanes, offset[t]) : lanes;
+    }
 }
 
-/* All rows for all tokens, a strip of rows at a time: a loop for each size of a group, and for a tile and single tokens. */
-#define ROWS(unit, attribute)                                                                                                                                \
-    attribute INLINE void strips_##unit(const struct coded *m, size_t first, size_t n, const struct rounded *x, size_t tokens, int blocks, float *out, size_t stride) { \
-        const size_t quads = quads_of(m->k);                                                                                                                 \
-        for (size_t strip = first; strip < first + n; strip += STRIP) {                                                                                      \
-            const size_t end = strip + STRIP < first + n ? strip + STRIP : first + n;                                                                        \
-            size_t t = 0;                                                                                                                                    \
-            for (; t + TILE <= tokens; t += TILE) {                                                                                                          \
-                const struct tokens some = {x->whole + t * quads * QUAD, x->scale + t * quads * 4, x->offset + t * quads * 4, quads};                        \
-                for (size_t r = strip; r < end; r++) row_##unit(m, r, &some, TILE, blocks, out + t * stride, stride);                                        \
-            }                                                                                                                                                \
-            for (; t < tokens; t++) {                                                                                                                        \
-                const struct tokens one = {x->whole + t * quads * QUAD, x->scale + t * quads * 4, x->offset + t * quads * 4, quads};                         \
-                for (size_t r = strip; r < end; r++) row_##unit(m, r, &one, 1, blocks, out + t * stride, stride);                                            \
-            }                                                                                                                                                \
-        }                                                                                                                                                    \
-    }                                                                                                                                                        \
-    attribute static void rows_##unit(const struct coded *m, size_t first, size_t n, const struct rounded *x, size_t tokens, float *out, size_t stride) {     \
-        if (m->group == CODED) strips_##unit(m, first, n, x, tokens, 1, out, stride);                                                                        \
-        else if (m->group == 2 * CODED) strips_##unit(m, first, n, x, tokens, 2, out, stride);                                                               \
-        else strips_##unit(m, first, n, x, tokens, 4, out, stride);                                                                                          \
+/* Rows for a tile of tokens, eight at a time: a loop for each size of a group, with zero points and without, for a tile and single tokens. */
+#define ROWS(unit, attribute)                                                                                                                         \
+    attribute INLINE void tile_##unit(const struct coded *m, size_t first, size_t end, const struct tokens *x, int tokens, int blocks, int offsets, float *out, size_t stride) { \
+        for (size_t r = first; r < end; r += EIGHT) {                                                                                                 \
+            const size_t some = end - r < EIGHT ? end - r : EIGHT;                                                                                    \
+            __m256 lanes[TILE * EIGHT];                                                                                                               \
+            for (size_t i = 0; i < some; i++) row_##unit(m, r + i, x, tokens, blocks, offsets, lanes + i);                                            \
+            for (size_t t = 0; t < (size_t)tokens; t++) {                                                                                             \
+                float sums[EIGHT];                                                                                                                    \
+                for (size_t i = some; i < EIGHT; i++) lanes[t * EIGHT + i] = _mm256_setzero_ps();                                                     \
+                _mm256_storeu_ps(sums, eight_sums(lanes + t * EIGHT));                                                                                \
+                memcpy(out + t * stride + r, sums, some * sizeof *sums);                                                                              \
+            }                                                                                                                                         \
+        }                                                                                                                                             \
+    }                                                                                                                                                 \
+    attribute INLINE void strips_##unit(const struct coded *m, size_t first, size_t n, const struct rounded *x, size_t tokens, int blocks, int offsets, float *out, size_t stride) { \
+        const size_t quads = quads_of(m->k);                                                                                                          \
+        for (size_t strip = first; strip < first + n; strip += STRIP) {                                                                               \
+            const size_t end = strip + STRIP < first + n ? strip + STRIP : first + n;                                                                 \
+            size_t t = 0;                                                                                                                             \
+            for (; t + TILE <= tokens; t += TILE) {                                                                                                   \
+                const struct tokens some = {x->whole + t * quads * QUAD, x->scale + t * quads * 4, x->offset + t * quads * 4, x->eight + t * quads * 16, quads}; \
+                tile_##unit(m, strip, end, &some, TILE, blocks, offsets, out + t * stride, stride);                                                   \
+            }                                                                                                                                         \
+            for (; t < tokens; t++) {                                                                                                                 \
+                const struct tokens one = {x->whole + t * quads * QUAD, x->scale + t * quads * 4, x->offset + t * quads * 4, x->eight + t * quads * 16, quads};  \
+                tile_##unit(m, strip, end, &one, 1, blocks, offsets, out + t * stride, stride);                                                       \
+            }                                                                                                                                         \
+        }                                                                                                                                             \
+    }                                                                                                                                                 \
+    attribute static void rows_##unit(const struct coded *m, size_t first, size_t n, const struct rounded *x, size_t tokens, float *out, size_t stride) { \
+        if (m->offsets) {                                                                                                                             \
+            if (m->group == CODED) strips_##unit(m, first, n, x, tokens, 1, 1, out, stride);                                                          \
+            else if (m->group == 2 * CODED) strips_##unit(m, first, n, x, tokens, 2, 1, out, stride);                                                 \
+            else strips_##unit(m, first, n, x, tokens, 4, 1, out, stride);                                                                            \
+        } else if (m->group == CODED) strips_##unit(m, first, n, x, tokens, 1, 0, out, stride);                                                       \
+        else if (m->group == 2 * CODED) strips_##unit(m, first, n, x, tokens, 2, 0, out, stride);                                                     \
+        else strips_##unit(m, first, n, x, tokens, 4, 0, out, stride);                                                                                \
     }
 
 ROWS(avx2, AVX2)

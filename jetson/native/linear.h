@@ -22,14 +22,15 @@ struct coded { /* [n, k]: a row is groups of `group` codes, two in a byte, the f
 struct rounded { /* activations of some tokens, as products take them */
     int8_t *whole; /* [tokens, quads, QUAD]: even places of four blocks, then odd ones; zeros behind k */
     float *scale;  /* [tokens, quads, 4] */
-    float *offset; /* [tokens, quads, 4]: minus the sum of a block's values, times 8 where the zero point is 8 */
+    float *offset; /* [tokens, quads, 4]: minus the sum of a block's values */
+    int32_t *eight; /* [tokens, quads, 16]: -8 times the sum of the four even and the four odd places that are multiplied together */
 };
 
 static inline size_t quads_of(size_t k) { return (k + QUAD - 1) / QUAD; }
 
 struct linear { /* what one vector unit does */
     /* Round x [k] to token `t` of `to`. */
-    void (*round)(const float *x, size_t k, float zero, const struct rounded *to, size_t t);
+    void (*round)(const float *x, size_t k, const struct rounded *to, size_t t);
     /* Rows first to first + n of a matrix times `tokens` tokens: out[t * stride + row]. */
     void (*rows)(const struct coded *m, size_t first, size_t n, const struct rounded *x, size_t tokens, float *out, size_t stride);
 };
