@@ -225,13 +225,18 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int], rounds: int = 
         Four uint64 arrays of that shape, values below 2^32.
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011, section 3.3.
     """
-    low = np.uint64(0xFFFFFFFF)
-    half = np.uint64(32)
-    c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in counter)
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c0, c1, c2, c3 = (c.copy() for c in np.broadcast_arrays(*(np.asarray(c, np.uint64) for c in counter)))
     k0, k1 = key
-    for _ in range(rounds):
-        a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (b >> half) ^ c1 ^ np.uint64(k0), b & low, (a >> half) ^ c3 ^ np.uint64(k1), a & low
+    a, b = np.empty_like(c0), np.empty_like(c0)
+    for _ in range(rounds):  # in place: new arrays for each of a hundred operations took as long as the operations
+        np.multiply(c0, np.uint64(0xD2511F53), out=a)
+        np.multiply(c2, np.uint64(0xCD9E8D57), out=b)
+        for product, other, k, high, rest in ((b, c1, k0, c0, c1), (a, c3, k1, c2, c3)):
+            np.right_shift(product, half, out=high)
+            np.bitwise_xor(high, other, out=high)
+            np.bitwise_xor(high, np.uint64(k), out=high)
+            np.bitwise_and(product, low, out=rest)
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return c0, c1, c2, c3
 
