@@ -67,8 +67,8 @@ def test_each_state_opens_as_many_clusters_as_were_drawn() -> None:
     wanted = made.drawn_shares(BYTE_COLUMNS, len(states), 2) * SHAPE[0] / np.array([case.cluster_size, 1])
     opened = step.counts[:, 0].numpy()
     want = np.clip(wanted[:, 0], 1, index.probe.cap)
-    # whole clusters, and the margin is set once more over all states: of 81 clusters that moves up to 3
-    assert (np.abs(opened - want) <= 2 + 0.02 * want).all() and np.abs(opened - want).mean() < 1
+    # whole clusters, and the margin is set once more over all states: where 1.2 were drawn that may be 4
+    assert np.abs(opened - want).max() <= 3 and np.abs(opened - want).mean() < 1
     exact = float(step.counts[:, -1].double().mean())
     assert exact == pytest.approx(wanted[:, 1].mean(), rel=0.1)  # on the average alone
 
