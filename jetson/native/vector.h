@@ -15,9 +15,11 @@
 #include <stdint.h>
 
 #if defined(__GNUC__)
-#define PREFETCH(p) __builtin_prefetch(p)
+#define PREFETCH(p) __builtin_prefetch(p)         /* of a stream: to the first cache */
+#define PREFETCH_APART(p) __builtin_prefetch(p, 0, 2) /* of rows that lie apart: to the second, which waits for more lines at once */
 #else
 #define PREFETCH(p) ((void)(p))
+#define PREFETCH_APART(p) ((void)(p))
 #endif
 
 enum { LANES = 32, PAD = 16, LINE = 64 }; /* floats, whole numbers: columns that are multiplied at a time; bytes of a cache line */
@@ -43,7 +45,7 @@ void widen(const void *row, int type, size_t first, size_t n, float *out);
 static inline size_t padded(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 static inline void prefetch(const char *from, size_t bytes) {
-    for (size_t b = 0; b < bytes; b += LINE) PREFETCH(from + b);
+    for (size_t b = 0; b < bytes; b += LINE) PREFETCH_APART(from + b);
 }
 
 #endif
