@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -107,6 +108,7 @@ def made_checkpoint(folder: Path, name: str, settings: Settings, with_body: bool
     kind, sizes = CONFIGS[name]
     v, d = SHAPES[name]
     common = {"vocab_size": v, "hidden_size": d, "max_position_embeddings": 4096, "tie_word_embeddings": True, "dtype": "bfloat16"}
+    common |= {"bos_token_id": 1, "eos_token_id": 2}  # the builder wants an end
     config = getattr(transformers, kind)(**sizes, **common)
     config.architectures = [{"LlamaConfig": "Llama", "Qwen3Config": "Qwen3", "Gemma3TextConfig": "Gemma3"}[kind] + "ForCausalLM"]
     with torch.device("meta"):
@@ -190,8 +192,8 @@ def write_dense_heads(
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
+    module = quantiser_module()
     v, d = rows.shape
     weights = [numpy_helper.from_array(np.ascontiguousarray(rows.T.numpy()), "rows")]
     nodes = [helper.make_node("MatMul", ["hidden_states", "rows"], ["logits" if bias is None else "product"], name="head")]
@@ -211,13 +213,25 @@ def write_dense_heads(
     for bits, block in forms:
         coded = onnx.ModelProto()
         coded.CopyFrom(model)
-        quantiser = MatMulNBitsQuantizer(coded, algo_config=DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, accuracy_level=4, bits=bits))
+        how = module.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, accuracy_level=4, bits=bits)
+        quantiser = module.MatMulNBitsQuantizer(coded, algo_config=how)
         quantiser.process()
         name = dense_name(bits, block)
         files[name] = save(quantiser.model.model, name)
     if fp32:
         files[dense_name(32, 0)] = save(model, dense_name(32, 0))
     return files
+
+
+def quantiser_module() -> Any:
+    """ONNX Runtime's quantiser. Its import lets everybody's log messages through: that is taken back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    from onnxruntime.quantization import matmul_nbits_quantizer
+
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    return matmul_nbits_quantizer
 
 
 def dense_name(bits: int, block: int) -> str:
