@@ -1,9 +1,9 @@
 """Is the exported head the checkpoint's? Tokens on real hidden states, against the reference over the same index.
 
-    python scripts/onnx_equal.py CHECKPOINT OUT --text FILE [--text FILE ...] [--positions 4000]
+    python scripts/onnx_equal.py CHECKPOINT OUT --text FILE [--text FILE ...] [--positions 4000] [--standard-operators]
 
-States are those of OUT's own body at the first positions of each text. Every state is given to OUT/head.onnx alone and in
-a batch of 16. A step whose token differs is listed with how far it is from being decided otherwise: the gap between the two
+States are those of OUT's own body at the first positions of each text. Every state is given to the head alone and in a batch
+of 16: to the native one where this installation has it, unless head.onnx is asked for. A step whose token differs is listed with how far it is from being decided otherwise: the gap between the two
 best exact logits, and the winner's distance from each margin, in logits. Exit code 1 where a step differs that rounding does
 not explain: neither its gap nor the distance of either token lies within what activations rounded to 1/65,024 of their
 largest can move a score by (Hoeffding's bound at a chance of 1e-9 over the rounding errors of independent entries).
@@ -24,6 +24,7 @@ from flashhead_edge.evaluation.run import read_text
 from flashhead_edge.index import slot_of_token
 from flashhead_edge.jetson.engine import open_engine
 from flashhead_edge.jetson.evaluation import states_of
+from flashhead_edge.jetson.onnxruntime_backend import OnnxRuntime
 from flashhead_edge.reference import TorchHead, coordinates, exact_logits, probe, run_stages, state_unit, torch_head
 
 HALF_STEP = 1 / (127 * 512)  # of the largest entry: what an entry is rounded by at most
@@ -36,11 +37,14 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--positions", type=int, default=4000)
+    parser.add_argument("--standard-operators", action="store_true")
     a = parser.parse_args()
     weights = read_head(open_source(a.checkpoint))
     index = read_index(a.checkpoint, weights)
     head = torch_head(index, weights.weight, weights.bias)
     engine = open_engine(a.out)
+    if a.standard_operators and isinstance(engine.backend, OnnxRuntime):
+        engine.backend.step_part = "head"
     different = unexplained = total = batched = 0
     for text in a.text:
         ids = list(engine.tokenizer(read_text(Path(text))[0], add_special_tokens=False)["input_ids"])[: a.positions]
@@ -56,7 +60,7 @@ def main() -> int:
             near, said = explain(head, hidden[i : i + 1], int(want[i]), int(alone[i]))
             unexplained += not near
             print(f"{Path(text).name} {i}: reference {want[i]}, exported {alone[i]}; {said}; {'within rounding' if near else 'NOT EXPLAINED'}")
-    print(f"{total:,} steps, {different} other tokens, {unexplained} of them not within rounding; {batched} differ between alone and in a batch")
+    print(f"{engine.backend.about['head_operators']}: {total:,} steps, {different} other tokens, {unexplained} of them not within rounding; {batched} differ between alone and in a batch")
     return int(unexplained + batched > 0)
 
 

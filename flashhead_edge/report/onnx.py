@@ -25,7 +25,7 @@ COLUMNS = {
 }
 CAPTIONS = {
     "head": "FlashHead's speed over a row's, round by round: median (lowest to highest). us: mean over the states of a round, median of the rounds",
-    "models": "the same body with another head, or with none; FlashHead's speed over a row's as above",
+    "models": "the same body with another head, or with none, or ONNX Runtime's own where a row says so; FlashHead's speed over a row's as above",
     "engines": "tokens a second: after the first. prompt: to its first token. start: from the imports to the first token. memory: above what the "
     "process has after its imports, and over the model's files. equal tokens: until the text differs from FlashHead's",
 }
