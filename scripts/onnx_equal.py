@@ -3,10 +3,11 @@
     python scripts/onnx_equal.py CHECKPOINT OUT --text FILE [--text FILE ...] [--positions 4000] [--standard-operators]
 
 States are those of OUT's own body at the first positions of each text. Every state is given to the head alone and in a batch
-of 16: to the native one where this installation has it, unless head.onnx is asked for. A step whose token differs is listed with how far it is from being decided otherwise: the gap between the two
-best exact logits, and the winner's distance from each margin, in logits. Exit code 1 where a step differs that rounding does
-not explain: neither its gap nor the distance of either token lies within what activations rounded to 1/65,024 of their
-largest can move a score by (Hoeffding's bound at a chance of 1e-9 over the rounding errors of independent entries).
+of 16: to the native one where this installation has it, unless head.onnx is asked for. A step whose token differs is listed
+with how far it is from being decided otherwise: the gap between the two best exact logits, and the winner's distance from each
+margin, in logits. Exit code 1 where a step differs that rounding does not explain: neither its gap nor the distance of either
+token lies within what activations rounded to 1/65,024 of their largest can move a score by (Hoeffding's bound at a chance of
+1e-9 over the rounding errors of independent entries).
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def main() -> int:
             near, said = explain(head, hidden[i : i + 1], int(want[i]), int(alone[i]))
             unexplained += not near
             print(f"{Path(text).name} {i}: reference {want[i]}, exported {alone[i]}; {said}; {'within rounding' if near else 'NOT EXPLAINED'}")
-    print(f"{engine.backend.about['head_operators']}: {total:,} steps, {different} other tokens, {unexplained} of them not within rounding; {batched} differ between alone and in a batch")
+    which = engine.backend.about["head_operators"]
+    print(f"{which}: {total:,} steps, {different} other tokens, {unexplained} of them not within rounding; {batched} differ between alone and in a batch")
     return int(unexplained + batched > 0)
 
 
