@@ -223,7 +223,7 @@ static void tile_piece(void *pass, size_t piece) { /* several tokens: pieces are
     struct pass *p = pass;
     const struct instruction *i = p->now;
     const struct cache *cache = &p->caches[i->layer];
-    const size_t from = first_seen(i, p->past), tiles = (p->tokens + QUERIES - 1) / QUERIES, width = p->d->widths[i->a.slot];
+    const size_t from = first_seen(i, p->past), tiles = (p->tokens + QUERIES - 1) / QUERIES;
     size_t first, end;
     if (!team_piece(&p->team, piece, i->heads * tiles, &first, &end)) return;
     for (size_t tile = first; tile < end; tile++) {
@@ -232,12 +232,15 @@ static void tile_piece(void *pass, size_t piece) { /* several tokens: pieces are
         const struct attention a = {
             p->turned_keys + kv * i->n * stride_of(p), cache->values + (kv * cache->capacity + from) * i->n, i->n, stride_of(p), i->number, i->softcap,
         };
-        size_t low[QUERIES], high[QUERIES];
-        for (size_t q = 0; q < n; q++) {
-            low[q] = first_seen(i, p->past + t + q) - from;
-            high[q] = p->past + t + q + 1 - from;
+        struct queries q = {
+            .query = place_of(p, i->a, t) + h * i->n, .scores = p->scores + piece * p->score_room, .out = place_of(p, i->out, t) + h * i->n,
+            .n = n, .apart = p->d->widths[i->a.slot], .out_apart = p->d->widths[i->out.slot],
+        };
+        for (size_t one = 0; one < n; one++) {
+            q.low[one] = first_seen(i, p->past + t + one) - from;
+            q.high[one] = p->past + t + one + 1 - from;
         }
-        layers.attend_tile(&a, place_of(p, i->a, t) + h * i->n, width, n, low, high, p->scores + piece * p->score_room, place_of(p, i->out, t) + h * i->n, p->d->widths[i->out.slot]);
+        layers.attend_tile(&a, &q);
     }
 }
 

@@ -38,7 +38,9 @@ static ort_status *cache_of(const struct decoder_kernel *k, ort_context *context
     void *now;
     const size_t total = p->past + p->tokens, index = FIXED_INPUTS + 2 * i->layer + which;
     TRY(op_input(k->api, context, index, &past));
-    if (past.type != ORT_FLOAT || past.rank != 4 || past.dimensions[0] != 1 || past.dimensions[1] != (int64_t)i->kv_heads || past.dimensions[3] != (int64_t)i->n || past.dimensions[2] < (int64_t)p->past)
+    const int64_t *size = past.dimensions;
+    const int fits_layer = past.type == ORT_FLOAT && past.rank == 4 && size[0] == 1 && size[1] == (int64_t)i->kv_heads && size[3] == (int64_t)i->n;
+    if (!fits_layer || size[2] < (int64_t)p->past)
         return refused(k->api, "DecoderStep: a past does not have the shape [1, heads, positions, size] of its layer, with all positions before the tokens");
     const size_t had = (size_t)past.dimensions[2], room = had > total ? had : total;
     const int64_t shape[] = {1, (int64_t)i->kv_heads, (int64_t)room, (int64_t)i->n};
@@ -81,7 +83,8 @@ static ort_status *ORT_CALL compute(void *op_kernel, ort_context *context) {
         const int64_t id = ((const int64_t *)ids.data)[t];
         if (id < 0 || id >= k->vocab) return refused(k->api, "DecoderStep: a token of input_ids is none of the vocabulary");
     }
-    if (!pass_open(&p, &k->decoder, ids.n, (size_t)mask.dimensions[1] - ids.n, THREADS > 1)) return failed(k->api, "DecoderStep: not enough memory for the tokens");
+    const size_t past = (size_t)mask.dimensions[1] - ids.n;
+    if (!pass_open(&p, &k->decoder, ids.n, past, THREADS > 1)) return failed(k->api, "DecoderStep: not enough memory for the tokens");
     p.ids = ids.data;
     ort_status *status = run(k, context, &p);
     pass_close(&p);
@@ -141,7 +144,8 @@ static ort_status *read_attention(struct reader *r, const int64_t *record, struc
     struct tensor cosine, sine;
     if (x[0] < 0 || (size_t)x[0] >= d->n_layers || x[1] < 1 || x[2] < 1 || x[1] % x[2] || i->n % 16) return wrong(r);
     i->layer = (size_t)x[0], i->heads = (size_t)x[1], i->kv_heads = (size_t)x[2], i->window = i->repeat;
-    if (!fits(d, i->a, i->heads * i->n) || !fits(d, i->b, i->kv_heads * i->n) || !fits(d, i->c, i->kv_heads * i->n) || !fits(d, i->out, i->heads * i->n)) return wrong(r);
+    const size_t queries = i->heads * i->n, keys = i->kv_heads * i->n;
+    if (!fits(d, i->a, queries) || !fits(d, i->b, keys) || !fits(d, i->c, keys) || !fits(d, i->out, queries)) return wrong(r);
     if (x[3] < 0) return NULL;
     TRY(initializer(r, x[3], ORT_FLOAT, 1, &cosine));
     TRY(initializer(r, x[4], ORT_FLOAT, cosine.n, &sine));

@@ -15,6 +15,7 @@ typedef float v8_anywhere __attribute__((vector_size(32), aligned(4), may_alias)
 #define LOAD(p) (*(const v8_anywhere *)(p))
 #define STORE(p, v) (*(v8_anywhere *)(p) = (v))
 #define SAME(x) ((v8){x, x, x, x, x, x, x, x})
+#define EACH static inline __attribute__((always_inline)) /* of what is compiled for each constant that it is given */
 #define CHOOSE(mask, yes, no) ((v8)(((i8)(mask) & (i8)(yes)) | (~(i8)(mask) & (i8)(no))))
 
 #define UNIT

@@ -18,15 +18,22 @@ struct attention { /* of one head */
     float scale, softcap;    /* softcap 0: none */
 };
 
+struct queries { /* up to QUERIES of one head, one token after the other: query i sees positions low[i] to high[i], which grow from query to query */
+    const float *query;
+    float *scores, *out;     /* scores [QUERIES, stride] is memory */
+    size_t n, apart, out_apart; /* floats from one token's query, or result, to the next */
+    size_t low[QUERIES], high[QUERIES];
+};
+
 struct layers {
     void (*rms_norm)(const float *x, const float *weight, size_t n, float epsilon, float *out);
     void (*layer_norm)(const float *x, const float *weight, const float *bias, size_t n, float epsilon, float *out);
     /* out = activation(x), times `by` where it is there */
     void (*activate)(enum activation kind, const float *x, const float *by, size_t n, float *out);
-    /* One query over `positions` positions: the sum of weights, by which `out` is not divided yet, and the score that weighs 1. scores [positions] is memory. */
+    /* One query over `positions` positions: the sum of weights, by which `out` is not divided yet, and the score that weighs 1.
+     * scores [positions] is memory. */
     float (*attend)(const struct attention *a, const float *query, size_t positions, float *scores, float *out, float *best);
-    /* Up to QUERIES queries, `apart` floats from one to the next, query i over positions low[i] to high[i]: scores [QUERIES, stride] is memory. */
-    void (*attend_tile)(const struct attention *a, const float *query, size_t apart, size_t n, const size_t *low, const size_t *high, float *scores, float *out, size_t out_apart);
+    void (*attend_tile)(const struct attention *a, const struct queries *q);
 };
 
 extern struct layers layers; /* of the plain unit, until another is chosen */

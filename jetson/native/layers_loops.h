@@ -159,7 +159,7 @@ UNIT static float NAME(attend)(const struct attention *a, const float *query, si
 }
 
 /* Scores of `n` queries (a constant) in positions first to end, both multiples of POSITIONS. */
-UNIT static inline __attribute__((always_inline)) void NAME(tile_scores)(const struct attention *a, const float *query, size_t apart, int n, size_t first, size_t end, float *scores) {
+UNIT EACH void NAME(tile_scores)(const struct attention *a, const struct queries *q, int n, size_t first, size_t end) {
     for (size_t t = first; t < end; t += POSITIONS) {
         v8 one[QUERIES], two[QUERIES];
         for (int i = 0; i < n; i++) one[i] = two[i] = SAME(0.0f);
@@ -167,27 +167,27 @@ UNIT static inline __attribute__((always_inline)) void NAME(tile_scores)(const s
         for (size_t j = 0; j < a->size; j++, key += a->stride) {
             const v8 k0 = LOAD(key), k1 = LOAD(key + 8);
             for (int i = 0; i < n; i++) {
-                const float q = query[(size_t)i * apart + j];
-                one[i] += k0 * q;
-                two[i] += k1 * q;
+                const float by = q->query[(size_t)i * q->apart + j];
+                one[i] += k0 * by;
+                two[i] += k1 * by;
             }
         }
         for (int i = 0; i < n; i++) {
-            STORE(scores + (size_t)i * a->stride + t, one[i]);
-            STORE(scores + (size_t)i * a->stride + t + 8, two[i]);
+            STORE(q->scores + (size_t)i * a->stride + t, one[i]);
+            STORE(q->scores + (size_t)i * a->stride + t + 8, two[i]);
         }
     }
 }
 
-UNIT static inline __attribute__((always_inline)) void NAME(tile)(const struct attention *a, const float *query, size_t apart, int n, const size_t *low, const size_t *high, float *scores, float *out, size_t out_apart) {
-    const size_t first = low[0], end = high[n - 1]; /* both grow from query to query */
+UNIT EACH void NAME(tile)(const struct attention *a, const struct queries *q, int n) {
+    const size_t first = q->low[0], end = q->high[n - 1];
     float by[QUERIES], best;
-    NAME(tile_scores)(a, query, apart, n, first / POSITIONS * POSITIONS, (end + POSITIONS - 1) / POSITIONS * POSITIONS, scores);
+    NAME(tile_scores)(a, q, n, first / POSITIONS * POSITIONS, (end + POSITIONS - 1) / POSITIONS * POSITIONS);
     for (int i = 0; i < n; i++) {
-        float *s = scores + (size_t)i * a->stride;
-        by[i] = 1.0f / NAME(weights)(a, s + low[i], high[i] - low[i], &best);
-        for (size_t t = first; t < low[i]; t++) s[t] = 0; /* a sum is not changed by what is not seen */
-        for (size_t t = high[i]; t < end; t++) s[t] = 0;
+        float *s = q->scores + (size_t)i * a->stride;
+        by[i] = 1.0f / NAME(weights)(a, s + q->low[i], q->high[i] - q->low[i], &best);
+        for (size_t t = first; t < q->low[i]; t++) s[t] = 0; /* a sum is not changed by what is not seen */
+        for (size_t t = q->high[i]; t < end; t++) s[t] = 0;
     }
     for (size_t j = 0; j < a->size; j += 16) {
         v8 one[QUERIES], two[QUERIES];
@@ -196,23 +196,27 @@ UNIT static inline __attribute__((always_inline)) void NAME(tile)(const struct a
         for (size_t t = first; t < end; t++, value += a->size) {
             const v8 v0 = LOAD(value), v1 = LOAD(value + 8);
             for (int i = 0; i < n; i++) {
-                const float s = scores[(size_t)i * a->stride + t];
+                const float s = q->scores[(size_t)i * a->stride + t];
                 one[i] += v0 * s;
                 two[i] += v1 * s;
             }
         }
         for (int i = 0; i < n; i++) {
-            STORE(out + (size_t)i * out_apart + j, one[i] * by[i]);
-            STORE(out + (size_t)i * out_apart + j + 8, two[i] * by[i]);
+            STORE(q->out + (size_t)i * q->out_apart + j, one[i] * by[i]);
+            STORE(q->out + (size_t)i * q->out_apart + j + 8, two[i] * by[i]);
         }
     }
 }
 
-UNIT static void NAME(attend_tile)(const struct attention *a, const float *query, size_t apart, size_t n, const size_t *low, const size_t *high, float *scores, float *out, size_t out_apart) {
-    size_t i = 0;
-    if (n == QUERIES) {
-        NAME(tile)(a, query, apart, QUERIES, low, high, scores, out, out_apart);
+UNIT static void NAME(attend_tile)(const struct attention *a, const struct queries *q) {
+    if (q->n == QUERIES) {
+        NAME(tile)(a, q, QUERIES);
         return;
     }
-    for (; i < n; i++) NAME(tile)(a, query + i * apart, apart, 1, low + i, high + i, scores, out + i * out_apart, out_apart);
+    for (size_t i = 0; i < q->n; i++) { /* the last of a prompt */
+        const struct queries one = {
+            .query = q->query + i * q->apart, .scores = q->scores, .out = q->out + i * q->out_apart, .n = 1, .low = {q->low[i]}, .high = {q->high[i]},
+        };
+        NAME(tile)(a, &one, 1);
+    }
 }

@@ -9,7 +9,10 @@
 
 #include "vector.h"
 
-enum { TILE = 4, STRIP = 16, EIGHT = 8, AHEAD = 2048 }; /* tokens that share an unpacked row; rows that stay in the cache for all tokens; rows whose lanes are added together; bytes asked of memory before */
+enum { TILE = 4 };     /* tokens that share an unpacked row */
+enum { STRIP = 16 };   /* rows that stay in the cache for all tokens */
+enum { EIGHT = 8 };    /* rows whose lanes are added together */
+enum { AHEAD = 2048 }; /* bytes that are asked of memory before a single token needs them */
 
 static void round_plain(const float *x, size_t k, const struct rounded *to, size_t t) {
     const size_t quads = quads_of(k);
@@ -24,13 +27,16 @@ static void round_plain(const float *x, size_t k, const struct rounded *to, size
         for (size_t i = 0; i < n; i++) most = fabsf(x[from + i]) > most ? fabsf(x[from + i]) : most;
         const float by = most > 0 ? 127 / most : 0;
         int32_t sum = 0;
+        int whole_numbers = 1;
         for (size_t i = 0; i < CODED; i++) {
-            const int32_t value = i < n ? (int32_t)((x[from + i] * by + 12582912.0f) - 12582912.0f) : 0; /* to the nearest, halves to even */
+            const float near = i < n ? (x[from + i] * by + 12582912.0f) - 12582912.0f : 0; /* to the nearest, halves to even */
+            whole_numbers &= near >= -127 && near <= 127;
+            const int32_t value = whole_numbers ? (int32_t)near : 0;
             sum += value;
             eight[i / 8] -= 8 * value;
             (i & 1 ? odd : even)[i / 2] = (int8_t)value;
         }
-        scale[b] = most / 127;
+        scale[b] = whole_numbers ? most / 127 : NAN; /* what is no number stays none */
         offset[b] = -((float)sum * scale[b]);
     }
 }
@@ -102,7 +108,8 @@ AVX2 static void round_avx2(const float *x, size_t k, const struct rounded *to, 
             from = padded_block;
         }
         const __m256 v0 = _mm256_loadu_ps(from), v1 = _mm256_loadu_ps(from + 8), v2 = _mm256_loadu_ps(from + 16), v3 = _mm256_loadu_ps(from + 24);
-        __m256 top = _mm256_max_ps(_mm256_max_ps(_mm256_andnot_ps(sign, v0), _mm256_andnot_ps(sign, v1)), _mm256_max_ps(_mm256_andnot_ps(sign, v2), _mm256_andnot_ps(sign, v3)));
+        const __m256 top01 = _mm256_max_ps(_mm256_andnot_ps(sign, v0), _mm256_andnot_ps(sign, v1));
+        const __m256 top = _mm256_max_ps(top01, _mm256_max_ps(_mm256_andnot_ps(sign, v2), _mm256_andnot_ps(sign, v3)));
         __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));
         const float most = _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
@@ -121,7 +128,8 @@ AVX2 static void round_avx2(const float *x, size_t k, const struct rounded *to, 
         const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(a, c), _mm256_hadd_epi32(d, e)); /* halves of a, c, d, e; then the others */
         const __m128i eights = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
         _mm_storeu_si128((__m128i *)(to->eight + (t * quads * 4 + b) * 4), _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(eights, 3)));
-        scale[b] = most / 127;
+        /* what is no number, or infinite, becomes the least integer, and -128 here */
+        scale[b] = _mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_set1_epi8(-128))) ? NAN : most / 127;
         offset[b] = -((float)_mm_cvtsi128_si32(s) * scale[b]);
     }
 }
@@ -156,15 +164,21 @@ struct tokens { /* of a tile */
     size_t quads;
 };
 
-AVX2 INLINE void quad_avx2(__m256i first, __m256i second, __m128 s, __m128 o, const struct tokens *x, size_t q, int tokens, int offsets, __m256 *low, __m256 *high, __m128 *offset) {
-    const __m256i mask = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+AVX2 INLINE __m256i sums_avx2(__m256i even, __m256i odd, const __m256i *whole) { /* eight sums of eight products; whole[2]: of the odd places */
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(even, _mm256_loadu_si256(whole)), _mm256_maddubs_epi16(odd, _mm256_loadu_si256(whole + 2)));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+AVX2 INLINE void quad_avx2(
+    __m256i first, __m256i second, __m128 s, __m128 o, const struct tokens *x, size_t q, int tokens, int offsets, __m256 *low, __m256 *high, __m128 *offset
+) {
+    const __m256i mask = _mm256_set1_epi8(15);
     const __m256i e0 = _mm256_and_si256(first, mask), o0 = _mm256_and_si256(_mm256_srli_epi16(first, 4), mask);
     const __m256i e1 = _mm256_and_si256(second, mask), o1 = _mm256_and_si256(_mm256_srli_epi16(second, 4), mask);
     for (int t = 0; t < tokens; t++) {
         const size_t at = (size_t)t * x->quads + q;
         const __m256i *w = (const __m256i *)(x->whole + at * QUAD);
-        __m256i a = _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(e0, _mm256_loadu_si256(w)), _mm256_maddubs_epi16(o0, _mm256_loadu_si256(w + 2))), one);
-        __m256i b = _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(e1, _mm256_loadu_si256(w + 1)), _mm256_maddubs_epi16(o1, _mm256_loadu_si256(w + 3))), one);
+        __m256i a = sums_avx2(e0, o0, w), b = sums_avx2(e1, o1, w + 1);
         if (!offsets) {
             a = _mm256_add_epi32(a, _mm256_loadu_si256((const __m256i *)(x->eight + 16 * at)));
             b = _mm256_add_epi32(b, _mm256_loadu_si256((const __m256i *)(x->eight + 16 * at + 8)));
@@ -186,7 +200,8 @@ AVX2 INLINE void row_avx2(const struct coded *m, size_t row, const struct tokens
     for (size_t q = 0; q < whole; q++) {
         if (tokens == 1) PREFETCH(codes + q * QUAD / 2 + AHEAD);
         const __m256i *at = (const __m256i *)(codes + q * QUAD / 2);
-        quad_avx2(_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1), quad_scales(scales, q, blocks), quad_scales(offsets, q, blocks), x, q, tokens, offsets_too, low, high, offset);
+        const __m128 s = quad_scales(scales, q, blocks), o = quad_scales(offsets, q, blocks);
+        quad_avx2(_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1), s, o, x, q, tokens, offsets_too, low, high, offset);
     }
     const size_t left = blocks == 4 ? 0 : bytes / (CODED / 2) % 4; /* blocks behind the last whole quad */
     if (left) {
@@ -194,7 +209,8 @@ AVX2 INLINE void row_avx2(const struct coded *m, size_t row, const struct tokens
         const __m256i none = _mm256_setzero_si256();
         const __m256i first = left == 1 ? _mm256_inserti128_si256(none, _mm_loadu_si128((const __m128i *)at), 0) : _mm256_loadu_si256((const __m256i *)at);
         const __m256i second = left == 3 ? _mm256_inserti128_si256(none, _mm_loadu_si128((const __m128i *)(at + CODED)), 0) : none;
-        quad_avx2(first, second, last_scales(scales, whole, left, blocks), last_scales(offsets, whole, left, blocks), x, whole, tokens, offsets_too, low, high, offset);
+        const __m128 s = last_scales(scales, whole, left, blocks), o = last_scales(offsets, whole, left, blocks);
+        quad_avx2(first, second, s, o, x, whole, tokens, offsets_too, low, high, offset);
     }
     for (int t = 0; t < tokens; t++) out[t * EIGHT] = offsets_too ? with_offset(_mm256_add_ps(low[t], high[t]), offset[t]) : _mm256_add_ps(low[t], high[t]);
 }
@@ -222,7 +238,8 @@ VNNI INLINE void row_vnni(const struct coded *m, size_t row, const struct tokens
     for (int t = 0; t < tokens; t++) { sum[t] = _mm512_setzero_ps(); offset[t] = _mm_setzero_ps(); }
     for (size_t q = 0; q < whole; q++) {
         if (tokens == 1) PREFETCH(codes + q * QUAD / 2 + AHEAD);
-        quad_vnni(_mm512_loadu_si512(codes + q * QUAD / 2), quad_scales(scales, q, blocks), quad_scales(offsets, q, blocks), x, q, tokens, offsets_too, sum, offset);
+        const __m128 s = quad_scales(scales, q, blocks), o = quad_scales(offsets, q, blocks);
+        quad_vnni(_mm512_loadu_si512(codes + q * QUAD / 2), s, o, x, q, tokens, offsets_too, sum, offset);
     }
     const size_t left = blocks == 4 ? 0 : bytes / (CODED / 2) % 4;
     if (left) {
@@ -235,48 +252,17 @@ VNNI INLINE void row_vnni(const struct coded *m, size_t row, const struct tokens
     }
 }
 
-/* Rows for a tile of tokens, eight at a time: a loop for each size of a group, with zero points and without, for a tile and single tokens. */
-#define ROWS(unit, attribute)                                                                                                                         \
-    attribute INLINE void tile_##unit(const struct coded *m, size_t first, size_t end, const struct tokens *x, int tokens, int blocks, int offsets, float *out, size_t stride) { \
-        for (size_t r = first; r < end; r += EIGHT) {                                                                                                 \
-            const size_t some = end - r < EIGHT ? end - r : EIGHT;                                                                                    \
-            __m256 lanes[TILE * EIGHT];                                                                                                               \
-            for (size_t i = 0; i < some; i++) row_##unit(m, r + i, x, tokens, blocks, offsets, lanes + i);                                            \
-            for (size_t t = 0; t < (size_t)tokens; t++) {                                                                                             \
-                float sums[EIGHT];                                                                                                                    \
-                for (size_t i = some; i < EIGHT; i++) lanes[t * EIGHT + i] = _mm256_setzero_ps();                                                     \
-                _mm256_storeu_ps(sums, eight_sums(lanes + t * EIGHT));                                                                                \
-                memcpy(out + t * stride + r, sums, some * sizeof *sums);                                                                              \
-            }                                                                                                                                         \
-        }                                                                                                                                             \
-    }                                                                                                                                                 \
-    attribute INLINE void strips_##unit(const struct coded *m, size_t first, size_t n, const struct rounded *x, size_t tokens, int blocks, int offsets, float *out, size_t stride) { \
-        const size_t quads = quads_of(m->k);                                                                                                          \
-        for (size_t strip = first; strip < first + n; strip += STRIP) {                                                                               \
-            const size_t end = strip + STRIP < first + n ? strip + STRIP : first + n;                                                                 \
-            size_t t = 0;                                                                                                                             \
-            for (; t + TILE <= tokens; t += TILE) {                                                                                                   \
-                const struct tokens some = {x->whole + t * quads * QUAD, x->scale + t * quads * 4, x->offset + t * quads * 4, x->eight + t * quads * 16, quads}; \
-                tile_##unit(m, strip, end, &some, TILE, blocks, offsets, out + t * stride, stride);                                                   \
-            }                                                                                                                                         \
-            for (; t < tokens; t++) {                                                                                                                 \
-                const struct tokens one = {x->whole + t * quads * QUAD, x->scale + t * quads * 4, x->offset + t * quads * 4, x->eight + t * quads * 16, quads};  \
-                tile_##unit(m, strip, end, &one, 1, blocks, offsets, out + t * stride, stride);                                                       \
-            }                                                                                                                                         \
-        }                                                                                                                                             \
-    }                                                                                                                                                 \
-    attribute static void rows_##unit(const struct coded *m, size_t first, size_t n, const struct rounded *x, size_t tokens, float *out, size_t stride) { \
-        if (m->offsets) {                                                                                                                             \
-            if (m->group == CODED) strips_##unit(m, first, n, x, tokens, 1, 1, out, stride);                                                          \
-            else if (m->group == 2 * CODED) strips_##unit(m, first, n, x, tokens, 2, 1, out, stride);                                                 \
-            else strips_##unit(m, first, n, x, tokens, 4, 1, out, stride);                                                                            \
-        } else if (m->group == CODED) strips_##unit(m, first, n, x, tokens, 1, 0, out, stride);                                                       \
-        else if (m->group == 2 * CODED) strips_##unit(m, first, n, x, tokens, 2, 0, out, stride);                                                     \
-        else strips_##unit(m, first, n, x, tokens, 4, 0, out, stride);                                                                                \
-    }
+#define UNIT AVX2
+#define NAME(x) x##_avx2
+#include "linear_loops.h"
+#undef UNIT
+#undef NAME
 
-ROWS(avx2, AVX2)
-ROWS(vnni, VNNI)
+#define UNIT VNNI
+#define NAME(x) x##_vnni
+#include "linear_loops.h"
+#undef UNIT
+#undef NAME
 
 const char *vector_unit(void) {
     __builtin_cpu_init();

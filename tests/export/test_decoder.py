@@ -134,6 +134,19 @@ def test_vector_instructions_change_no_bit(define: str, root: Path, built: Built
         assert np.array_equal(decode_with(native_session(path, library=other), ids, LENGTHS), decode_with(native_session(path), ids, LENGTHS))
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_weight_that_is_no_number_makes_states_that_are_none(wrong: float, built: Built, tmp_path: Path) -> None:
+    """Rounded to 8 bits it would be one again: a damaged model would decode nonsense without a word."""
+    model = ir.load(native(built("llama", "int4")[0], tmp_path))
+    norm = model.graph.initializers["model.layers.0.input_layernorm.weight"]
+    damaged = norm.const_value.numpy().copy()
+    damaged[5] = wrong
+    norm.const_value = ir.tensor(damaged, name=norm.name)
+    ir.save(model, tmp_path / "damaged.onnx", external_data="damaged.onnx.data")
+    states = decode_with(native_session(tmp_path / "damaged.onnx"), ids_of(), LENGTHS)
+    assert np.isnan(states).all(-1).all()
+
+
 def test_cache_in_place_gives_what_a_growing_one_gives(built: Built, tmp_path: Path) -> None:
     """Past and present in one buffer that is longer than the text."""
     path, ids = native(built("mistral", "int4")[0], tmp_path), ids_of()
