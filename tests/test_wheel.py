@@ -50,15 +50,16 @@ def libraries(wheel: Path) -> list[str]:
 
 
 @pytest.mark.skipif(os.name == "nt" or shutil.which("cc") is None, reason="no C compiler is called cc here")
-def test_wheel_carries_the_operator_of_onnx_runtime_for_every_python(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_carries_the_operators_of_onnx_runtime_for_every_python(wheel: Path, tmp_path: Path) -> None:
     assert libraries(wheel) == ["flashhead_edge/jetson/_native.abi3.so"]
     assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
     python = environment(tmp_path / "venv", wheel)
-    assert "operator for ONNX Runtime" in run(python, "-c", "import flashhead_edge.jetson._native as native; print(native.__doc__)", cwd=tmp_path)
+    said = run(python, "-c", "import flashhead_edge.jetson._native as native; print(native.__doc__, native.vector_unit)", cwd=tmp_path)
+    assert "Operators for ONNX Runtime" in said and said.split()[-1] in ("plain", "avx2", "avx512vnni")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the name of the compiler cannot be set there")
-def test_without_a_compiler_the_wheel_is_built_without_the_operator(source: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_the_wheel_is_built_without_the_operators(source: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.so"))
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, copy, cwd=copy, CC="no-such-compiler")
     (built,) = tmp_path.glob("*.whl")
