@@ -156,18 +156,19 @@ def _checked_config(source: Source) -> PreTrainedConfig:
     if family not in FAMILIES:
         known = ", ".join(sorted(name.removesuffix("ForCausalLM") for name in FAMILIES))
         raise UnsupportedModelError(
-            f"{source.name}: {family} has no body in ONNX here, expected one of the families {known}; export the head alone, or choose another model"
+            f"{source.name}: {family} has no body in ONNX here, expected one of the families {known}; "
+            "export the head alone (--body none), or choose another model"
         )
     if _head_width(config) % HEAD_WIDTH:
         raise ExportError(
             f"{source.name}: attention heads of {_head_width(config)} values, expected a multiple of {HEAD_WIDTH}, as ONNX Runtime's operator takes them; "
-            "export the head alone, or choose another model"
+            "export the head alone (--body none), or choose another model"
         )
     scaled = [kind for kind, rope in _nested_rope(config).items() if rope.get("rope_type", "default") != "default"]
     if scaled:
         raise ExportError(
             f"{source.name}: scaled rotary positions for {', '.join(scaled)} layers, which the builder would give all layers, expected none beside those of "
-            "other layers; export the head alone, or choose another model"
+            "other layers; export the head alone (--body none), or choose another model"
         )
     return config
 
@@ -196,7 +197,7 @@ def _own_integers(source: Source, precision: str) -> dict[str, Any] | None:
     if scheme.get("desc_act") and not scheme.get("sym", True):  # ONNX Runtime 1.32 is right where all are equal
         raise ExportError(
             f"{source.name}: GPTQ with zero points and columns in the order of activations (desc_act), which ONNX Runtime multiplies wrongly, "
-            "expected a symmetric one, or columns in their own order; export the head alone, or choose another checkpoint"
+            "expected a symmetric one, or columns in their own order; export the head alone (--body none), or choose another checkpoint"
         )
     return scheme
 
@@ -205,7 +206,7 @@ def _need_builder() -> None:
     if find_spec("onnxruntime_genai") is None or find_spec("torch") is None:
         raise ExportError(
             "the body of a decoder: onnxruntime-genai and torch are not both installed, expected both (Python 3.11 or newer), which its export needs; "
-            'pip install "flashhead-edge[onnx,torch]"'
+            'pip install "flashhead-edge[export]"'
         )
 
 
@@ -245,5 +246,5 @@ def _run_builder(asked: dict[str, Any], name: str, layers: int, progress: Progre
         said = next((line for line in reversed(last) if line), f"exit code {process.returncode}")
         raise ExportError(
             f"{name}: the model builder of onnxruntime-genai {version('onnxruntime-genai')} failed ({said}), expected a model that it can build; "
-            "install another version, or export the head alone"
+            "install another version, or export the head alone (--body none)"
         )

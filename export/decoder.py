@@ -292,6 +292,8 @@ def _multiply(p: Program, node: ir.Node) -> None:
     factor = constant(y)
     if factor is not None and factor.size == 1:
         p.emit(SCALE, out, p.place(x).n, [x], (), [float(factor.reshape(()))])
+    elif factor is not None and factor.size != p.place(x).n:
+        raise NotNative("a Mul with a constant that is no row")
     elif factor is not None:
         p.emit(MULTIPLY_ROW, out, p.place(x).n, [x], [p.index(y)])
     elif p.sigmoids.get(y) is x:

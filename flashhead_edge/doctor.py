@@ -173,7 +173,11 @@ def onnxruntime() -> Fact:
         import onnxruntime as module
     except (ImportError, OSError) as error:
         return Fact("ONNX Runtime", False, version, f"installed, but does not load: {_line(error)}", enables)
-    return Fact("ONNX Runtime", True, version, ", ".join(module.get_available_providers()), enables)
+    from flashhead_edge.jetson.onnxruntime_sessions import vector_unit
+
+    unit = vector_unit()
+    native = "no native operators: flashhead-edge was installed without a C compiler" if unit is None else f"native operators on {unit}"
+    return Fact("ONNX Runtime", True, version, f"{', '.join(module.get_available_providers())}; {native}", enables)
 
 
 def jetson(root: str | Path = "/") -> Fact:

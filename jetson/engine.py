@@ -78,12 +78,13 @@ class ExportedEngine:
         return self.backend.head.exact_logits(np.concatenate(states), np.arange(self.vocab_size)).argmax(1).tolist()
 
 
-def open_engine(folder: str | Path, backend: str = "onnxruntime", threads: int | None = None) -> ExportedEngine:
+def open_engine(folder: str | Path, backend: str = "onnxruntime", threads: int | None = None, *, native: bool = True) -> ExportedEngine:
     """Open a folder that `flashhead export` wrote, for decoding without torch.
 
     Args:
         backend: what computes; this version has onnxruntime.
         threads: None is one for each physical core that this process may use.
+        native: take our own operators where the folder and this installation have them.
     Raises:
         CheckpointError: no exported folder, or a damaged one, or parts that do not belong together.
         EngineError: the backend is not installed, or too old for the model.
@@ -98,7 +99,7 @@ def open_engine(folder: str | Path, backend: str = "onnxruntime", threads: int |
 
     config = read_json(folder / "config.json")
     ours = config.get("flash_head")
-    opened = open_folder(folder, threads, ours.get("fingerprint") if isinstance(ours, dict) else None)
+    opened = open_folder(folder, threads, ours.get("fingerprint") if isinstance(ours, dict) else None, native=native)
     tokenizer = load_chat_tokenizer(folder)
     return ExportedEngine(opened, tokenizer, stop_ids(folder, config, tokenizer.eos_token_id))
 

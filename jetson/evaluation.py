@@ -29,7 +29,8 @@ class ExportedContender:
     name: str = "exported"
 
     def find(self, hidden: np.ndarray, full: bool = True) -> Found:
-        step, wide = self.engine.step_with_logits(hidden) if full else (self.engine.step(hidden), None)
+        step = self.engine.step(hidden)  # of the operators that decode; full-width logits come from a model of their own
+        wide = self.engine.step_with_logits(hidden)[1] if full else None
         return Found(step.token, step.ids, step.logits, step.counts, step.capped, wide)
 
     def cost(self, counts: np.ndarray | None, n: int) -> np.ndarray:

@@ -35,7 +35,9 @@ def describe_model(path: str | Path) -> dict[str, Any]:
 def _model(path: Path) -> dict[str, Any]:
     session = open_model(path, 1)
     about = session.get_modelmeta().custom_metadata_map
-    if about.get("flashhead.format") != FORMAT:
+    if "flashhead.format" not in about:
+        raise CheckpointError(f"{path}: the model does not come from flashhead export (its metadata has no flashhead.format); export a FlashHead checkpoint")
+    if about["flashhead.format"] != FORMAT:
         raise CheckpointError(f"{path}: the model does not come from flashhead export {FORMAT} (flashhead.format is {about.get('flashhead.format')}); {AGAIN}")
     try:
         settings, agreement = json.loads(about["flashhead.settings"]), json.loads(about["flashhead.agreement"])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 FIRST_CAPACITY = 256  # positions that a cache begins with; it doubles
-PROMPT_BLOCK = 512  # tokens fed at once: a longer prompt in parts gives the same bits, in less memory
+PROMPT_BLOCK = 512  # tokens fed at once: a longer prompt goes in parts, for the memory's sake
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
 
@@ -61,8 +61,10 @@ class OnnxBody:
         limit = self.settings.context_length
         if limit is not None and self.length + len(ids) > limit:
             raise EngineError(f"body: the text has {self.length + len(ids)} tokens, expected at most the model's {limit} positions; shorten it")
-        for at in range(0, len(ids), PROMPT_BLOCK):
-            hidden = self._run(ids[at : at + PROMPT_BLOCK])
+        if not len(ids):
+            raise EngineError("body: no token was given, expected at least one; give a text")
+        for start, end in parts(len(ids)):
+            hidden = self._run(ids[start:end])
         check_numbers(hidden)
         return hidden
 
@@ -150,6 +152,14 @@ class OnnxBody:
         self.cache = {name: OrtValue.ortvalue_from_numpy(value) for name, value in arrays.items()}
         for name, value in self.cache.items():
             self.binding.bind_ortvalue_input(name, value)
+
+
+def parts(n: int) -> list[tuple[int, int]]:
+    """Parts of a prompt of n tokens. The last is not one token alone: its sums would be made in another order than a prompt's."""
+    ends = [*range(PROMPT_BLOCK, n, PROMPT_BLOCK), n]
+    if len(ends) > 1 and n - ends[-2] == 1:
+        del ends[-2]
+    return list(zip([0, *ends], ends))
 
 
 def check_numbers(hidden: np.ndarray) -> None:

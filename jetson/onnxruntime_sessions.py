@@ -65,6 +65,8 @@ def open_model(path: Path, threads: int) -> InferenceSession:
         try:
             options.register_custom_ops_library(str(library))
         except runtime_errors() as error:
+            if "is older than" in str(error):
+                raise EngineError(f"{path}: ONNX Runtime {onnxruntime.__version__} is too old for native operators, expected a newer one: {WORKS}") from error
             reason = f"ONNX Runtime {onnxruntime.__version__} cannot load it ({short(error)})"
             raise EngineError(f"{library}: {reason}, expected a library built for this machine; install flashhead-edge again") from error
     try:
@@ -80,10 +82,10 @@ def open_model(path: Path, threads: int) -> InferenceSession:
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: its classes have no common base of their own."""
+    """What ONNX Runtime raises: its classes have no common base of their own, and a run with bound arrays raises plain RuntimeErrors."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    return RuntimeError, *(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
 
 def short(error: Exception) -> str:
@@ -91,4 +93,5 @@ def short(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"\S*/?\w+\.(cc|h):\d+ .*?\) ", "", text)
+    text = re.sub(r"\S*\w+\.(cc|h):\d+ (\w+ )?", "", text)
     return text[:300].rstrip(" .")

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": DATA | {"checkpoint", "evaluation"},
     "report": DATA | {"evaluation", "rivals"},
     "bench": MIDDLE | {"report", "caps", "export", "jetson"},
-    "doctor": {"package"} | LEAVES,
+    "doctor": {"package", "jetson"} | LEAVES,
     "export": {"package"} | HEADS | {"checkpoint", "evaluation"},
     "jetson": DATA | {"decoding", "evaluation", "checkpoint", "generation", "exact"},
     "package": {"errors", "integrations"},

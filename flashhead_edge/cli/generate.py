@@ -50,6 +50,10 @@ def generate(
             stdout.write(token.text)
             stdout.flush()
     text, summary = "".join(pieces), plain(run.summary)
+    from flashhead_edge.jetson import ExportedEngine
+
+    ran = engine.backend.about if isinstance(engine, ExportedEngine) else {}
+    summary |= {name: ran[name] for name in ("head_operators", "body_operators") if name in ran}
     figures("figures", {name: value for name, value in summary.items() if (exact or name not in EXACT_FIGURES) and (value or name != "allowed_steps")})
     if as_json:
         write_json({"prompt": prompt, "text": text, **summary}, stdout)

@@ -32,6 +32,7 @@ OPTIONS = (
         help="torch for a checkpoint, onnxruntime for a folder of `flashhead export onnx`; auto sees which it is.",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one for each core]"),
+    click.option("--standard-operators", is_flag=True, help="Leave our own operators of an export aside: ONNX Runtime's alone, which are slower."),
     click.option("--torch-device", metavar="NAME", help="Where the model runs: cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along."),
 )
@@ -59,6 +60,7 @@ def open_engine(out: Path, options: dict[str, Any]) -> Any:
     from flashhead_edge.jetson import is_exported
 
     backend, threads, device, trust = (options.pop(name) for name in ("backend", "threads", "torch_device", "trust_remote_code"))
+    standard = options.pop("standard_operators")
     exported = is_exported(out)
     if backend == "torch" and exported:
         raise click.UsageError(f"{out} is exported to ONNX, which --backend onnxruntime runs: leave --backend out, or give the checkpoint.")
@@ -69,7 +71,9 @@ def open_engine(out: Path, options: dict[str, Any]) -> Any:
             raise click.UsageError("--torch-device and --trust-remote-code are for checkpoints: leave them out for a folder that is exported to ONNX.")
         from flashhead_edge.jetson import open_engine as open_exported
 
-        return open_exported(out, threads=threads)
+        return open_exported(out, threads=threads, native=not standard)
+    if standard:
+        raise click.UsageError("--standard-operators is for a folder that is exported to ONNX: leave it out for a checkpoint.")
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing and out.is_dir():
         raise click.ClickException(

@@ -22,6 +22,7 @@
 #include "decoder.h"
 #include "vector.h"
 
+enum { MOST_HEADS = 1 << 16 }; /* of a layer, and floats of one: beyond all models, and their product no overflow */
 enum { RECORD = 16, NUMBERS = 2, FIXED_INPUTS = 2 }; /* whole numbers and floats of an instruction; inputs before the cache */
 
 struct decoder_kernel {
@@ -142,7 +143,7 @@ static ort_status *read_attention(struct reader *r, const int64_t *record, struc
     const struct decoder *d = &r->k->decoder;
     const int64_t *x = record + 11;
     struct tensor cosine, sine;
-    if (x[0] < 0 || (size_t)x[0] >= d->n_layers || x[1] < 1 || x[2] < 1 || x[1] % x[2] || i->n % 16) return wrong(r);
+    if (x[0] < 0 || (size_t)x[0] >= d->n_layers || x[1] < 1 || x[2] < 1 || x[1] % x[2] || i->n % 16 || x[1] > MOST_HEADS || i->n > MOST_HEADS) return wrong(r);
     i->layer = (size_t)x[0], i->heads = (size_t)x[1], i->kv_heads = (size_t)x[2], i->window = i->repeat;
     const size_t queries = i->heads * i->n, keys = i->kv_heads * i->n;
     if (!fits(d, i->a, queries) || !fits(d, i->b, keys) || !fits(d, i->c, keys) || !fits(d, i->out, queries)) return wrong(r);

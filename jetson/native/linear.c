@@ -14,6 +14,8 @@ enum { STRIP = 16 };   /* rows that stay in the cache for all tokens */
 enum { EIGHT = 8 };    /* rows whose lanes are added together */
 enum { AHEAD = 2048 }; /* bytes that are asked of memory before a single token needs them */
 
+static const float TINY = 1e-30f; /* a block of nothing larger is zeros: 127 over it would be infinite */
+
 static void round_plain(const float *x, size_t k, const struct rounded *to, size_t t) {
     const size_t quads = quads_of(k);
     int8_t *whole = to->whole + t * quads * QUAD;
@@ -25,7 +27,7 @@ static void round_plain(const float *x, size_t k, const struct rounded *to, size
         float most = 0;
         for (size_t l = 0; l < 4; l++) eight[l] = 0;
         for (size_t i = 0; i < n; i++) most = fabsf(x[from + i]) > most ? fabsf(x[from + i]) : most;
-        const float by = most > 0 ? 127 / most : 0;
+        const float by = most > TINY ? 127 / most : 0;
         int32_t sum = 0;
         int whole_numbers = 1;
         for (size_t i = 0; i < CODED; i++) {
@@ -113,7 +115,7 @@ AVX2 static void round_avx2(const float *x, size_t k, const struct rounded *to, 
         __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));
         const float most = _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
-        const __m256 by = _mm256_set1_ps(most > 0 ? 127 / most : 0);
+        const __m256 by = _mm256_set1_ps(most > TINY ? 127 / most : 0);
 #define WHOLE(v) _mm256_cvttps_epi32(_mm256_sub_ps(_mm256_add_ps(_mm256_mul_ps(v, by), magic), magic))
         const __m256i a = WHOLE(v0), c = WHOLE(v1), d = WHOLE(v2), e = WHOLE(v3);
         const __m256i total = _mm256_add_epi32(_mm256_add_epi32(a, c), _mm256_add_epi32(d, e));

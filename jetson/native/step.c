@@ -302,6 +302,7 @@ int run_step(struct run *r, const float *hidden, int64_t *counts, unsigned char 
     counts[0] = (int64_t)r->n_opened;
     if (!r->n_opened) return 1; /* no score can be compared */
     list_spans(r);
+    if (!r->n_spans) return 1; /* what opened holds no token */
     for (size_t i = 0; i < k->stages; i++) {
         counts[1 + i] = (int64_t)r->n_items;
         r->matrix = &k->stage_rows[i];

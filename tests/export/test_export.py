@@ -81,10 +81,14 @@ def test_genai_writes_the_sessions_text(exported):
         generator.generate_next_token()  # every logit is finite, so that any rule of sampling works
 
 
-def test_exporting_twice_gives_the_same_bytes(checkpoint, tmp_path):
+@pytest.mark.parametrize("body", [None, "int4"])
+def test_exporting_twice_gives_the_same_bytes(checkpoint, tmp_path, body):
+    from small_bodies import warm_builder
+
     one, two = tmp_path / "one", tmp_path / "two"
     for out in (one, two):
-        export_onnx(checkpoint, out, body=None, stages=True)
+        with warm_builder():
+            export_onnx(checkpoint, out, body=body, stages=True)
     assert content(one) == content(two)
 
 

@@ -12,10 +12,14 @@ import onnxruntime
 import pytest
 import torch
 from candidates import not_the_references
+from small_heads import fingerprint_of, gate, means_of, table_of
 
 from flashhead_edge.bench.head import with_shares
 from flashhead_edge.cases import CASES, made_index, made_rows, made_states
+from flashhead_edge.coding import encode
+from flashhead_edge.errors import SettingsError
 from flashhead_edge.export.native import native_model
+from flashhead_edge.index import HeadIndex, Stage
 from flashhead_edge.jetson.onnxruntime_sessions import native_library, runtime_errors
 from flashhead_edge.reference import step, torch_head
 
@@ -167,3 +171,20 @@ def test_making_the_model_twice_gives_the_same_bytes():
     index, weight, *_ = subject(SMALL[0])
     one, two = (ir.to_proto(native_model(index, weight.numpy(), None, {})).SerializeToString() for _ in range(2))
     assert one == two
+
+
+def test_a_cluster_without_tokens_that_opens_alone_gives_no_token():
+    """Its slots are empty, so that there is no row to score, nor a first one to compare others with."""
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = torch.randn(64, 32, generator=generator), torch.randn(1, 32, generator=generator)
+    table = table_of(64, 8)
+    centroids = encode(torch.cat([means_of(weight, table), 10 * hidden]), "float16")
+    rows = torch.cat([weight, torch.zeros(8, 32)])
+    table = np.concatenate([table, np.full((1, 8), -1, np.int32)])
+    stages = (Stage(encode(rows, "int8/8"), gate(72)),)
+    probe = dataclasses.replace(gate(9, cap=1), margin=0.0)
+    index = HeadIndex(64, 32, table, centroids, probe, stages, np.zeros(0, np.int32), None, None, 1.0, -1.0, fingerprint_of(weight))
+    got = ran(native_model(index, weight.numpy(), None, {}), hidden.numpy())
+    assert got["token"].tolist() == [-1] and got["counts"].tolist() == [[1, 0, 0]] and got["candidate_ids"].tolist() == [[-1]]
+    with pytest.raises(SettingsError, match="a hidden state is not finite"):  # the reference refuses a step without candidates
+        step(torch_head(index, weight), hidden)

@@ -13,8 +13,11 @@ from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
 from flashhead_edge.generation import exact_stream, generate, load_engine, prompt_ids, stream
 from flashhead_edge.jetson import onnxruntime_backend, onnxruntime_body, open_engine
+from flashhead_edge.jetson.evaluation import ExportedContender
 from flashhead_edge.jetson.onnxruntime_body import OnnxBody
+from flashhead_edge.jetson.onnxruntime_sessions import vector_unit
 
+NATIVE = pytest.mark.skipif(vector_unit() in (None, "plain"), reason="this installation has no native body: no C compiler, or a processor without AVX2")
 PROMPT = [1, 17, 90, 5, 33, 128, 64]
 DIALECTS = ("onnxruntime", "portable")
 RULES = {
@@ -175,6 +178,73 @@ def test_int4_bodies_make_text(exported):
     engine = open_engine(exported(body="int4"), threads=1)
     first = ids_of(stream(engine, PROMPT, 40))
     assert first == ids_of(stream(engine, PROMPT, 40)) == ids_of(exact_stream(engine, PROMPT, 40))
+
+
+def genai_greedy(folder, prompt, n):
+    """ONNX Runtime GenAI's own greedy text over a folder."""
+    og = pytest.importorskip("onnxruntime_genai")
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + n, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt], np.int32))
+    written = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        written.append(int(generator.get_next_tokens()[0]))
+    return written
+
+
+def test_standard_operators_give_genais_text(exported):
+    """An int4 body has another sum order in our operators; in ONNX Runtime's, GenAI's model is the same graph."""
+    engine = open_engine(exported(body="int4"), threads=1, native=False)
+    assert {engine.backend.about[name] for name in ("head_operators", "body_operators")} == {"standard operators"}
+    ours = ids_of(stream(engine, PROMPT, 40))
+    assert genai_greedy(exported(body="int4"), PROMPT, 40)[: len(ours)] == ours
+
+
+@NATIVE
+def test_a_native_body_goes_back_and_on(exported):
+    """Beyond the first cache and the first part of attention; what is forgotten and read again gives the same bits."""
+    backend = open_engine(exported(body="int4"), threads=1).backend
+    assert backend.about["body_operators"] == "native"
+    ids = np.random.default_rng(3).integers(0, 255, 320).tolist()
+    body = backend.body()
+    body.feed(ids[:250])
+    steps = [body.feed([token]) for token in ids[250:]]
+    body.cut(60)
+    assert np.array_equal(body.feed([ids[260]]), steps[10])
+    body.cut(11)
+    assert np.array_equal(np.concatenate([body.feed([token]) for token in ids[250:]]), np.concatenate(steps))
+
+
+@NATIVE
+def test_a_lone_last_token_of_a_prompt_goes_with_its_part(exported, monkeypatch):
+    body = open_engine(exported(body="int4"), threads=1).backend.body
+    ids = np.random.default_rng(2).integers(0, 255, 91).tolist()
+    whole = body().feed(ids)
+    monkeypatch.setattr(onnxruntime_body, "PROMPT_BLOCK", 30)
+    assert onnxruntime_body.parts(91) == [(0, 30), (30, 60), (60, 91)]
+    assert np.array_equal(body().feed(ids), whole)
+
+
+@NATIVE
+def test_evaluation_measures_the_head_that_decodes(exported):
+    """Its candidates' logits to the bit: those of full-width logits, by standard operators, are summed in another order."""
+    engine = open_engine(exported(), threads=1)
+    hidden = np.random.default_rng(4).normal(size=(20, engine.hidden_size)).astype(np.float32)
+    found, step = ExportedContender(engine, {}).find(hidden), engine.step(hidden)
+    assert found.full is not None and np.array_equal(found.logits, step.logits)
+    assert not np.array_equal(engine.step_with_logits(hidden)[0].logits, step.logits)
+
+
+@pytest.mark.parametrize("body", ["int4", "fp32"])
+def test_what_onnx_runtime_fails_on_is_one_error(exported, body):
+    fed = open_engine(exported(body=body), threads=1).backend.body()
+    with pytest.raises(EngineError, match="body: ONNX Runtime failed on 1 tokens after 0"):
+        fed.feed([10**6])
+    with pytest.raises(EngineError, match="no token was given, expected at least one"):
+        fed.feed([])
 
 
 def test_an_exported_folder_is_no_checkpoint(exported):
