@@ -94,7 +94,8 @@ def export_onnx(
     progress("unpacking the head's codes", None)
     functions = head_functions(index, head_rows(source, name), bias, said)
     above = next(p for p in path.parents if p.exists())
-    check_space(above, sum(f.stat().st_size for f in set(weight_map(source.folder).values())), path)
+    if body is not None:  # the builder's own files, before ours
+        check_space(above, sum(f.stat().st_size for f in set(weight_map(source.folder).values())), path)
     with tempfile.TemporaryDirectory(dir=above, prefix=f".{path.name}.flashhead-build-") as work:
         built = None
         if body is not None:

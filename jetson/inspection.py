@@ -10,6 +10,8 @@ from flashhead_edge.errors import CheckpointError
 from flashhead_edge.jetson.folder import AGAIN, FORMAT, is_exported
 from flashhead_edge.jetson.onnxruntime_sessions import NATIVE, native_library, open_model
 
+WITHOUT_STEP = ("body", "body_native", "rescore")  # parts that make no step of the head
+
 
 def describe_model(path: str | Path) -> dict[str, Any]:
     """Describe one .onnx file, or every model of an exported folder.
@@ -51,7 +53,7 @@ def _model(path: Path) -> dict[str, Any]:
             "inputs": {v.name: f"{v.type} {v.shape}" for v in session.get_inputs() if not v.name.startswith("past_key_values.")},
             "outputs": {v.name: f"{v.type} {v.shape}" for v in session.get_outputs() if not v.name.startswith("present.")},
             "cached_layers": sum(v.name.endswith(".key") for v in session.get_inputs()),
-            "bytes_per_step": agreement.get("bytes_per_step"),
+            "bytes_per_step": agreement.get("bytes_per_step") if about["flashhead.part"] not in WITHOUT_STEP else None,
             "settings": settings,
             "calibration": agreement,
         }
