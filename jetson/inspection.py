@@ -8,7 +8,7 @@ from typing import Any
 
 from flashhead_edge.errors import CheckpointError
 from flashhead_edge.jetson.folder import AGAIN, FORMAT, is_exported
-from flashhead_edge.jetson.onnxruntime_sessions import NATIVE, native_library, open_model
+from flashhead_edge.jetson.onnxruntime_sessions import NATIVE, native_library, open_model, vector_unit
 
 WITHOUT_STEP = ("body", "body_native", "rescore")  # parts that make no step of the head
 
@@ -28,7 +28,7 @@ def describe_model(path: str | Path) -> dict[str, Any]:
         models = {file.stem: _model(file) for file in files}
         shared = [m.pop("calibration") for m in models.values()]
         data = {file.name: file.stat().st_size for file in sorted(path.glob("*.data"))}
-        return {"folder": str(path), "calibration": shared[0], "data_bytes": data, "models": models}
+        return {"folder": str(path), "calibration": shared[0], "data_bytes": data, "native_operators_here": vector_unit() or "none", "models": models}
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, expected a model.onnx or the folder of an export; check the path")
     return {"file": str(path), **_model(path)}

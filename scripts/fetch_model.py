@@ -9,6 +9,7 @@ CACHE is $XDG_CACHE_HOME/flashhead-edge or ~/.cache/flashhead-edge where it is n
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -59,4 +60,6 @@ def default_cache() -> Path:
 
 
 if __name__ == "__main__":
-    print(fetch(Path(sys.argv[1]) if len(sys.argv) > 1 else default_cache()))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("cache", type=Path, nargs="?", default=default_cache())
+    print(fetch(parser.parse_args().cache))
