@@ -13,6 +13,7 @@ from flashhead_edge.head import Step
 from flashhead_edge.jetson.folder import PARTS, ExportSettings, check_belongs, part_file, read_settings
 from flashhead_edge.jetson.onnxruntime_body import OnnxBody
 from flashhead_edge.jetson.onnxruntime_sessions import NATIVE_BODY, NATIVE_HEAD, native_library, open_model, usable_threads, vector_unit
+from flashhead_edge.jetson.onnxruntime_step import OneState
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -32,6 +33,7 @@ class OnnxRuntime:
     body_part: str = "body"  # or NATIVE_BODY
     sessions: dict[str, InferenceSession] = field(default_factory=dict)
     found: dict[str, ExportSettings] = field(default_factory=dict)
+    single: dict[str, OneState] = field(default_factory=dict)  # of parts that make steps
 
     @property
     def settings(self) -> ExportSettings:
@@ -111,7 +113,13 @@ class OnnxHead:
     backend: OnnxRuntime
 
     def step(self, hidden: np.ndarray) -> Step:
-        return Step(*self.backend.session(self.backend.step_part).run(STEP, {"hidden_states": single(hidden)}))
+        part = self.backend.step_part
+        session = self.backend.session(part)
+        if len(hidden) != 1:
+            return Step(*session.run(STEP, {"hidden_states": single(hidden)}))
+        if part not in self.backend.single:
+            self.backend.single[part] = OneState(session)
+        return self.backend.single[part].step(hidden)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         return self.step_with_logits(hidden)[1]

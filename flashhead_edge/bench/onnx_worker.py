@@ -52,19 +52,12 @@ def in_turn(names: list[str], turn: int) -> Iterator[str]:
 # heads
 
 
-def flash_head(path: str, threads: int) -> tuple[Callable[[Any], None], Any]:
-    """Our head with everything bound: a call that puts a state [1, d] in and runs, and the binding, whose outputs are those of `head.Step`."""
-    from flashhead_edge.jetson.onnxruntime_backend import STEP
+def flash_head(path: str, threads: int) -> Any:
+    """Our head as a session decodes with it: an `OneState`."""
+    from flashhead_edge.jetson.onnxruntime_sessions import open_model
+    from flashhead_edge.jetson.onnxruntime_step import OneState
 
-    session, binding, state = session_of(path, threads)
-
-    def run(hidden: Any) -> None:
-        state[:] = hidden
-        for name in STEP:  # anew for each run: they are as wide as its candidates
-            binding.bind_output(name)
-        session.run_with_iobinding(binding)
-
-    return run, binding
+    return OneState(open_model(Path(path), threads))
 
 
 def dense_head(path: str, threads: int, vocab_size: int) -> Callable[[Any], Any]:
@@ -105,9 +98,9 @@ def open_heads(task: dict[str, Any], began: float) -> Answer:
     import numpy as np
 
     states: Any = np.load(task["states"])
-    flash, binding = flash_head(task["head"], task["threads"])
-    others = {name: flash_head(path, task["threads"])[0] for name, path in task["others"].items()}
-    heads = {task["name"]: flash} | others | {name: dense_head(path, task["threads"], task["vocab_size"]) for name, path in task["dense"].items()}
+    flash = flash_head(task["head"], task["threads"])
+    others = {name: flash_head(path, task["threads"]).run for name, path in task["others"].items()}
+    heads = {task["name"]: flash.run} | others | {name: dense_head(path, task["threads"], task["vocab_size"]) for name, path in task["dense"].items()}
 
     def round_of(number: int) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {name: [] for name in heads}
@@ -121,11 +114,10 @@ def open_heads(task: dict[str, Any], began: float) -> Answer:
     def steps() -> dict[str, Any]:
         tokens, counts, capped = [], [], []
         for state in states:
-            flash(state)
-            token, _, _, count, cap = binding.copy_outputs_to_cpu()
-            tokens.append(int(token[0]))
-            counts.append(count[0].tolist())
-            capped.append(bool(cap[0]))
+            flash.run(state)
+            tokens.append(int(flash.token[0]))
+            counts.append(flash.counts[0].tolist())
+            capped.append(bool(flash.capped[0]))
         return {"tokens": tokens, "counts": counts, "capped": capped}
 
     return lambda request: steps() if request["do"] == "steps" else round_of(request["round"])
