@@ -12,8 +12,7 @@ from flashhead_edge.checkpoint.families import text_config
 from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import CheckpointError, SettingsError
 from flashhead_edge.exact import Record
-from flashhead_edge.generation.protocols import BodySession
-from flashhead_edge.generation.text import Tokenizer
+from flashhead_edge.generation.protocols import BodySession, Tokenizer
 from flashhead_edge.head import Step
 from flashhead_edge.jetson.backend import Backend
 from flashhead_edge.jetson.folder import AGAIN, is_exported

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from flashhead_edge.exact import Record
-from flashhead_edge.generation.text import Tokenizer
 from flashhead_edge.head import Step
 
 Array = Any  # numpy.ndarray or torch.Tensor: an engine's own kind, which the loop hands on from its body to its head
+
+
+class Tokenizer(Protocol):
+    """What the loop asks of a tokenizer: transformers' own have it, and so has `jetson.tokenizer`, which needs none of them."""
+
+    chat_template: Any  # empty or None: there is none
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Any]: ...
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = ..., *, clean_up_tokenization_spaces: bool | None = ...) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool = ..., add_generation_prompt: bool = ...) -> Any: ...
 
 
 class BodySession(Protocol):

@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from flashhead_edge.errors import SettingsError, first_line
-
-if TYPE_CHECKING:
-    from flashhead_edge.generation.protocols import TextEngine
-
-
-class Tokenizer(Protocol):
-    """What the loop asks of a tokenizer: transformers' own have it, and so has `jetson.tokenizer`, which needs none of them."""
-
-    chat_template: Any  # empty or None: there is none
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Any]: ...
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = ..., *, clean_up_tokenization_spaces: bool | None = ...) -> Any: ...
-
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool = ..., add_generation_prompt: bool = ...) -> Any: ...
+from flashhead_edge.generation.protocols import TextEngine, Tokenizer
 
 
 class Detokenizer:
