@@ -64,8 +64,13 @@ def dense_head(path: str, threads: int, vocab_size: int) -> Callable[[Any], Any]
     """A dense head with everything bound: a call that puts a state [1, d] in and returns its logits [1, V], the same array each time."""
     import numpy as np
 
-    session, binding, state = session_of(path, threads)
-    logits = np.zeros((1, vocab_size), np.float32)
+    from flashhead_edge.jetson.onnxruntime_sessions import open_model
+
+    session = open_model(Path(path), threads)
+    binding: Any = session.io_binding()
+    (given,) = session.get_inputs()
+    state, logits = np.zeros((1, given.shape[1]), np.float32), np.zeros((1, vocab_size), np.float32)
+    binding.bind_input(given.name, "cpu", 0, np.float32, state.shape, state.ctypes.data)
     binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
 
     def run(hidden: Any) -> Any:
@@ -74,20 +79,6 @@ def dense_head(path: str, threads: int, vocab_size: int) -> Callable[[Any], Any]
         return logits
 
     return run
-
-
-def session_of(path: str, threads: int) -> tuple[Any, Any, Any]:
-    """A head's session, a binding of it, and the array [1, d] that its input is bound to: it must live as long as the binding."""
-    import numpy as np
-
-    from flashhead_edge.jetson.onnxruntime_sessions import open_model
-
-    session = open_model(Path(path), threads)
-    binding: Any = session.io_binding()
-    (given,) = session.get_inputs()
-    state = np.zeros((1, given.shape[1]), np.float32)
-    binding.bind_input(given.name, "cpu", 0, np.float32, state.shape, state.ctypes.data)
-    return session, binding, state
 
 
 def open_heads(task: dict[str, Any], began: float) -> Answer:
