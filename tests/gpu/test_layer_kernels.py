@@ -10,7 +10,13 @@ pytestmark = pytest.mark.gpu
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of one rounding to nearest
 FP32 = 2.0**-23  # of one float32 addition; tensor cores truncate, so a whole unit in the last place
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-BOARDS = {"found": None, "overlapping": None, "AGX Orin": Facts("compute_87", 16, 163 << 10), "Orin Nano": Facts("compute_87", 8, 163 << 10)}
+BOARDS = {
+    "found": None,
+    "overlapping": None,
+    "AGX Orin": Facts("compute_87", 16, 163 << 10),
+    "Orin Nano": Facts("compute_87", 8, 163 << 10),
+    "sm_86": Facts("compute_86", 84, 99 << 10),  # sm_120 gives a block as much
+}
 BOARD = pytest.mark.parametrize("board", BOARDS)
 
 

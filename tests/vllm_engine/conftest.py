@@ -32,7 +32,7 @@ def engine(checkpoint):
     from vllm import LLM
 
     on_gpu = torch.cuda.is_available()
-    options = {"gpu_memory_utilization": 0.2} if on_gpu else {"enforce_eager": True}
+    options = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30} if on_gpu else {"enforce_eager": True}
     settings = {"flashhead": {"crossover": "never"}}
     return LLM(str(checkpoint), dtype="auto" if on_gpu else "float32", max_model_len=1024, additional_config=settings, **options)
 

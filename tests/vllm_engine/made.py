@@ -1,6 +1,7 @@
 """What the tests here share: tiny checkpoints of the families.
 
-Their weights are random and their head's margins let everything through: FlashHead then gives the dense head's tokens. On a GPU they are float16.
+Their weights are random and their head's margins let everything through: FlashHead then gives the dense head's tokens.
+On a GPU they are float16, Gemma's bfloat16.
 """
 
 from __future__ import annotations
@@ -73,9 +74,10 @@ def made_model(folder: Path, family: str, narrow: bool = False, scheme: str | No
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # so that the best logit leads by more than sums in another order differ
-    half = scheme is not None or torch.cuda.is_available()  # the kernels read 16 bits
-    if half:
-        model.half()
+    half = None
+    if scheme is not None or torch.cuda.is_available():  # the kernels read 16 bits, and vLLM refuses Gemma in float16
+        half = torch.bfloat16 if "Gemma" in family else torch.float16
+        model.to(half)
     model.save_pretrained(folder)
     if scheme is not None:
         quantise(folder, scheme)
@@ -88,8 +90,8 @@ def made_model(folder: Path, family: str, narrow: bool = False, scheme: str | No
         dataclasses.replace(index, fingerprint=fingerprint(weight)), [1.0, 0.5] if narrow else [math.inf] * 2, [len(gate.error) for gate in gates]
     )
     config = model.config.to_dict() | {"architectures": [f"FlashHead{kind}"], "flash_head_cache_dir": ASSETS}
-    if half:
-        config["dtype"] = "float16"
+    if half is not None:
+        config["dtype"] = str(half).removeprefix("torch.")
     if scheme is not None:
         config["quantization_config"] = QUANTISED[scheme]
     (folder / ASSETS).mkdir()
