@@ -1,6 +1,7 @@
 # setup: a virtual environment with everything a CPU needs   demo: the product on a real model, end to end
 # test:  the test suite                                      lint: ruff and mypy
 # kernels: the CUDA kernels as a library, by nvcc, in build/kernels
+# plugin: the TensorRT plugins over them, in build/plugin; TENSORRT_INCLUDE=DIR names TensorRT's headers where the system has none
 # test-vllm: the tests with real vLLM engines on a CPU, in an environment of their own (about 20 minutes)
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +9,7 @@ CONSTRAINT ?= $(if $(shell command -v nvidia-smi),,-c requirements/cpu.txt)
 BIN := $(VENV)/bin
 ALIVE := $(PYTHON) scripts/alive.py
 
-.PHONY: setup demo test test-vllm lint kernels clean
+.PHONY: setup demo test test-vllm lint kernels plugin clean
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py requirements/cpu.txt $(wildcard jetson/native/*)
@@ -34,7 +35,11 @@ lint: setup
 
 kernels:
 	cmake -S plugins_trt -B build/kernels -DCMAKE_BUILD_TYPE=Release
-	cmake --build build/kernels --parallel 2
+	cmake --build build/kernels --target flashhead_kernels --parallel 2
+
+plugin:
+	cmake -S plugins_trt -B build/plugin -DCMAKE_BUILD_TYPE=Release $(if $(TENSORRT_INCLUDE),-DTENSORRT_INCLUDE=$(abspath $(TENSORRT_INCLUDE)))
+	cmake --build build/plugin --target plugin --parallel 2
 
 clean:
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -23,6 +23,7 @@ INSTANCES = {  # of the templates, one of each kind
     "w4a16.cu": ("fh::w4a16_decode<fh::Fp16, 128, false>", "fh::w4a16_prefill<fh::Bf16, 32, true, 64>"),
     "attention.cu": ("fh::attention_decode<fh::Fp16, 64, false>", "fh::attention_rope_write<fh::Bf16>"),
     "elementwise.cu": ("fh::rms_norm<fh::Fp16>", "fh::gated_product<fh::Bf16, true>"),
+    "embedding.cu": ("fh::embedding<fh::Fp16>",),
 }
 STRUCTURES = {
     "FlashHeadTable": packing.Table,

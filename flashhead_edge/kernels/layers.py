@@ -226,7 +226,7 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, weight_offset: 
     y = torch.empty_like(x)
     if len(x):
         _run("elementwise.cu", f"fh::rms_norm<{_element(x)}>", Grid((len(x), 1, 1), norm_threads(d)), x.device, architecture, overlap,
-             x, residual, weight, weight_offset, epsilon, y, d)  # fmt: skip
+             x, residual, residual, weight, weight_offset, epsilon, y, d)  # fmt: skip
     return y
 
 
@@ -337,7 +337,7 @@ def attention_decode(
     out = torch.empty_like(q)
     grid = Grid((splits, kv_heads * row_blocks, batch), threads, 4 * (threads // 32 + 1) * rows * (head_size + 2), cluster)
     expression = f"fh::attention_decode<{_element(q)}, {head_size}, {'true' if cluster > 1 else 'false'}>"
-    _run("attention.cu", expression, grid, q.device, architecture, overlap, q, cache_k, cache_v, lengths, out, workspace,
+    _run("attention.cu", expression, grid, q.device, architecture, overlap, q, cache_k, cache_v, lengths, out, workspace, None,
          queries, q_heads // kv_heads, kv_heads, rows, row_blocks, max_length, window, scale * LOG2E)  # fmt: skip
     return out
 

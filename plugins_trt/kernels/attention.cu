@@ -76,11 +76,11 @@ __device__ inline float4 load_from_rank(const float4* p, int rank) {
 
 // Grid: (splits, kv_heads * row_blocks, batch). Dynamic shared memory: (kWarps + 1) * rows * (HEAD + 2) floats.
 // CLUSTER: the splits are one cluster, workspace is not used. Else workspace: partial sums float [items, splits, rows, HEAD], items = batch * kv_heads *
-// row_blocks; then maxima and sums of weights float2 [items, splits, rows]; then arrivals uint32 [items], zero between launches.
+// row_blocks; then maxima and sums of weights float2 [items, splits, rows]; then, unless apart, arrivals uint32 [items], zero between launches.
 template <class T, int HEAD, bool CLUSTER>
 __global__ void __launch_bounds__(block_threads(HEAD), 1)
-    attention_decode(const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace, int queries, int heads,
-                     int kv_heads, int rows, int row_blocks, int max_length, int window, float scale) {
+    attention_decode(const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace, u32* arrivals_apart,
+                     int queries, int heads, int kv_heads, int rows, int row_blocks, int max_length, int window, float scale) {
   constexpr int kThreads = block_threads(HEAD), kWarps = kThreads / 32;
   constexpr int kTiles = kStep / 8, kBlocks = HEAD / 32, kSegments = (HEAD + 63) / 64;  // of 8 positions; of 32 and of 64 elements
   extern __shared__ float4 raw[];
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(block_threads(HEAD), 1)
   float2* merged_stats = reinterpret_cast<float2*>(block_sum + rows * HEAD);  // [kWarps][rows]: maximum, sum of weights
   float2* block_stats = merged_stats + kWarps * rows;                         // [rows]
 
-  const int length = lengths[batch], old = length - queries;
+  const int length = min(max(lengths[batch], queries), max_length), old = length - queries;
   const int begin = window > 0 ? max(0, old + 1 - window) : 0;
   const int units = (length - begin + kStep - 1) / kStep, first_unit = split * kWarps + warp;
   const size_t head_at = (size_t(batch) * kv_heads + kv_head) * max_length * HEAD;
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(block_threads(HEAD), 1)
 
   // The last of the splits to arrive merges them all.
   __shared__ bool last;
-  u32* arrivals = reinterpret_cast<u32*>(workspace + items * splits * (outputs + 2 * rows)) + item;
+  u32* arrivals = (arrivals_apart ? arrivals_apart : reinterpret_cast<u32*>(workspace + items * splits * (outputs + 2 * rows))) + item;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(128)
   wait_for_previous();
   release_next();
   if (head >= heads) return;
-  const int position = lengths[batch] - queries + token;
+  const int position = min(max(lengths[batch], queries), max_length) - queries + token;
   const u16* in = qkv + ((size_t(batch) * queries + token) * heads + head) * head_size;
 
   const bool is_query = head < q_heads, is_value = head >= q_heads + kv_heads;
@@ -397,6 +397,7 @@ using Arguments = struct {
   const int* lengths;
   u16* out;
   float* workspace;
+  u32* arrivals;
 };
 
 template <class T, int HEAD>
@@ -405,7 +406,7 @@ const char* decode(const fh_attention_shape& s, const fh_attention_plan& plan, c
   const float log2e = 1.4426950408889634f;
   return launch("attention_decode", device, stream, {dim3(plan.splits, s.kv_heads * plan.row_blocks, s.batch), plan.threads, shared, plan.cluster},
                 plan.cluster > 1 ? attention_decode<T, HEAD, true> : attention_decode<T, HEAD, false>, a.q, a.k, a.v, a.lengths, a.out, a.workspace,
-                s.queries, s.q_heads / s.kv_heads, s.kv_heads, plan.rows, plan.row_blocks, s.max_length, s.window, s.scale * log2e);
+                a.arrivals, s.queries, s.q_heads / s.kv_heads, s.kv_heads, plan.rows, plan.row_blocks, s.max_length, s.window, s.scale * log2e);
 }
 
 template <class T>
@@ -426,7 +427,7 @@ const char* fh_attention_make_plan(const fh_attention_shape* s, const fh_device*
   plan->rows = row_count < fh::kMaxRows ? row_count : fh::kMaxRows;
   plan->row_blocks = (row_count + plan->rows - 1) / plan->rows;
   plan->threads = fh::block_threads(s->head_size);
-  const int items = s->batch * s->kv_heads * plan->row_blocks;
+  const int items = plan->items = s->batch * s->kv_heads * plan->row_blocks;
   // A block for every multiprocessor, and no more splits than give each warp a step of its own.
   const int visible = s->window > 0 && s->window + s->queries < s->max_length ? s->window + s->queries : s->max_length;
   const int positions = plan->threads / 32 * fh::kStep, useful = (visible + positions - 1) / positions;
@@ -443,11 +444,11 @@ const char* fh_attention_make_plan(const fh_attention_shape* s, const fh_device*
 }
 
 const char* fh_attention_decode(const fh_attention_shape* shape, const fh_attention_plan* plan, const void* q, const void* cache_k, const void* cache_v,
-                                const int* lengths, void* out, void* workspace, const fh_device* device, cudaStream_t stream) {
+                                const int* lengths, void* out, void* workspace, unsigned* arrivals, const fh_device* device, cudaStream_t stream) {
   using namespace fh;
   if (const char* wrong = check(*shape)) return wrong;
-  const Arguments a{static_cast<const u16*>(q),   static_cast<const u16*>(cache_k), static_cast<const u16*>(cache_v), lengths,
-                    static_cast<u16*>(out), static_cast<float*>(workspace)};
+  const Arguments a{static_cast<const u16*>(q), static_cast<const u16*>(cache_k), static_cast<const u16*>(cache_v), lengths,
+                    static_cast<u16*>(out),     static_cast<float*>(workspace),   arrivals};
   return shape->dtype == FH_FP16 ? decode<Fp16>(*shape, *plan, a, *device, stream) : decode<Bf16>(*shape, *plan, a, *device, stream);
 }
 

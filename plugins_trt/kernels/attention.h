@@ -4,7 +4,8 @@
  *   lengths            int32 [batch] in device memory: tokens in the cache, the new ones included; so a captured graph serves every step
  *
  * Query i of a sequence's `queries` new tokens stands at position lengths - queries + i and sees positions up to its own,
- * of those the last `window` if window > 0.
+ * of those the last `window` if window > 0. A length below `queries` or above max_length is taken for the nearer of the two: nothing outside of the
+ * cache is touched, whatever is in `lengths` (a builder of engines times kernels on what lies in memory).
  */
 #ifndef FLASHHEAD_ATTENTION_H
 #define FLASHHEAD_ATTENTION_H
@@ -36,7 +37,8 @@ typedef struct {
   int rows;       /* query rows a block computes, 1 to 8 */
   int row_blocks; /* ceil(queries * q_heads / kv_heads / rows) */
   int threads;
-  size_t workspace_bytes; /* zeroed once by the caller, then handed to every launch of this plan, one at a time */
+  size_t workspace_bytes; /* zeroed once by the caller, then handed to every launch of this plan, one at a time; of these the last 4 * `items` count arrivals */
+  int items;              /* batch * kv_heads * row_blocks: what is merged on its own */
 } fh_attention_plan;
 
 const char* fh_attention_make_plan(const fh_attention_shape* shape, const fh_device* device, fh_attention_plan* plan);
@@ -44,9 +46,11 @@ const char* fh_attention_make_plan(const fh_attention_shape* shape, const fh_dev
 /* out[batch, queries, q_heads, head_size] = softmax(scale q k^T) v; q like out. Scores and sums in float32; weights are rounded to the cache's type.
  * With device->overlap, loads begin while the launch before this one runs: that one may write q and the new tokens' positions of the cache, as
  * fh_attention_rope_write does, but neither lengths nor older positions.
+ * arrivals: NULL: at the end of workspace; or at least plan->items apart, zero before the first launch and left zero by each: then workspace may hold
+ * anything, and launches of different plans may share both, one at a time.
  */
 const char* fh_attention_decode(const fh_attention_shape* shape, const fh_attention_plan* plan, const void* q, const void* cache_k, const void* cache_v,
-                                const int* lengths, void* out, void* workspace, const fh_device* device, cudaStream_t stream);
+                                const int* lengths, void* out, void* workspace, unsigned* arrivals, const fh_device* device, cudaStream_t stream);
 
 /* Takes the fused projection of the new tokens apart: normalises queries and keys a head at a time (Qwen3, Gemma 3; NULL: not), rotates them, and
  * writes queries to q, keys and values to the cache at their positions.

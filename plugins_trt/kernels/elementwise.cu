@@ -15,7 +15,8 @@ __device__ inline void unpack(uint4 v, u32 (&words)[4]) { words[0] = v.x, words[
 
 // Grid: M. Threads: d / 8 rounded up to whole warps, halved while above 1,024.
 template <class T>
-__global__ void __launch_bounds__(1024) rms_norm(const u16* x, u16* residual, const u16* weight, float weight_offset, float epsilon, u16* y, int d) {
+__global__ void __launch_bounds__(1024)
+    rms_norm(const u16* x, const u16* residual, u16* sum, const u16* weight, float weight_offset, float epsilon, u16* y, int d) {
   __shared__ float warp_sums[32];
   const size_t row = size_t(blockIdx.x) * d;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(1024) rms_norm(const u16* x, u16* residual, co
         words[j] = T::from_float2(a.x + b.x, a.y + b.y);
       }
       h[v] = make_uint4(words[0], words[1], words[2], words[3]);
-      *reinterpret_cast<uint4*>(residual + row + i) = h[v];
+      *reinterpret_cast<uint4*>(sum + row + i) = h[v];
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -107,14 +108,16 @@ __global__ void __launch_bounds__(128) gated_product(const u16* x, u16* y, int f
 #include "elementwise.h"
 #include "launch.h"
 
-const char* fh_rms_norm(const void* x, void* residual, const void* weight, float weight_offset, float epsilon, void* y, int M, int d, fh_dtype dtype,
-                        const fh_device* device, cudaStream_t stream) {
+const char* fh_rms_norm(const void* x, const void* residual, void* sum, const void* weight, float weight_offset, float epsilon, void* y, int M, int d,
+                        fh_dtype dtype, const fh_device* device, cudaStream_t stream) {
   using namespace fh;
   if (M < 1 || d < 8 || d % 8 || d > 1024 * 8 * kNormVectors) return failure("rms_norm: x is [%d, %d], expected d %% 8 == 0 and d <= 16384", M, d);
+  if ((residual == nullptr) != (sum == nullptr)) return failure("rms_norm: one of residual and sum is NULL, expected both or neither");
   int threads = (d / 8 + 31) / 32 * 32;
   if (threads > 1024) threads = (d / 16 + 31) / 32 * 32;
   return launch("rms_norm", *device, stream, {dim3(M), threads}, dtype == FH_FP16 ? rms_norm<Fp16> : rms_norm<Bf16>, static_cast<const u16*>(x),
-                static_cast<u16*>(residual), static_cast<const u16*>(weight), weight_offset, epsilon, static_cast<u16*>(y), d);
+                static_cast<const u16*>(residual), static_cast<u16*>(sum), static_cast<const u16*>(weight), weight_offset, epsilon,
+                static_cast<u16*>(y), d);
 }
 
 const char* fh_gated_product(const void* x, void* y, int M, int f, fh_activation activation, fh_dtype dtype, const fh_device* device, cudaStream_t stream) {

@@ -12,11 +12,11 @@
 extern "C" {
 #endif
 
-/* h = x + residual, rounded, written back to residual (NULL: h = x); y[M, d] = h / sqrt(mean(h^2) + epsilon) * (weight_offset + weight[d]).
- * d % 8 == 0, d <= 16384. weight_offset is 1 for Gemma, else 0. y may be x.
+/* h = x + residual, rounded, written to sum (both NULL: h = x); y[M, d] = h / sqrt(mean(h^2) + epsilon) * (weight_offset + weight[d]).
+ * d % 8 == 0, d <= 16384. weight_offset is 1 for Gemma, else 0. y may be x, sum may be residual.
  */
-const char* fh_rms_norm(const void* x, void* residual, const void* weight, float weight_offset, float epsilon, void* y, int M, int d, fh_dtype dtype,
-                        const fh_device* device, cudaStream_t stream);
+const char* fh_rms_norm(const void* x, const void* residual, void* sum, const void* weight, float weight_offset, float epsilon, void* y, int M, int d,
+                        fh_dtype dtype, const fh_device* device, cudaStream_t stream);
 
 typedef enum { FH_SILU = 0, FH_GELU_TANH = 1 } fh_activation;
 

@@ -51,7 +51,11 @@ class Shape(ctypes.Structure):
 
 
 class Plan(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int) for name in ("splits", "cluster", "rows", "row_blocks", "threads")), ("workspace_bytes", ctypes.c_size_t)]
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("splits", "cluster", "rows", "row_blocks", "threads")),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("items", ctypes.c_int),
+    ]
 
 
 class Kernels:
@@ -229,7 +233,7 @@ def random_cache(k: Kernels, shape: Shape, lengths: list[int], dtype: torch.dtyp
 
 
 def attend(k: Kernels, cache: Cache, q: Tensor, out: Tensor) -> None:
-    arguments = (q, cache.keys, cache.values, cache.lengths, out, cache.workspace)
+    arguments = (q, cache.keys, cache.values, cache.lengths, out, cache.workspace, None)
     k("fh_attention_decode", ctypes.byref(cache.shape), ctypes.byref(cache.plan), *arguments)
 
 
@@ -358,7 +362,7 @@ class Layer:
     def step(self, k: Kernels, cache: Cache, x: Tensor) -> list[Tensor]:
         s, d, none = self.shape, len(x), ctypes.c_float(0)
         qkv, q, out, y, h = (x.new_empty(n) for n in (self.into.c.N, s.q_heads * s.head_size, s.q_heads * s.head_size, d, d))
-        k("fh_rms_norm", x, None, self.gain, none, ctypes.c_float(1e-5), h, 1, d, s.dtype)
+        k("fh_rms_norm", x, None, None, self.gain, none, ctypes.c_float(1e-5), h, 1, d, s.dtype)
         k("fh_w4a16_linear", ctypes.byref(self.into.c), h, qkv, 1)
         k("fh_attention_rope_write", ctypes.byref(s), qkv, self.turns, None, None, none, none, cache.lengths, q, cache.keys, cache.values)
         attend(k, cache, q, out)
@@ -401,7 +405,7 @@ def check_elementwise(k: Kernels) -> None:
         residual = torch.randn(M, d, device="cuda").to(dtype) if with_residual else None
         h = x if residual is None else (x.float() + residual.float()).to(dtype)
         y, written = guarded(M, d, dtype=dtype)
-        k("fh_rms_norm", x, residual, weight, ctypes.c_float(offset), ctypes.c_float(1e-5), y, M, d, DTYPES[dtype])
+        k("fh_rms_norm", x, residual, residual, weight, ctypes.c_float(offset), ctypes.c_float(1e-5), y, M, d, DTYPES[dtype])
         written()
         want = h.double() / (h.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * (offset + weight.double())
         # the offset is added in float32: absolute error of one unit of (offset + |weight|)

@@ -139,7 +139,7 @@ def time_kernels(k: Kernels) -> list[dict[str, Any]]:
     for model in ATTENTION:
         time_attention(k, table, *model, cold)
     x, h, w = (torch.randn(2048, device="cuda").bfloat16() for _ in range(3))
-    norm = ("fh_rms_norm", x, h, w, ctypes.c_float(0), ctypes.c_float(1e-5), torch.empty_like(x), 1, 2048, 1)
+    norm = ("fh_rms_norm", x, h, h, w, ctypes.c_float(0), ctypes.c_float(1e-5), torch.empty_like(x), 1, 2048, 1)
     table.add("rms_norm 2048 with residual", 2048 * 10, [partial(k, *norm)], [partial(serial, *norm)])
     gate = ("fh_gated_product", torch.randn(16384, device="cuda").bfloat16(), torch.empty(8192, dtype=torch.bfloat16, device="cuda"), 1, 8192, 0, 1)
     table.add("gated product 8192", 8192 * 6, [partial(k, *gate)], [partial(serial, *gate)])
