@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": DATA | {"evaluation", "rivals"},
     "bench": MIDDLE | {"report", "caps", "export", "jetson"},
     "doctor": {"package", "jetson"} | LEAVES,
-    "export": {"package"} | HEADS | {"checkpoint", "evaluation"},
+    "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "jetson"},
     "jetson": DATA | {"decoding", "evaluation", "checkpoint", "generation", "exact"},
     "package": {"errors", "integrations"},
     "cli": MIDDLE | {"package", "report", "bench", "inspection", "doctor", "export", "jetson"},

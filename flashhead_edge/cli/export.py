@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flashhead_edge.cli.common import answer_only, common_options, json_option, person, write_json
+from flashhead_edge.cli.common import F, answer_only, common_options, json_option, person, write_json
 from flashhead_edge.cli.display import shown_progress
 
 
@@ -61,3 +61,131 @@ def onnx(checkpoint: Path, out: Path, dialect: str, body: str, group: str, stage
         show_export(result, person(stdout, as_json))
         if as_json:
             write_json(result, stdout)
+
+
+def engine_options(function: F) -> F:
+    """How engines are built."""
+    for option in (
+        click.option("--memory", type=click.IntRange(min=1), metavar="MIB", help="The most memory that TensorRT may take to try kernels out."),
+        click.option(
+            "--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="What was timed, kept in this file: the next build is as fast as a copy."
+        ),
+        click.option(
+            "--plugin",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="LIB",
+            help="The plugin library.  [default: what `flashhead plugin build` made]",
+        ),
+        click.option(
+            "--runtime",
+            type=click.Choice(["tensorrt", "tensorrt_rtx"]),
+            default="tensorrt",
+            show_default=True,
+            help="Who builds. tensorrt_rtx takes native layers alone, and needs no GPU.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@export.command(short_help="Write weights and models for TensorRT, and build engines.")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--layers",
+    type=click.Choice(["plugin", "native"]),
+    default="plugin",
+    show_default=True,
+    help="Our kernels as plugins, the weights outside of the engine; or TensorRT's own operators (10 and later), the weights inside. Native is not measured.",
+)
+@click.option("--precision", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True, help="Of activations. bfloat16: TensorRT 10.")
+@click.option("--group", type=click.Choice(["32", "64", "128"]), default="32", show_default=True, help="Weights that share a scale.")
+@click.option("--context", type=click.IntRange(min=2), help="Positions of the cache.  [default: the model's, 4,096 at most]")
+@click.option("--batch", type=click.IntRange(1, 32), default=1, show_default=True, help="Texts at once, at most.")
+@click.option("--chunk", type=click.IntRange(min=1), help="Tokens of a prompt that are read together, at most.  [default: 256]")
+@click.option("--dense-head", is_flag=True, help="Write and build the same decoder with TensorRT's own head over the whole vocabulary too, to compare with.")
+@engine_options
+@click.option("--onnx-only", is_flag=True, help="Build no engine: `flashhead export engines OUT` does it on the board. Needs the three options that follow.")
+@click.option("--multiprocessors", type=click.IntRange(min=1), help="Of the GPU that shall run it: 16 for Orin NX, 132 for an H100.")
+@click.option(
+    "--shared-kib", type=click.IntRange(min=1), help="Shared memory that a block may have there, KiB: 99 for 8.6 and 8.9, 163 for 8.0 and 8.7, 227 for 9.0."
+)
+@click.option("--capability", type=click.IntRange(min=70), help="Its compute capability: 87 for Orin.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is an export.")
+@json_option
+@common_options
+def tensorrt(
+    checkpoint: Path,
+    out: Path,
+    layers: str,
+    precision: str,
+    group: str,
+    context: int | None,
+    batch: int,
+    chunk: int | None,
+    dense_head: bool,
+    runtime: str,
+    plugin: Path | None,
+    timing_cache: Path | None,
+    memory: int | None,
+    onnx_only: bool,
+    multiprocessors: int | None,
+    shared_kib: int | None,
+    capability: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write CHECKPOINT to OUT for TensorRT: a file of weights, models of plugin nodes, and their engines, built on this machine's GPU.
+
+    OUT is written whole or not at all.
+    """
+    device_asked = (multiprocessors, shared_kib, capability)
+    if onnx_only == (None in device_asked) or (not onnx_only and any(device_asked)):
+        raise click.UsageError("--onnx-only, --multiprocessors, --shared-kib and --capability belong together: all of them, or none.")
+    with answer_only() as stdout:
+        with shown_progress("loading") as progress:
+            from flashhead_edge.export.tensorrt import export_tensorrt
+            from flashhead_edge.export.tensorrt.engines import Build
+            from flashhead_edge.export.tensorrt.head import Device
+            from flashhead_edge.report.tables import show_tensorrt
+
+            result = export_tensorrt(
+                checkpoint,
+                out,
+                layers=layers,
+                precision=precision,
+                group=int(group),
+                context=context,
+                batch=batch,
+                chunk=chunk,
+                dense_head=dense_head,
+                device=Device(multiprocessors, shared_kib << 10, capability) if multiprocessors and shared_kib else None,
+                build=Build(runtime, plugin, timing_cache, memory),
+                overwrite=overwrite,
+                progress=progress,
+            )
+        show_tensorrt(result.folder, result.manifest, person(stdout, as_json))
+        if as_json:
+            write_json(result, stdout)
+
+
+@export.command(short_help="Build the engines of a folder that was written without.")
+@click.argument("out", type=click.Path(path_type=Path))
+@engine_options
+@json_option
+@common_options
+def engines(out: Path, runtime: str, plugin: Path | None, timing_cache: Path | None, memory: int | None, as_json: bool) -> None:
+    """Build the engines of OUT, which `flashhead export tensorrt --onnx-only` wrote, on the board that shall run them.
+
+    Neither torch nor onnxruntime is needed. OUT stays as it was until all engines are built.
+    """
+    with answer_only() as stdout:
+        with shown_progress("loading") as progress:
+            from flashhead_edge.export.tensorrt import build_engines
+            from flashhead_edge.export.tensorrt.engines import Build
+            from flashhead_edge.report.tables import show_tensorrt
+
+            manifest = build_engines(out, build=Build(runtime, plugin, timing_cache, memory), progress=progress)
+        show_tensorrt(str(out), manifest, person(stdout, as_json))
+        if as_json:
+            write_json({"folder": str(out), "manifest": manifest}, stdout)

@@ -17,11 +17,10 @@ from flashhead_edge.index import HeadIndex
 from flashhead_edge.kernels.build import Prepared, architecture_of
 from flashhead_edge.kernels.crossover import KINDS, stored_crossover
 from flashhead_edge.kernels.ops import HALVES, check_step, head_logits, head_step, head_step_out, prepare_step, prepare_widen, widen_arguments
-from flashhead_edge.kernels.packing import Arguments, Layout, Widen, pack, plans, words_of
+from flashhead_edge.kernels.packing import STATIC_SHARED, Arguments, Layout, Widen, pack, plans, words_of
 
 MOST_ROWS = 32  # of one launch; more are split
 UNMEASURED = 8  # crossover where none was measured: above none that was (8 to 29 on an H100)
-STATIC_SHARED = 1 << 10  # shared memory that the kernel declares itself, at most; a test asks the driver
 LOG = logging.getLogger(__name__)
 
 

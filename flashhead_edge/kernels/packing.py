@@ -30,6 +30,7 @@ MAX_CLUSTERS = 32 * THREADS  # a thread keeps a bit for each that it looks at
 PART_COLUMNS = 256  # columns of a codebook group that share a part: their sums meet at one address
 PHASES = MAX_STAGES + 1  # that have a message: each code, the exact rows
 STATE_BYTES = 256  # of RowState, rounded up
+STATIC_SHARED = 1 << 10  # shared memory that the kernel declares itself, at most; a test asks the driver
 
 I, U, F = ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
 Fields = list[tuple[str, type[Any]]]  # of a ctypes.Structure

@@ -142,6 +142,22 @@ def show_export(result: Any, console: Console) -> None:
         console.print(Text(f'now: flashhead generate {result.folder} --prompt "..."'))
 
 
+def show_tensorrt(folder: str, manifest: Mapping[str, Any], console: Console) -> None:
+    """What an export for TensorRT holds: its engines, or that there are none yet and where they are built."""
+    m, engines = manifest, manifest.get("engines") or {}
+    table = new_table(f"{folder} ({m['layers']} layers, {m['precision']}, {m['context']:,} positions, batch {m['max_batch']})", ["engine", "MB", "seconds"])
+    for engine in engines.values():
+        table.add_row(engine["file"], f"{engine['bytes'] / 1e6:,.2f}", f"{engine['seconds']:,.1f}")
+    if engines:
+        console.print(table)
+    if m.get("weights_bytes"):
+        console.print(Text(f"weights, beside the engines: {m['weights_bytes'] / 1e6:,.1f} MB"))
+    if not engines:
+        console.print(Text(f"no engines yet; on the board: flashhead export engines {folder}"))
+    elif m["layers"] == "plugin":
+        console.print(Text(f'now: flashhead generate {folder} --prompt "..." --backend tensorrt'))
+
+
 def show_inspection(description: Mapping[str, Any], console: Console) -> None:
     """What is in a checkpoint: names and values, nested ones indented; lists of records as their number."""
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -12,7 +12,8 @@ from flashhead_edge.caps import with_gates
 from flashhead_edge.cases import CASES, FEW_CODES, Case, huge_row, made_index, made_rows, made_states
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.kernels.build import architecture_of, function, static_shared
-from flashhead_edge.kernels.head import STATIC_SHARED, cuda_head, logits_launcher, token_launcher
+from flashhead_edge.kernels.head import cuda_head, logits_launcher, token_launcher
+from flashhead_edge.kernels.packing import STATIC_SHARED
 from flashhead_edge.reference import torch_head
 
 pytestmark = pytest.mark.gpu
