@@ -16,9 +16,10 @@ from flashhead_edge.generation.protocols import BodySession, Tokenizer
 from flashhead_edge.head import Step
 from flashhead_edge.jetson.backend import Backend
 from flashhead_edge.jetson.folder import AGAIN, is_exported
+from flashhead_edge.jetson.tensorrt_folder import is_tensorrt
 from flashhead_edge.jetson.tokenizer import load_chat_tokenizer
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("auto", "onnxruntime", "tensorrt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,28 +78,45 @@ class ExportedEngine:
         return self.backend.head.exact_logits(np.concatenate(states), np.arange(self.vocab_size)).argmax(1).tolist()
 
 
-def open_engine(folder: str | Path, backend: str = "onnxruntime", threads: int | None = None, *, native: bool = True) -> ExportedEngine:
+def open_engine(
+    folder: str | Path, backend: str = "auto", threads: int | None = None, *, native: bool = True, plugin: Path | None = None
+) -> ExportedEngine:  # fmt: skip
     """Open a folder that `flashhead export` wrote, for decoding without torch.
 
     Args:
-        backend: what computes; this version has onnxruntime.
+        backend: what computes: onnxruntime, tensorrt, or what the folder was exported for.
         threads: None is one for each physical core that this process may use.
         native: take our own operators where the folder and this installation have them.
+        plugin: TensorRT's plugin library; None: the one in the cache.
     Raises:
         CheckpointError: no exported folder, or a damaged one, or parts that do not belong together.
-        EngineError: the backend is not installed, or too old for the model.
+        EngineError: the backend is not installed, too old for the model, or not the one that engines were built with.
+        DeviceError: TensorRT's engines, and no GPU or too little memory.
         SettingsError: `backend` or `threads` is out of range.
     """
     if backend not in BACKENDS:
         raise SettingsError(f"generate: backend is {backend!r}, expected {', '.join(BACKENDS)}; call again with one of them")
     folder = Path(folder)
-    if not is_exported(folder):
-        raise CheckpointError(f"{folder}: no exported model (body.onnx, head.onnx, ...), expected a folder that flashhead export onnx wrote; check the path")
-    from flashhead_edge.jetson.onnxruntime_backend import open_folder
+    if backend == "auto":
+        backend = "tensorrt" if is_tensorrt(folder) else "onnxruntime"
+    opened: Backend
+    if backend == "tensorrt":
+        from flashhead_edge.jetson import tensorrt_backend
 
-    config = read_json(folder / "config.json")
-    ours = config.get("flash_head")
-    opened = open_folder(folder, threads, ours.get("fingerprint") if isinstance(ours, dict) else None, native=native)
+        if not is_tensorrt(folder):
+            raise CheckpointError(f"{folder}: no engines (manifest.json), expected a folder that flashhead export tensorrt wrote; check the path")
+        opened = tensorrt_backend.open_folder(folder, plugin)
+        config = read_json(folder / "config.json")
+    else:
+        from flashhead_edge.jetson import onnxruntime_backend
+
+        if is_tensorrt(folder) or not is_exported(folder):
+            raise CheckpointError(
+                f"{folder}: no exported model (body.onnx, head.onnx, ...), expected a folder that flashhead export onnx wrote; check the path"
+            )
+        config = read_json(folder / "config.json")
+        ours = config.get("flash_head")
+        opened = onnxruntime_backend.open_folder(folder, threads, ours.get("fingerprint") if isinstance(ours, dict) else None, native=native)
     tokenizer = load_chat_tokenizer(folder)
     return ExportedEngine(opened, tokenizer, stop_ids(folder, config, tokenizer.eos_token_id))
 

@@ -76,6 +76,41 @@ def head(
             click.echo(f"plots: {plot}", err=True)
 
 
+@bench.command(short_help="Time decode steps of TensorRT engines on a GPU: dense, FlashHead.")
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made model. Repeatable.  [default: Llama-3.2-1B, Qwen3-0.6B]")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 32), help="Texts at a time. Repeatable.  [default: 1, 4, 16]")
+@click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT's plugin library.  [default: the one that `flashhead plugin build` made]")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page with plots to this file.")
+@json_option
+@common_options
+@click.pass_obj
+def tensorrt(
+    settings: Settings, folder: Path | None, shapes: tuple[str, ...], batches: tuple[int, ...], plugin: Path | None, plot: Path | None, as_json: bool
+) -> None:
+    """Time decode steps of a whole W4A16 decoder in TensorRT: with FlashHead, with TensorRT's own dense head, and the head alone.
+
+    FOLDER is one of `flashhead export tensorrt`. Without it models are made: real shapes with random weights, heads that open as many clusters as a
+    real one, engines built here.
+    """
+    if folder is not None and shapes:
+        raise click.UsageError("a folder has its own shape: leave --shape out.")
+    check_page(plot, "--plot")
+    command = shlex.join(["flashhead", *settings.arguments])
+    with answer_only() as stdout:
+        with shown_progress("looking for a GPU") as progress:
+            from flashhead_edge.bench.tensorrt import bench_tensorrt
+            from flashhead_edge.report.engines import show_engines, write_engines
+
+            document = bench_tensorrt(folder, shapes, batches, command, progress, plugin=plugin)
+        show_engines(document, person(stdout, as_json))
+        if as_json:
+            write_json(document, stdout)
+        if plot is not None:
+            write_engines(document, plot)
+            click.echo(f"plots: {plot}", err=True)
+
+
 @bench.command(short_help="Time decode steps of vLLM on a GPU: dense, published, FlashHead.")
 @click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made model, such as Llama-3.2-1B. Repeatable.  [default: all known]")
 @click.option("--runner", "runners", multiple=True, type=click.Choice(["v1", "v2"]), help="vLLM's model runner. Repeatable.  [default: both]")

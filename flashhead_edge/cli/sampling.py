@@ -11,6 +11,10 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+TORCH = "--torch-device or --trust-remote-code"
+RUN_BY = {"torch": "a checkpoint", "onnxruntime": "a folder of flashhead export onnx", "tensorrt": "a folder of flashhead export tensorrt"}
+HOW = {"torch": "give the checkpoint", "onnxruntime": "run flashhead export onnx", "tensorrt": "run flashhead export tensorrt"}
+
 NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 OPTIONS = (
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
@@ -26,11 +30,12 @@ OPTIONS = (
     click.option("--exact", is_flag=True, help="The dense head's greedy text, token for token, verified in blocks."),
     click.option(
         "--backend",
-        type=click.Choice(["auto", "torch", "onnxruntime"]),
+        type=click.Choice(["auto", "torch", "onnxruntime", "tensorrt"]),
         default="auto",
         show_default=True,
-        help="torch for a checkpoint, onnxruntime for a folder of `flashhead export onnx`; auto sees which it is.",
+        help="torch for a checkpoint, onnxruntime and tensorrt for a folder that flashhead export wrote for them; auto sees which it is.",
     ),
+    click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT's plugin library.  [default: the one that `flashhead plugin build` made]"),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one for each core]"),
     click.option("--standard-operators", is_flag=True, help="Leave our own operators of an export aside: ONNX Runtime's alone, which are slower."),
     click.option("--torch-device", metavar="NAME", help="Where the model runs: cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
@@ -58,22 +63,20 @@ def take_sampling(options: dict[str, Any], exact: bool) -> Any:
 def open_engine(out: Path, options: dict[str, Any]) -> Any:
     """Take the options that say what computes out of `options`: a `generation.TextEngine` of a checkpoint or of an exported folder."""
     from flashhead_edge.jetson import is_exported
+    from flashhead_edge.jetson.tensorrt_folder import is_tensorrt
 
     backend, threads, device, trust = (options.pop(name) for name in ("backend", "threads", "torch_device", "trust_remote_code"))
-    standard = options.pop("standard_operators")
-    exported = is_exported(out)
-    if backend == "torch" and exported:
-        raise click.UsageError(f"{out} is exported to ONNX, which --backend onnxruntime runs: leave --backend out, or give the checkpoint.")
-    if backend == "onnxruntime" and not exported:
-        raise click.UsageError(f"{out} is not exported to ONNX, as --backend onnxruntime needs it: run flashhead export onnx {out} FOLDER, and give FOLDER.")
-    if exported:
-        if device or trust:
-            raise click.UsageError("--torch-device and --trust-remote-code are for checkpoints: leave them out for a folder that is exported to ONNX.")
+    standard, plugin = options.pop("standard_operators"), options.pop("plugin")
+    found = "tensorrt" if is_tensorrt(out) else "onnxruntime" if is_exported(out) else "torch"
+    if backend not in ("auto", found):
+        raise click.UsageError(f"{out} is not {RUN_BY[backend]}, which --backend {backend} runs: {HOW[backend]}, or leave --backend out.")
+    for given, flag, kind in ((standard, "--standard-operators", "onnxruntime"), (plugin, "--plugin", "tensorrt"), (device or trust, TORCH, "torch")):
+        if given and found != kind:
+            raise click.UsageError(f"{flag}: {out} is not {RUN_BY[kind]}, for which it is: leave it out.")
+    if found != "torch":
         from flashhead_edge.jetson import open_engine as open_exported
 
-        return open_exported(out, threads=threads, native=not standard)
-    if standard:
-        raise click.UsageError("--standard-operators is for a folder that is exported to ONNX: leave it out for a checkpoint.")
+        return open_exported(out, found, threads, native=not standard, plugin=plugin)
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing and out.is_dir():
         raise click.ClickException(

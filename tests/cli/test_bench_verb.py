@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.console import Console
 from flashhead_edge.bench import head as bench
 from flashhead_edge.cli.bench import head as head_command
 from flashhead_edge.errors import FlashHeadError
+from flashhead_edge.report.engines import show_engines, write_engines
 from flashhead_edge.report.heads import show_heads, write_heads
 from flashhead_edge.report.serving import show_serving, write_serving
 
@@ -195,3 +197,33 @@ def test_every_head_that_can_be_timed_can_be_named() -> None:
     """The command line names them without loading torch."""
     (option,) = [p for p in head_command.params if p.name == "heads"]
     assert tuple(option.type.choices) == bench.HEADS
+
+
+def engines_document():
+    """As `bench_tensorrt` returns it, with invented times."""
+    records = []
+    for batch in (1, 4):
+        common = {"model": "Llama-3.2-1B", "batch": batch, "device": "H100", "backend_version": "8.6.0", "command": "flashhead bench tensorrt"}
+        for head, time in (("FlashHead alone", 25.0), ("FlashHead", 500.0), ("dense", 690.0)):
+            records.append(common | {"head": head, "microseconds": time * batch, "spread": [time, 2 * time * batch], "engine_bytes": 600_000})
+        records[-2] |= {"tokens_per_second": 1900.0 * batch, "graph_nodes": 150, "ratio_to_dense": 1.38, "share_of_head_gone": 0.88}
+    return {"records": records}
+
+
+def test_engines_have_a_table_and_a_page(tmp_path: Path) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    show_engines(engines_document(), console)
+    text = console.export_text()
+    assert "500.0 (500.0 to 1,000.0)" in text and "88 %" in text and "1.38" in text
+    write_engines(engines_document(), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<figure>") == 1 and "FlashHead alone, batch 4: 100.0 us a step" in page
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")
+def test_engines_without_a_gpu_are_one_sentence(inside) -> None:
+    result = inside("bench", "tensorrt", "--shape", "Llama-3.2-1B")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("flashhead: GPU: ")
+    result = inside("bench", "tensorrt", "--shape", "Llama-9")
+    assert result.returncode == 2 and "bench tensorrt: Llama-9 is not known" in result.stderr

@@ -72,8 +72,8 @@ def test_stop_texts_end_the_answer(inside, checkpoint: Path, dense_text: str) ->
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--backend", "onnxruntime"), "is not exported to ONNX, as --backend onnxruntime needs it: run flashhead export onnx"),
-        (("--backend", "tensorrt"), "Invalid value for '--backend': 'tensorrt' is not one of 'auto', 'torch', 'onnxruntime'."),
+        (("--backend", "onnxruntime"), "is not a folder of flashhead export onnx, which --backend onnxruntime runs: run flashhead export onnx"),
+        (("--backend", "tensorrt"), "is not a folder of flashhead export tensorrt, which --backend tensorrt runs: run flashhead export tensorrt"),
         (("--threads", "0"), "Invalid value for '--threads': 0 is not in the range x>=1."),
         (("--stop", ""), "generate: the stop strings are ('',), expected a list of texts that are not empty; leave the empty ones out"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 from small_exports import write_exportable, write_with_index
 from small_heads import everything_open, few_probes
+
+from flashhead_edge.cli import main
 
 INDEXES = {
     "all": lambda w, fingerprint: everything_open(w, cascade=True, fingerprint=fingerprint),  # leaves nothing out
@@ -50,3 +54,18 @@ def exported(converted: Callable[[str], Path], tmp_path_factory: pytest.TempPath
 
     # a cache takes a default and the same value said aloud for two things
     return lambda dialect="onnxruntime", body="fp32", index="all": make(dialect, body, index)
+
+
+@pytest.fixture
+def flashhead(capsys, monkeypatch):
+    """Run a verb in this process: exit code, stdout, stderr."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return run

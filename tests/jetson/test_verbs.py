@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import sys
-
 import pytest
 from cli_tools import one_document
 
-from flashhead_edge.cli import main
 from flashhead_edge.generation import generate, load_engine
-
-
-@pytest.fixture
-def flashhead(capsys, monkeypatch):
-    """Run a verb in this process: exit code, stdout, stderr."""
-
-    def run(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return run
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
@@ -47,8 +28,9 @@ def test_chat_talks(flashhead, exported):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--backend", "torch"), "is exported to ONNX, which --backend onnxruntime runs: leave --backend out, or give the checkpoint."),
-        (("--torch-device", "cpu"), "--torch-device and --trust-remote-code are for checkpoints: leave them out for a folder that is exported to ONNX."),
+        (("--backend", "torch"), "is not a checkpoint, which --backend torch runs: give the checkpoint, or leave --backend out."),
+        (("--torch-device", "cpu"), "is not a checkpoint, for which it is: leave it out."),
+        (("--backend", "tensorrt"), "is not a folder of flashhead export tensorrt, which --backend tensorrt runs: run flashhead export tensorrt"),
     ],
 )
 def test_what_an_export_does_not_take_is_one_sentence(flashhead, exported, options, text):

@@ -1,0 +1,116 @@
+"""The library of TensorRT plugins: found, looked at, loaded into TensorRT, and asked. See docs/tensorrt.md."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+from flashhead_edge.errors import EngineError
+
+HOW = "make it with: flashhead plugin build --tensorrt-include DIR, DIR being the folder of NvInfer.h"
+
+
+def library_name(tensorrt_major: int) -> str:
+    """The file of the library for a major version of TensorRT."""
+    return f"libflashhead_plugins_trt{tensorrt_major}.so"
+
+
+def cache_folder() -> Path:
+    """Where `flashhead plugin build` puts it."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flashhead-edge" / "plugins"
+
+
+def find_library(tensorrt_major: int, given: Path | None = None) -> Path:
+    """The library for a TensorRT: the one given, else the one in the cache, else the one that `make plugin` left in a clone.
+
+    Raises:
+        EngineError: there is none.
+    """
+    name = library_name(tensorrt_major)
+    if given is not None:
+        if not given.is_file():
+            raise EngineError(f"{given}: the plugin library is not there, expected {name}; name another file, or {HOW}")
+        return given
+    places = [cache_folder() / name, Path(__file__).resolve().parents[1] / "build" / "plugin" / name]
+    for path in places:
+        if path.is_file():
+            return path
+    raise EngineError(f"{name}: no plugin library was found (looked for {places[0]}), expected one for TensorRT {tensorrt_major}; {HOW}")
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    """The library itself, once it is known to be ours.
+
+    Raises:
+        EngineError: it cannot be loaded, or is somebody else's.
+    """
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise EngineError(f"{path}: the plugin library cannot be loaded ({error}), expected one built for this machine; {HOW}") from error
+    if not hasattr(found, "flashhead_plugin_version"):
+        raise EngineError(f"{path}: the library is not ours (it has no flashhead_plugin_version), expected {library_name(0).replace('0', 'N')}; {HOW}")
+    return found
+
+
+def text_of(path: Path, function: str, *arguments: bytes) -> str | None:
+    """What a function of the library says."""
+    f = getattr(opened(path), function)
+    f.restype, f.argtypes = ctypes.c_char_p, [ctypes.c_char_p] * len(arguments)
+    found = f(*arguments)
+    return None if found is None else found.decode(errors="replace")
+
+
+def version(path: Path) -> str:
+    """Its own version and that of the TensorRT whose headers it was made with, such as ``0.1.0 tensorrt 8.6.0``."""
+    return text_of(path, "flashhead_plugin_version") or ""
+
+
+def load_library(trt: Any, path: Path) -> None:
+    """Load the library into TensorRT, once a process: its plugins can then be parsed, built and deserialised.
+
+    Raises:
+        EngineError: it is somebody else's, or made for another major version of TensorRT, or TensorRT refuses it.
+    """
+    made_for = version(path).split()[-1].split(".")[0]
+    here = str(trt.__version__).split(".")[0]
+    if made_for != here:
+        raise EngineError(f"{path}: the plugin library was made for TensorRT {made_for}, found TensorRT {trt.__version__}, expected equal majors; {HOW}")
+    registry = trt.get_plugin_registry()
+    if _has_plugins(registry):
+        return
+    if registry.load_library(str(path)) is None:
+        raise EngineError(f"{path}: TensorRT {trt.__version__} does not load the plugin library ({last_error(path) or 'it says no more'}); {HOW}")
+    if not _has_plugins(registry):
+        raise EngineError(f"{path}: TensorRT {trt.__version__} has no plugin FlashHead after loading the library, expected one; {HOW}")
+
+
+def _has_plugins(registry: Any) -> bool:
+    listed = registry.all_creators if hasattr(registry, "all_creators") else registry.plugin_creator_list
+    return any((c.name, c.plugin_namespace) == ("FlashHead", "flashhead") for c in listed)
+
+
+def add_folder(path: Path, folder: Path) -> None:
+    """Tell the library where a file of weights lies.
+
+    Raises:
+        EngineError: it refuses the folder.
+    """
+    wrong = text_of(path, "flashhead_add_folder", str(folder).encode())
+    if wrong:
+        raise EngineError(f"{path.name}: {wrong}")
+
+
+def last_error(path: Path) -> str:
+    """The last thing that went wrong in a plugin of this process."""
+    return text_of(path, "flashhead_last_error") or ""
+
+
+def device_bytes(path: Path) -> int:
+    """Bytes of weights that the library holds on all devices."""
+    f = opened(path).flashhead_device_bytes
+    f.restype = ctypes.c_longlong
+    return int(f())
