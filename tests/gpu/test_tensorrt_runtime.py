@@ -190,3 +190,42 @@ def test_a_truncated_engine_is_refused(tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(EngineError, match="does not read the engine"):
         open_folder(folder, LIBRARY)
+
+
+def test_what_trtexec_does_works_without_our_builder():
+    """The library, the ONNX file, TensorRT's own calls: load, parse, build, deserialise."""
+    import tensorrt as trt
+
+    folder, logger = Path(os.environ["FLASHHEAD_TENSORRT"]), trt.Logger(trt.Logger.ERROR)
+    library = LIBRARY or plugins.find_library(int(trt.__version__.split(".")[0]))
+    plugins.load_library(trt, library)
+    for part in ("head", "decoder"):
+        builder = trt.Builder(logger)
+        flags = trt.NetworkDefinitionCreationFlag
+        typed = hasattr(flags, "STRONGLY_TYPED")
+        network = builder.create_network(1 << int(flags.STRONGLY_TYPED if typed else flags.EXPLICIT_BATCH))
+        parser = trt.OnnxParser(network, logger)
+        assert parser.parse_from_file(str(folder / f"{part}.onnx")), parser.get_error(0)
+        config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+        for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+            shape = tuple(1 if n < 0 else n for n in tensor.shape)
+            profile.set_shape(tensor.name, shape, shape, shape)
+        config.add_optimization_profile(profile)
+        if not typed:
+            config.set_flag(trt.BuilderFlag.FP16)
+            config.set_tactic_sources(0)
+        plan = builder.build_serialized_network(network, config)
+        assert plan is not None and plan.nbytes < 2_000_000, plugins.last_error(library)
+        engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+        assert engine.num_io_tensors == network.num_inputs + network.num_outputs
+
+
+def test_the_example_builds_its_network():
+    import subprocess
+    import sys
+
+    example = Path(__file__).parents[2] / "examples" / "tensorrt_head.py"
+    done = subprocess.run(
+        [sys.executable, example, os.environ["FLASHHEAD_TENSORRT"], *([str(LIBRARY)] if LIBRARY else [])], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("an engine of "), done.stdout + done.stderr
