@@ -17,6 +17,7 @@ FORMAT = 1
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 PARTS = ("decoder", "head", "head_logits")  # engines that a session runs
 AGAIN = "run flashhead export tensorrt again"
+MOST_HEADER = 1 << 28  # bytes
 ENGINES = "build its engines on this machine with flashhead export engines"
 
 
@@ -123,10 +124,10 @@ def check_files(m: Manifest, *, contents: bool = False) -> None:
         return
     path = m.folder / WEIGHTS
     _check_size(path, int(m.document["weights_bytes"]))
-    found, length = header_fingerprint(path)
+    found = header_fingerprint(path)
     if found != m.weights_fingerprint:
         raise CheckpointError(f"{path}: the weights have fingerprint {found}, expected {m.weights_fingerprint}: another model's; restore the file, or {AGAIN}")
-    if contents and _sha256(path, length) != m.document["weights_sha256"]:
+    if contents and _sha256(path, len(_header(path))) != m.document["weights_sha256"]:
         raise CheckpointError(f"{path}: the weights' bytes changed since they were written; restore the file, or {AGAIN}")
     config = m.folder / "config.json"
     sha256 = m.document.get("flashhead_config_fingerprint")
@@ -160,18 +161,30 @@ def check_machine(m: Manifest, facts: DeviceFacts, tensorrt: str, plugin_sha256:
         )
 
 
-def header_fingerprint(path: Path) -> tuple[str, int]:
-    """FNV-1a 64 of a safetensors file's header, as the plugins have it, and the header's bytes."""
+def header_fingerprint(path: Path) -> str:
+    """The fingerprint of a file of weights, as the plugins have it: FNV-1a of its length word and JSON header.
+
+    Raises:
+        CheckpointError: it is no safetensors file.
+    """
+    return fnv1a(_header(path))
+
+
+def fnv1a(data: bytes) -> str:
+    """FNV-1a of 64 bits, as 16 lower-case hex digits."""
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return f"{value:016x}"
+
+
+def _header(path: Path) -> bytes:
     with path.open("rb") as file:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 0 < length < 1 << 28:
-            raise CheckpointError(f"{path}: no safetensors file (its header has {length} bytes); restore the file, or {AGAIN}")
-        header = first + file.read(length)
-    value = 0xCBF29CE484222325
-    for byte in header:
-        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
-    return f"{value:016x}", len(header)
+        if not 0 < length < MOST_HEADER:
+            raise CheckpointError(f"{path}: no safetensors file (its header has {length:,} bytes); restore the file, or {AGAIN}")
+        return first + file.read(length)
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -14,8 +14,8 @@ from flashhead_edge.checkpoint.atomic import link_or_copy, regular, replacing
 from flashhead_edge.errors import CheckpointError, DeviceError, EngineError, SettingsError
 from flashhead_edge.export.tensorrt import builder, versions
 from flashhead_edge.export.tensorrt.head import Device
-from flashhead_edge.export.tensorrt.manifest import MANIFEST, read_manifest, sha256_of, write_manifest
-from flashhead_edge.export.tensorrt.weights import WEIGHTS, header_fingerprint
+from flashhead_edge.export.tensorrt.manifest import sha256_of, write_manifest
+from flashhead_edge.jetson.tensorrt_folder import MANIFEST, WEIGHTS, header_fingerprint, read_manifest
 from flashhead_edge.progress import Progress, silent
 
 PARTS = ("head", "head_logits", "decoder", "decoder_dense")  # in the order in which they are built: the small ones fail first
@@ -128,7 +128,7 @@ def build_engines(folder: str | Path, *, build: Build | None = None, progress: P
         DeviceError, EngineError: as `export_tensorrt`; the head was planned for another device.
     """
     path = Path(folder).expanduser().resolve()
-    manifest = read_manifest(path)
+    manifest = read_manifest(path).document
     build = build or Build()
     ready = prepared(build, manifest["layers"], manifest["precision"])
     if manifest["layers"] == "plugin":
@@ -149,7 +149,7 @@ def build_engines(folder: str | Path, *, build: Build | None = None, progress: P
         _say_folder(new, path, manifest, progress)
         whole = manifest | {"capability": ready.device.capability or manifest["capability"]} | add_engines(ready, new, manifest, progress)
         write_manifest(new, whole)
-    return read_manifest(path)
+    return read_manifest(path).document
 
 
 def _check_planned(path: Path, manifest: Mapping[str, Any], device: Device) -> None:

@@ -22,10 +22,11 @@ from flashhead_edge.export.tensorrt.engines import Build, add_engines, prepared
 from flashhead_edge.export.tensorrt.folder import SPARE, stored_items, write_parts
 from flashhead_edge.export.tensorrt.head import MOST_ROWS, Device, head_part
 from flashhead_edge.export.tensorrt.lowering import lower_body
-from flashhead_edge.export.tensorrt.manifest import read_manifest, sha256_of, write_manifest
+from flashhead_edge.export.tensorrt.manifest import sha256_of, write_manifest
 from flashhead_edge.export.tensorrt.nodes import Decoder
 from flashhead_edge.export.tensorrt.weights import PRECISIONS, float_item
 from flashhead_edge.index import HeadIndex
+from flashhead_edge.jetson.tensorrt_folder import read_manifest
 from flashhead_edge.progress import Progress, silent
 
 CONTEXT, CHUNK = 4096, 256  # positions of the cache, tokens of a prompt that are read together, where nobody says how many
@@ -142,7 +143,7 @@ def export_tensorrt(
             if ready is not None:
                 manifest |= add_engines(ready, new, manifest, progress)
             write_manifest(new, manifest)
-    return ExportedTensorRT(str(path), layers, {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()}, read_manifest(path))
+    return ExportedTensorRT(str(path), layers, {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()}, read_manifest(path).document)
 
 
 def _checked(source: Source, w: Wanted, context: int | None, chunk: int | None) -> Wanted:

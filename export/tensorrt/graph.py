@@ -10,7 +10,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from flashhead_edge.export.tensorrt.nodes import OURS, PLAIN, Constant, External, Graph, Node, Stored
-from flashhead_edge.export.tensorrt.weights import WEIGHTS, WeightsFile
+from flashhead_edge.export.tensorrt.weights import WeightsFile
+from flashhead_edge.jetson.tensorrt_folder import WEIGHTS
 
 OPSET = 17  # TensorRT 8.6 reads 13 to 22
 IR_VERSION = 8

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from flashhead_edge.errors import ExportError
+from flashhead_edge.jetson.tensorrt_folder import fnv1a
 from flashhead_edge.progress import Progress, silent
 
-WEIGHTS = "weights.safetensors"
 FORMAT = "1"
 PRECISIONS = ("float16", "bfloat16")
 STORED = {"float16": "F16", "bfloat16": "BF16"}  # safetensors' names
@@ -30,7 +30,6 @@ ALIGNMENT = 64  # bytes: where the tensors begin; each is a multiple of 16 long 
 BLOCK_ROWS = 8192  # of a matrix, converted together
 TILE_ROWS, CHUNK = 16, 64  # w4a16.h: outputs and inputs of a tile
 UNTIL_HASHED = "0" * 64
-OFFSET_BASIS, PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,22 +103,6 @@ def _header(items: Sequence[Item], head_fingerprint: str, sha256: str) -> tuple[
         places[item.name] = (at, item.nbytes)
         at += item.nbytes
     return struct.pack("<Q", len(text)) + text, places
-
-
-def header_fingerprint(path: Path) -> str:
-    """The fingerprint of a file that is there: of its first 8 + N bytes, N its header's length."""
-    with path.open("rb") as file:
-        first = file.read(8)
-        (length,) = struct.unpack("<Q", first)
-        return fnv1a(first + file.read(length))
-
-
-def fnv1a(data: bytes) -> str:
-    """FNV-1a of 64 bits, as 16 lower-case hex digits."""
-    value = OFFSET_BASIS
-    for byte in data:
-        value = (value ^ byte) * PRIME & 0xFFFFFFFFFFFFFFFF
-    return f"{value:016x}"
 
 
 # ---- floats

@@ -146,7 +146,7 @@ def test_runtimes_that_cannot_do_it_say_so(exported: Path, monkeypatch: pytest.M
 
 
 def test_engines_are_built_only_in_a_folder_that_is_whole(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"manifest\.json: the file is missing, expected a folder that flashhead export tensorrt --onnx-only wrote"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: the file is missing, expected a folder that flashhead export tensorrt wrote"):
         build_engines(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 9}')
     with pytest.raises(CheckpointError, match="the manifest has format 9, expected 1"):
