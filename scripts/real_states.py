@@ -75,6 +75,10 @@ def main() -> int:
     for path in (Path(options.folder), *options.texts):
         if not path.exists():
             sys.exit(f"real_states: {path} is not there, expected a checkpoint's folder and texts; name others")
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("real_states: no NVIDIA GPU was found, expected one that torch can use; run it on a machine with a GPU")
     found = compare(options.folder, options.texts, options.states, options.dtype)
     print(json.dumps(found))
     return int(bool(found["other_tokens"]))

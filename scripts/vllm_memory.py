@@ -67,6 +67,10 @@ def main() -> None:
     if args.enabled is not None:
         print(f"\n{MARK}{json.dumps(measure(args.checkpoint, bool(args.enabled), args.utilization, args.load_format))}")
         return
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("vllm_memory: no NVIDIA GPU was found, expected one that torch can use; run it on a machine with a GPU")
     found = []
     for enabled in (0, 1):
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--enabled", str(enabled)], capture_output=True, text=True, check=False)

@@ -151,6 +151,13 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
         build.compiled("decode.cu", "sm_90")
 
 
+def test_a_compiler_newer_than_the_driver_is_a_sentence():
+    build.check_versions(13, 13)
+    build.check_versions(13, 12)
+    with pytest.raises(DeviceError, match=r"NVRTC is of CUDA 13 and the driver of CUDA 12, .* pip install 'nvidia-cuda-nvrtc-cu12' 'cuda-bindings==12"):
+        build.check_versions(12, 13)
+
+
 def test_a_source_that_does_not_compile_leaves_no_file(tmp_path, monkeypatch):
     pytest.importorskip("cuda.core")
     (tmp_path / "broken.cu").write_text("not C++")

@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("interrupted", 130)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a verb: its help, as click would print it
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "flashhead"
         _fail(f"{error.format_message()} See {path} --help", error.exit_code)

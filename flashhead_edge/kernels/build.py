@@ -182,14 +182,24 @@ def prepare(
 
 
 def _loaded(code: bytes, name: str, device: int) -> Any:
-    from cuda.bindings import driver
+    from cuda.bindings import driver, nvrtc
 
+    check_versions(check(driver.cuDriverGetVersion(), name) // 1000, nvrtc.nvrtcVersion()[1])
     module = check(driver.cuModuleLoadData(code + b"\0"), name)  # PTX ends with a zero, a cubin may
     handle = check(driver.cuModuleGetFunction(module, name.encode()), name)
     most = check(driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device), name)
     static = static_shared(handle, name)
     check(driver.cuFuncSetAttribute(handle, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most - static), name)
     return handle
+
+
+def check_versions(driver: int, compiler: int) -> None:
+    """Raise DeviceError where the driver's major version of CUDA is below the compiler's: it does not load what that makes."""
+    if compiler > driver:
+        raise DeviceError(
+            f"CUDA kernels: NVRTC is of CUDA {compiler} and the driver of CUDA {driver}, expected no newer compiler than driver; update the driver, or "
+            f"pip install 'nvidia-cuda-nvrtc-cu{driver}' 'cuda-bindings=={driver}.*'"
+        )
 
 
 def static_shared(handle: Any, name: str) -> int:

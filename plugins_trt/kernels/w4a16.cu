@@ -16,8 +16,8 @@
 //   Llama-3.2-1B down         2,048 x 8,192    8.7 MB         2.9      5.0                                      8.1
 //   Llama-3.2-1B o            2,048 x 2,048    2.2 MB         0.7      2.2                                      3.8
 // Without overlap each costs 1.0 to 1.5 us more. Verdict: kept.
-// Prefill, M = 512, fp16, on an H100, by wgmma (before: by mma.sync), against cuBLAS fp16 in the same run: gate and up 72 us (105), 1.3 times its time;
-// down 54 (63), 1.6; q, k and v 18 (35), 1.5; o 14 (18), 1.4. Verdict: kept. Up to 509 TFLOP/s. A chunk's time hardly depends on its tokens, nor on the
+// Prefill, M = 512, fp16, on an H100, by wgmma (before: by mma.sync), against cuBLAS fp16 in the same run: gate and up 67 us (105), 1.1 times its time;
+// down 51 (63), 1.6; q, k and v 18 (35), 1.5; o 14 (18), 1.4. Verdict: kept. Up to 515 TFLOP/s. A chunk's time hardly depends on its tokens, nor on the
 // fence or on who copies: reckoned, not traced, it is the latency of codes, products with scales and wgmma in a row. Worst where M is small and K long:
 // 2.9 at M = 64, down.
 #include "w4a16_codes.cuh"

@@ -287,6 +287,9 @@ def by_reference(head: TorchHead, width: int, totals: Tensor) -> Callable[[Tenso
     return logits
 
 
+ASKED_WORDS = {"constrained": "constrain tokens", "logprobs": "ask for log-probabilities"}
+
+
 def start_line(method: FlashHeadMethod, weight: Tensor) -> str:
     """What the log says at start."""
     index, settings, summary = method.index, method.settings, method.index.summary
@@ -299,7 +302,11 @@ def start_line(method: FlashHeadMethod, weight: Tensor) -> str:
     turn = "at every batch" if least is None else f"below a batch of {least}"
     if method.tokens is not None and method.dense_from != least:
         turn += f" where tokens alone are wanted, {'at every batch' if method.dense_from is None else f'below {method.dense_from}'} where logits are"
-    exact = f"the dense head for requests with {' and '.join(settings.exact_for)}" if settings.exact_for else "for every request"
+    if least is not None and least <= 1:
+        turn = "at no batch: with this crossover the dense head computes every step"
+    asked = " or ".join(ASKED_WORDS[kind] for kind in settings.exact_for)
+    exact = f"the dense head for requests that {asked}" if settings.exact_for else "for every request"
+    slow = "; on a CPU it runs as the reference in torch, slower than the dense head: for tests" if weight.device.type == "cpu" else ""
     every = ", every row scored" if settings.score_all_rows else ""
     unchecked = "" if method.checked else "; dummy weights: whether the index fits them was not checked"
     if method.checked and not index.fingerprint:
@@ -307,5 +314,5 @@ def start_line(method: FlashHeadMethod, weight: Tensor) -> str:
     return (
         f"FlashHead is active on {method.name}: {index.n_clusters:,} clusters of {index.cluster_size}, centroids {index.centroids.kind}, {kinds}, "
         f"exact rows {str(weight.dtype).removeprefix('torch.')}, {promise}, "
-        f"{turn}, {exact}{every}{unchecked}"
+        f"{turn}, {exact}{every}{unchecked}{slow}"
     )
