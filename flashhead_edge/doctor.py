@@ -56,7 +56,7 @@ def examine() -> dict[str, Any]:
         lambda: package("onnxruntime-genai", "export onnx with the decoder's body (extra: export)"),
         jetson,
     )
-    return {"flashhead_edge": __version__, "facts": [asdict(look()) for look in looks]}
+    return {"flashhead_edge": __version__, "facts": [asdict(fact) for fact in (*(look() for look in looks), *board())]}
 
 
 def lines(report: dict[str, Any]) -> list[str]:
@@ -182,13 +182,21 @@ def onnxruntime() -> Fact:
 
 def jetson(root: str | Path = "/") -> Fact:
     """The board from its device tree, the software from its release file. `root` is the file system looked at."""
-    model = _read(Path(root) / "proc/device-tree/model").strip("\0 \n")
-    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _read(Path(root) / "etc/nv_tegra_release"))
-    compatible = _read(Path(root) / "proc/device-tree/compatible").replace("\0", " ")
-    if "tegra" not in compatible and release is None:
-        return Fact("Jetson", False, None, None, f"the Jetson runtime: {LATER}")
-    version = f"L4T {release[1]}.{release[2]}" if release else None
-    return Fact("Jetson", True, version, model or compatible.strip() or None, f"the Jetson runtime: {LATER}")
+    from flashhead_edge.jetson.board import read_board
+
+    enables, found = "exports in ONNX Runtime and TensorRT; flashhead monitor shows it live, flashhead plan says what fits", read_board(root)
+    if found.tegra is None:
+        return Fact("Jetson", False, None, None, enables)
+    version = None if found.l4t is None else f"L4T {found.l4t}" + (f", JetPack {found.jetpack}" if found.jetpack else "")
+    unread = "; ".join(f"{path} cannot be read: {why}" for path, why in found.unread.items())
+    return Fact("Jetson", True, version, "; ".join(x for x in (found.title, unread) if x), enables)
+
+
+def board(root: str | Path = "/") -> list[Fact]:
+    """What holds a Jetson's speed back and what to type; nothing on another machine. `root` is the file system looked at."""
+    from flashhead_edge.jetson.board_advice import held_back
+
+    return [Fact(f.name, f.good, f.state, f.detail, f.remedy) for f in held_back(root)]
 
 
 def _version(name: str) -> str | None:

@@ -91,7 +91,7 @@ def open_engine(
     Raises:
         CheckpointError: no exported folder, or a damaged one, or parts that do not belong together.
         EngineError: the backend is not installed, too old for the model, or not the one that engines were built with.
-        DeviceError: TensorRT's engines, and no GPU or too little memory.
+        DeviceError: TensorRT's engines and no GPU, or too little memory.
         SettingsError: `backend` or `threads` is out of range.
     """
     if backend not in BACKENDS:

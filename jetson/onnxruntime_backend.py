@@ -11,9 +11,11 @@ import numpy as np
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.jetson.folder import PARTS, ExportSettings, check_belongs, part_file, read_settings
-from flashhead_edge.jetson.onnxruntime_body import OnnxBody
-from flashhead_edge.jetson.onnxruntime_sessions import NATIVE_BODY, NATIVE_HEAD, native_library, open_model, usable_threads, vector_unit
+from flashhead_edge.jetson.onnxruntime_body import FIRST_CAPACITY, OnnxBody
+from flashhead_edge.jetson.onnxruntime_sessions import NATIVE_BODY, NATIVE_HEAD, open_model, parts_of, usable_threads
 from flashhead_edge.jetson.onnxruntime_step import OneState
+from flashhead_edge.jetson.plan import check_fits, free_here
+from flashhead_edge.jetson.plan_sources import onnx_need
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -90,17 +92,15 @@ def open_folder(folder: Path, threads: int | None, fingerprint: str | None, *, n
     Raises:
         SettingsError: `threads` is out of range.
         CheckpointError, EngineError: see `OnnxRuntime.session`.
+        DeviceError: too little memory, before anything is loaded.
     """
     if threads is not None and threads < 1:
         raise SettingsError(f"generate: threads is {threads}, expected 1 or more; call again with another value")
     for part in PARTS:
         part_file(folder, part)
-    head, body = (native and (folder / f"{part}.onnx").is_file() for part in (NATIVE_HEAD, NATIVE_BODY))
-    backend = OnnxRuntime(
-        folder, threads or usable_threads(), fingerprint,
-        step_part=NATIVE_HEAD if head and native_library() is not None else "head",
-        body_part=NATIVE_BODY if body and vector_unit() not in (None, "plain") else "body",  # plain loops are slower than standard operators
-    )  # fmt: skip
+    body, head = parts = parts_of(folder, native)
+    check_fits(onnx_need(folder, parts), free_here(), FIRST_CAPACITY)
+    backend = OnnxRuntime(folder, threads or usable_threads(), fingerprint, step_part=head, body_part=body)
     for part in (backend.body_part, backend.step_part):
         backend.session(part)
     return backend

@@ -42,6 +42,18 @@ def vector_unit() -> str | None:
     return str(_native.vector_unit)
 
 
+def parts_of(folder: Path, native: bool = True) -> tuple[str, str]:
+    """The parts of an exported folder that run here: the body and the head, ours where the folder and this installation have them.
+
+    Plain loops of our body are slower than standard operators.
+    """
+    head, body = (native and (folder / f"{part}.onnx").is_file() for part in NATIVE)
+    return (
+        NATIVE_BODY if body and vector_unit() not in (None, "plain") else "body",
+        NATIVE_HEAD if head and native_library() is not None else "head",
+    )
+
+
 def open_model(path: Path, threads: int) -> InferenceSession:
     """An ONNX model as a session on the CPU, with our own operators where it is one of the native parts.
 

@@ -28,6 +28,8 @@ from flashhead_edge.head import Step
 from flashhead_edge.jetson import plugins
 from flashhead_edge.jetson.driver import Device, Graph, Memory, Pinned, Stream, device_facts
 from flashhead_edge.jetson.folder import ExportSettings
+from flashhead_edge.jetson.plan import check_fits, free_gpu
+from flashhead_edge.jetson.plan_sources import tensorrt_need
 from flashhead_edge.jetson.tensorrt_engine import Context, Engine, Runtime, load_tensorrt, to_float32, to_half
 from flashhead_edge.jetson.tensorrt_folder import WEIGHTS, Manifest, check_files, check_machine, read_manifest
 
@@ -511,6 +513,7 @@ def open_folder(folder: Path, plugin: Path | None = None, stream: int | None = N
     library = plugins.find_library(int(str(trt.__version__).split(".")[0]), plugin)
     check_machine(manifest, facts, str(trt.__version__), hashlib.sha256(library.read_bytes()).hexdigest())
     check_files(manifest, contents=check)
+    check_fits(tensorrt_need(folder), free_gpu(facts.free_bytes), manifest.context, manifest.max_batch)
     plugins.load_library(trt, library)
     plugins.add_folder(library, folder.resolve())
     device = Device()
