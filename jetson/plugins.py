@@ -9,7 +9,7 @@ from typing import Any
 
 from flashhead_edge.errors import EngineError
 
-HOW = "make it with: flashhead plugin build --tensorrt-include DIR, DIR being the folder of NvInfer.h"
+HOW = "make it in a clone with: make plugin TENSORRT_INCLUDE=DIR, DIR being the folder of NvInfer.h; then name it with --plugin, or put it there"
 
 
 def library_name(tensorrt_major: int) -> str:
@@ -18,7 +18,7 @@ def library_name(tensorrt_major: int) -> str:
 
 
 def cache_folder() -> Path:
-    """Where `flashhead plugin build` puts it."""
+    """Where it is looked for first."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "flashhead-edge" / "plugins"
 

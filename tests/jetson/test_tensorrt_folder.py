@@ -157,5 +157,5 @@ def test_a_library_that_is_not_ours_is_refused(tmp_path):
 
 def test_a_missing_library_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(EngineError, match=r"libflashhead_plugins_trt99\.so: no plugin library was found .* flashhead plugin build --tensorrt-include DIR"):
+    with pytest.raises(EngineError, match=r"libflashhead_plugins_trt99\.so: no plugin library was found .* make plugin TENSORRT_INCLUDE=DIR"):
         plugins.find_library(99)
