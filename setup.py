@@ -1,7 +1,7 @@
 """Where the packages lie. Everything else about the distribution stands in pyproject.toml.
 
 Two rooms of the package live in top-level folders: export/ is flashhead_edge.export, jetson/ is flashhead_edge.jetson.
-The CUDA sources, which are compiled on the user's machine, travel as the data of flashhead_edge.kernels.sources.
+The CUDA sources and those of the TensorRT plugins, which are compiled on the user's machine, travel as data in flashhead_edge.kernels.
 One library is compiled when the package is: the head's step as an operator of ONNX Runtime, in C. Where there is no compiler
 the installation succeeds without it, and exported heads run on ONNX Runtime's own operators.
 The mapping stands here and not in pyproject.toml because there it would need every package of the house by name;
@@ -19,7 +19,11 @@ packages = find_packages(include=["flashhead_edge", "flashhead_edge.*"])
 for name, folder in ROOMS.items():
     packages += [name, *(f"{name}.{inner}" for inner in find_packages(folder))]
 
-SOURCES = {"flashhead_edge.kernels.sources": "plugins_trt/kernels"}
+SOURCES = {
+    "flashhead_edge.kernels.sources": "plugins_trt/kernels",
+    "flashhead_edge.kernels.plugins": "plugins_trt/plugins",
+    "flashhead_edge.kernels.nvrtc": "plugins_trt/nvrtc",
+}
 
 # What a state gets may depend on nothing but the state: the compiler must not fuse multiplications and additions where the source does not.
 FLAGS = ["/O2", "/fp:precise", "/std:c11"] if os.name == "nt" else ["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes.util
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -20,7 +21,31 @@ from typing import Any
 
 from flashhead_edge import __version__
 
-LATER = "nothing in this version yet"
+RUNTIMES = {  # of TensorRT: modules, the first that has its classes; what it enables
+    "TensorRT": (("tensorrt",), "export tensorrt, and generate and chat of what it wrote"),
+    "TensorRT-RTX": (("tensorrt_rtx_bindings", "tensorrt_rtx"), "export tensorrt --runtime tensorrt_rtx: native layers alone, it takes no plugins"),
+    "TensorRT lean": (("tensorrt_lean_bindings", "tensorrt_lean"), "trying the plugins without a builder (scripts/plugin_lean.py)"),
+}
+# In a process of its own: a TensorRT that is broken may end it. Prints the module's version, then what its loading of the plugin library says.
+LOOK = """
+import importlib, sys
+from pathlib import Path
+from flashhead_edge.errors import EngineError
+from flashhead_edge.jetson import plugins
+try:
+    module = importlib.import_module(sys.argv[1])
+    print(module.__version__, flush=True)
+except (ImportError, OSError, AttributeError) as error:
+    print("!", *str(error).split(), flush=True)
+    sys.exit()
+try:
+    library = plugins.find_library(int(module.__version__.split(".")[0]))
+    print(library, plugins.version(library), sep="\\n", flush=True)
+    plugins.load_library(module, library)
+    print("loads")
+except EngineError as error:
+    print("!", error)
+"""
 
 
 @dataclass(frozen=True)
@@ -50,13 +75,12 @@ def examine() -> dict[str, Any]:
         lambda: library(
             "CUDA NVRTC", "nvrtc", "flashhead_edge.kernels: compiling them without a toolchain", packages=("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
         ),
-        lambda: library("TensorRT", "nvinfer", f"TensorRT engines: {LATER}", packages=("tensorrt", "tensorrt-cu12", "tensorrt-cu13")),
         lambda: package("vllm", "serving: vllm serve OUT (0.26 or newer, on a GPU)"),
         onnxruntime,
         lambda: package("onnxruntime-genai", "export onnx with the decoder's body (extra: export)"),
         jetson,
     )
-    return {"flashhead_edge": __version__, "facts": [asdict(fact) for fact in (*(look() for look in looks), *board())]}
+    return {"flashhead_edge": __version__, "facts": [asdict(fact) for fact in (*(look() for look in looks), *tensorrt(), *board())]}
 
 
 def lines(report: dict[str, Any]) -> list[str]:
@@ -162,6 +186,47 @@ def library(name: str, short: str, enables: str, packages: tuple[str, ...] = ())
             return Fact(name, True, version, f"package {package_name}", enables)
     path = ctypes.util.find_library(short)
     return Fact(name, path is not None, None, path, enables)
+
+
+def tensorrt() -> list[Fact]:
+    """Which TensorRT there is, and whether our plugin library loads in it."""
+    facts, plugin = [], None
+    for name, (modules, enables) in RUNTIMES.items():
+        module = next((m for m in modules if importlib.util.find_spec(m)), None)
+        if module is None:
+            continue
+        version, *said = _look(module)
+        broken = version.startswith("! ")
+        facts.append(Fact(name, not broken, None if broken else version, f"installed, but does not load: {version[2:]}" if broken else module, enables))
+        if name != "TensorRT-RTX" and not broken and plugin is None:
+            plugin = _plugin_library(f"{name} {version}", said)
+    if not any(f.name == "TensorRT" for f in facts):
+        path = ctypes.util.find_library("nvinfer")
+        detail = f"{path}, but no Python module" if path else "no module tensorrt: it comes with JetPack (--system-site-packages), or pip install tensorrt"
+        facts.insert(0, Fact("TensorRT", False, None, detail, RUNTIMES["TensorRT"][1]))
+    return [*facts, plugin or _plugin_library("", [])]
+
+
+def _plugin_library(runtime: str, said: list[str]) -> Fact:
+    """What became of the plugin library: its path, its version, and `loads` or what was wrong."""
+    enables = "engines whose head and layers are ours; made by flashhead plugin build"
+    if not runtime:
+        return Fact("TensorRT plugins", False, None, "no TensorRT to load them", enables)
+    wrong = next((line[2:] for line in said if line.startswith("! ")), None)
+    if wrong is None and said[-1:] != ["loads"]:
+        wrong = f"loading them ends the process in {runtime}"
+    version = next((line for line in said[1:2] if not line.startswith("! ")), None)
+    return Fact("TensorRT plugins", wrong is None, version, wrong or f"{said[0]} loads in {runtime}", enables)
+
+
+def _look(module: str) -> list[str]:
+    """The lines of LOOK for a module, at least one."""
+    try:
+        done = subprocess.run([sys.executable, "-c", LOOK, module], capture_output=True, text=True, errors="replace", timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"! {_line(error)}"]
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return lines or [f"! {_line(done.stderr) or f'the process ended with {done.returncode}'}"]
 
 
 def onnxruntime() -> Fact:

@@ -229,7 +229,9 @@ class Stream:
         try:
             yield graph
         except BaseException:
-            self._end()
+            half = self._end()
+            if half is not None:
+                library().cuGraphDestroy(half)
             raise
         made = self._end()
         if made is None:

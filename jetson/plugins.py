@@ -9,7 +9,8 @@ from typing import Any
 
 from flashhead_edge.errors import EngineError
 
-HOW = "make it in a clone with: make plugin TENSORRT_INCLUDE=DIR, DIR being the folder of NvInfer.h; then name it with --plugin, or put it there"
+_loaded: dict[str, Path] = {}  # by TensorRT's module: its registry keeps plugins by name, so that a second library would be passed over
+HOW = "make it with: flashhead plugin build --tensorrt-include DIR, DIR being the folder of NvInfer.h"
 
 
 def library_name(tensorrt_major: int) -> str:
@@ -18,7 +19,7 @@ def library_name(tensorrt_major: int) -> str:
 
 
 def cache_folder() -> Path:
-    """Where it is looked for first."""
+    """Where `flashhead plugin build` puts it."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "flashhead-edge" / "plugins"
 
@@ -73,19 +74,25 @@ def load_library(trt: Any, path: Path) -> None:
     """Load the library into TensorRT, once a process: its plugins can then be parsed, built and deserialised.
 
     Raises:
-        EngineError: it is somebody else's, or made for another major version of TensorRT, or TensorRT refuses it.
+        EngineError: it is somebody else's, or made for another major version of TensorRT, or TensorRT refuses it; another one has been loaded.
     """
     made_for = version(path).split()[-1].split(".")[0]
     here = str(trt.__version__).split(".")[0]
     if made_for != here:
         raise EngineError(f"{path}: the plugin library was made for TensorRT {made_for}, found TensorRT {trt.__version__}, expected equal majors; {HOW}")
     registry = trt.get_plugin_registry()
-    if _has_plugins(registry):
+    if _has_plugins(registry):  # by us, or by the program itself
+        before = _loaded.setdefault(trt.__name__, path.resolve())
+        if before != path.resolve():
+            raise EngineError(
+                f"{path}: this process has loaded another plugin library ({before}), expected one library a process; give that one, or start another process"
+            )
         return
     if registry.load_library(str(path)) is None:
         raise EngineError(f"{path}: TensorRT {trt.__version__} does not load the plugin library ({last_error(path) or 'it says no more'}); {HOW}")
     if not _has_plugins(registry):
         raise EngineError(f"{path}: TensorRT {trt.__version__} has no plugin FlashHead after loading the library, expected one; {HOW}")
+    _loaded[trt.__name__] = path.resolve()
 
 
 def _has_plugins(registry: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +93,57 @@ def test_old_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "4.57.1")
     fact = doctor.package("transformers", "x", minimum=5)
     assert (fact.found, fact.detail) == (False, "too old: 5.0 or newer is needed")
+
+
+TENSORRT = """
+import ctypes
+__version__ = {version!r}
+class Logger: pass
+class Creator: name, plugin_namespace = "FlashHead", "flashhead"
+class Registry:
+    plugin_creator_list = []
+    def load_library(self, path):
+        {load}
+        self.plugin_creator_list.append(Creator)
+        return object()
+registry = Registry()
+def get_plugin_registry(): return registry
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize(
+    ("module", "library", "version", "words"),
+    [
+        (None, True, None, "no TensorRT to load them"),
+        (TENSORRT.format(version="8.6.0", load=""), True, "0.1.0 tensorrt 8.6.1", "libflashhead_plugins_trt8.so loads in TensorRT 8.6.0"),
+        (TENSORRT.format(version="8.6.0", load=""), False, None, "no plugin library was found"),
+        (TENSORRT.format(version="10.3.0", load=""), True, "0.1.0 tensorrt 8.6.1", "was made for TensorRT 8, found TensorRT 10.3.0"),
+        (TENSORRT.format(version="8.6.0", load="ctypes.string_at(0)"), True, "0.1.0 tensorrt 8.6.1", "loading them ends the process in TensorRT 8.6.0"),
+        ("raise ImportError('libnvinfer.so.8: cannot open shared object file')", True, None, "no TensorRT to load them"),
+    ],
+    ids=["absent", "loads", "no library", "another major", "crash", "broken"],
+)
+def test_tensorrt_says_whether_it_loads_our_plugins(module: str | None, library: bool, version: str | None, words: str, tmp_path: Path, root: Path) -> None:
+    """A made module and a made library, in a process of its own."""
+    if module is not None:
+        (tmp_path / "tensorrt.py").write_text(module)
+    if library:
+        folder = tmp_path / "flashhead-edge" / "plugins"
+        folder.mkdir(parents=True)
+        (tmp_path / "made.c").write_text(
+            'const char* flashhead_plugin_version(void) { return "0.1.0 tensorrt 8.6.1"; }\nconst char* flashhead_last_error(void) { return ""; }\n'
+        )
+        for major in (8, 10):
+            subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "made.c", "-o", folder / f"libflashhead_plugins_trt{major}.so"], check=True)
+    code = "from dataclasses import asdict; import json; from flashhead_edge import doctor; print(json.dumps([asdict(f) for f in doctor.tensorrt()]))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "XDG_CACHE_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    facts = {f["name"]: f for f in json.loads(result.stdout)}
+    runtime, plugins = facts["TensorRT"], facts["TensorRT plugins"]
+    assert runtime["found"] == (module is not None and "ImportError" not in module)
+    if module is not None and not runtime["found"]:
+        assert runtime["detail"] == "installed, but does not load: libnvinfer.so.8: cannot open shared object file"
+    assert (plugins["found"], plugins["version"]) == (words.endswith("loads in TensorRT 8.6.0"), version)
+    assert words in plugins["detail"]

@@ -93,8 +93,9 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path, source: Path) ->
         want |= {f"flashhead_edge/{p.relative_to(source).as_posix()}" for p in (source / room).rglob("*.py")}
     assert {n for n in names if n.endswith(".py")} == want
     assert "flashhead_edge/py.typed" in names
-    kernels = {f"flashhead_edge/kernels/sources/{p.name}" for p in (source / "plugins_trt/kernels").iterdir()}
-    assert kernels and {n for n in names if n.endswith((".cu", ".cuh", ".h"))} == kernels
+    rooms = {"sources": "kernels", "plugins": "plugins", "nvrtc": "nvrtc"}
+    sources = {f"flashhead_edge/kernels/{name}/{p.name}" for name, room in rooms.items() for p in (source / "plugins_trt" / room).iterdir()}
+    assert sources and {n for n in names if n.endswith((".cu", ".cuh", ".h", ".cpp", ".map"))} == sources
     assert {n.split("/")[0].split("-")[0].removesuffix(".dist") for n in names} == {"flashhead_edge"}
 
 

@@ -80,7 +80,7 @@ def head(
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made model. Repeatable.  [default: Llama-3.2-1B, Qwen3-0.6B]")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 32), help="Texts at a time. Repeatable.  [default: 1, 4, 16]")
-@click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT's plugin library.  [default: the one in the cache or of `make plugin`]")
+@click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT's plugin library.  [default: the one that `flashhead plugin build` made]")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page with plots to this file.")
 @json_option
 @common_options

@@ -74,7 +74,7 @@ def engine_options(function: F) -> F:
             "--plugin",
             type=click.Path(path_type=Path, dir_okay=False),
             metavar="LIB",
-            help="The plugin library.  [default: the one in the cache or of `make plugin`]",
+            help="The plugin library.  [default: the one that `flashhead plugin build` made]",
         ),
         click.option(
             "--runtime",

@@ -35,7 +35,7 @@ OPTIONS = (
         show_default=True,
         help="torch for a checkpoint, onnxruntime and tensorrt for a folder that flashhead export wrote for them; auto sees which it is.",
     ),
-    click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT's plugin library.  [default: the one in the cache or of `make plugin`]"),
+    click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT's plugin library.  [default: the one that `flashhead plugin build` made]"),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one for each core]"),
     click.option("--standard-operators", is_flag=True, help="Leave our own operators of an export aside: ONNX Runtime's alone, which are slower."),
     click.option("--torch-device", metavar="NAME", help="Where the model runs: cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),

@@ -25,6 +25,14 @@ constexpr int kStep = 16;                     // positions a warp takes at once:
 // A step's loads, the sums and the query fill a lane's registers; heads of 64 leave room for twice the warps.
 __host__ __device__ constexpr int block_threads(int head_size) { return head_size == 64 ? 512 : 256; }
 
+template <class T, int HEAD, bool CLUSTER>
+__global__ void attention_decode(const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace, u32* arrivals_apart,
+                                 int queries, int heads, int kv_heads, int rows, int row_blocks, int max_length, int window, float scale);
+template <class T>
+__global__ void attention_rope_write(const u16* qkv, const float2* rotations, const u16* q_norm, const u16* k_norm, float norm_offset, float epsilon,
+                                     const int* lengths, u16* q, u16* cache_k, u16* cache_v, int q_heads, int kv_heads, int head_size, int max_length);
+
+#ifdef __CUDACC__
 __device__ inline float exp2_fast(float v) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
@@ -368,6 +376,7 @@ __global__ void __launch_bounds__(128)
     to[i + half] = from_float<T>(b * rotation.x + a * rotation.y);
   }
 }
+#endif
 
 }  // namespace fh
 

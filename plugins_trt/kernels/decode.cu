@@ -12,6 +12,9 @@
 // candidate that may be drawn two logarithms in float64, which boards have little of: about 0.1 us a candidate on an Orin.
 #include "decode.h"
 
+extern "C" __global__ void flashhead_decode(FlashHeadDecode a);
+
+#ifdef __CUDACC__
 namespace {
 
 using u32 = unsigned int;
@@ -311,6 +314,7 @@ extern "C" __global__ void __launch_bounds__(FH_DECODE_THREADS) flashhead_decode
     a.best_logprobs[row * a.best + i] = i < there ? float(double(logit_of(keys[i])) - normaliser) : lowest;
   }
 }
+#endif
 
 #ifndef __CUDACC_RTC__
 #include "launch.h"

@@ -2,6 +2,9 @@
 //
 // No CUDA header is included: NVRTC compiles these sources on a machine that has the driver and nothing else, and faster for it.
 // Everything here runs from sm_80 on; what only newer devices have is guarded by __CUDA_ARCH__ and has a twin.
+//
+// Kernels are declared before `#ifdef __CUDACC__` and defined behind it: a C++ compiler alone reads the launchers of these sources, not the device's
+// code (flashhead plugin build, which has that from NVRTC).
 #pragma once
 
 namespace fh {
@@ -10,6 +13,10 @@ using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 
+struct Fp16;  // element types
+struct Bf16;
+
+#ifdef __CUDACC__
 constexpr u32 kAllLanes = 0xffffffffu;
 
 struct Fp16 {
@@ -88,5 +95,6 @@ __device__ inline void release_next() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+#endif
 
 }  // namespace fh

@@ -11,6 +11,12 @@ namespace fh {
 
 constexpr int kNormVectors = 2;  // of eight elements, held by a thread: d up to 1,024 threads * 16
 
+template <class T>
+__global__ void rms_norm(const u16* x, const u16* residual, u16* sum, const u16* weight, float weight_offset, float epsilon, u16* y, int d);
+template <class T, bool GELU>
+__global__ void gated_product(const u16* x, u16* y, int f);
+
+#ifdef __CUDACC__
 __device__ inline void unpack(uint4 v, u32 (&words)[4]) { words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w; }
 
 // Grid: M. Threads: d / 8 rounded up to whole warps, halved while above 1,024.
@@ -101,6 +107,7 @@ __global__ void __launch_bounds__(128) gated_product(const u16* x, u16* y, int f
   }
   *reinterpret_cast<uint4*>(y + size_t(blockIdx.y) * f + i) = make_uint4(gate[0], gate[1], gate[2], gate[3]);
 }
+#endif
 
 }  // namespace fh
 

@@ -5,6 +5,10 @@
 
 namespace fh {
 
+template <class T>
+__global__ void embedding(const int* ids, const u16* rows, float scale, u16* y, int vocab_size, int d);
+
+#ifdef __CUDACC__
 constexpr u32 kNotANumbers = 0x7fff7fffu;  // two of them, of either type
 
 // Grid: N. Threads: d / 8 rounded up to whole warps, at most 256; eight elements each at a time.
@@ -30,6 +34,7 @@ __global__ void __launch_bounds__(256) embedding(const int* ids, const u16* rows
     *reinterpret_cast<uint4*>(to + i) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
+#endif
 
 }  // namespace fh
 

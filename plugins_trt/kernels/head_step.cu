@@ -32,6 +32,12 @@
 // cap costs nothing until it may cut.
 // What a step costs is the number of its phases and of the instructions that a warp goes through, not its bytes: the same
 // head takes as long when all of it lies in the L2 cache. docs/kernels.md has the figures.
+#include "head_step.h"
+
+extern "C" __global__ void flashhead_widen(const __grid_constant__ FlashHeadWiden a);
+extern "C" __global__ void flashhead_step(const __grid_constant__ FlashHeadArguments a);
+
+#ifdef __CUDACC__
 #include "head_gates.cuh"
 #include "head_probe.cuh"
 #include "head_rotate.cuh"
@@ -272,8 +278,11 @@ extern "C" __global__ void __launch_bounds__(FLASHHEAD_THREADS, 1) flashhead_ste
                 histograms[s * FLASHHEAD_PASSES * FLASHHEAD_HISTOGRAM + i] = 0;
     }
 }
+#endif
 
 #ifndef __CUDACC_RTC__
+#include <algorithm>
+
 #include "launch.h"
 
 const char* fh_head_step(const FlashHeadArguments* arguments, const fh_device* device, cudaStream_t stream) {
@@ -283,7 +292,7 @@ const char* fh_head_step(const FlashHeadArguments* arguments, const fh_device* d
     if (plan.blocks < 1 || plan.multiprocessors > device->multiprocessors)
         return fh::failure("head_step: the plan is for %d multiprocessors, the device has %d; plan for this device", plan.multiprocessors,
                            device->multiprocessors);
-    const int groups = max(1, min(arguments->rows, plan.multiprocessors / plan.blocks));
+    const int groups = std::max(1, std::min(arguments->rows, plan.multiprocessors / plan.blocks));
     fh_device apart = *device;
     apart.overlap = 0;  // a step does not wait by itself for the launch before it
     fh::Grid grid = {dim3(groups * plan.blocks), FLASHHEAD_THREADS, plan.shared_bytes};
@@ -295,7 +304,7 @@ const char* fh_head_widen(const FlashHeadWiden* arguments, const fh_device* devi
     if (arguments->rows < 1 || arguments->rows > FLASHHEAD_MAX_ROWS)
         return fh::failure("head_widen: %d states, expected 1 to %d; split the batch", arguments->rows, FLASHHEAD_MAX_ROWS);
     const int most = (arguments->wide_stride + FLASHHEAD_THREADS - 1) / FLASHHEAD_THREADS;
-    const fh::Grid grid = {dim3(min(max(1, device->multiprocessors / arguments->rows), most), arguments->rows), FLASHHEAD_THREADS};
+    const fh::Grid grid = {dim3(std::min(std::max(1, device->multiprocessors / arguments->rows), most), arguments->rows), FLASHHEAD_THREADS};
     return fh::launch("head_widen", *device, stream, grid, flashhead_widen, *arguments);
 }
 #endif

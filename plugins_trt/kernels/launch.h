@@ -35,7 +35,7 @@ const char* launch(const char* what, const fh_device& device, cudaStream_t strea
                    device.shared_bytes);
   }
   cudaError_t error = cudaSuccess;
-  if (grid.shared > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared);
+  if (grid.shared > 48 * 1024) error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared);
   cudaLaunchAttribute attributes[3]{};
   cudaLaunchConfig_t config{};
   config.gridDim = grid.blocks;

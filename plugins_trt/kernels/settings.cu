@@ -2,6 +2,10 @@
 #include "element.cuh"
 #include "settings.h"
 
+extern "C" __global__ void flashhead_draw_settings(FlashHeadSettings a);
+extern "C" __global__ void flashhead_narrow(FlashHeadNarrow a);
+
+#ifdef __CUDACC__
 namespace {
 
 __device__ double temperature_of(float t) { return t > 0 ? double(fmaxf(t, 0.001f)) : 0; }
@@ -42,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(FH_SETTINGS_THREADS) flashhead_narr
     a.narrow_ids[at] = int(a.ids[at]);
   }
 }
+#endif
 
 #ifndef __CUDACC_RTC__
 #include "launch.h"

@@ -25,8 +25,27 @@
 
 namespace fh {
 
-constexpr int kChunksAhead = 4;  // a warp's loads in flight for each step
+constexpr int kChunksAhead = 4;    // a warp's loads in flight for each step
+constexpr int kTeamThreads = 128;  // two warps along the outputs, two along the tokens
+[[maybe_unused]] constexpr int kWarpTiles = 4;
+[[maybe_unused]] constexpr int kPrefillRows = 128;
 
+// Two shapes: 128 tokens where that fills the device with two blocks a multiprocessor; else 64 tokens and three teams of warps that take every third
+// chunk of K, so that few blocks still give each scheduler three warps. A warp takes 64 outputs by half of the tokens.
+// Half of that (32 outputs, twice the warps) was slower by a tenth to a quarter on an H100: it reads the activations twice as often.
+__host__ __device__ constexpr int prefill_teams(int tokens) { return tokens == 128 ? 1 : 3; }
+__host__ __device__ constexpr int prefill_stages(int tokens) { return tokens == 128 ? 3 : 2; }
+__host__ __device__ constexpr int prefill_threads(int tokens) { return kTeamThreads * prefill_teams(tokens); }
+
+template <class T, int GROUP, bool ASYMMETRIC>
+__global__ void w4a16_decode(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K);
+template <class T, int GROUP, bool ASYMMETRIC, int TOKENS>
+__global__ void w4a16_prefill(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K);
+__global__ void w4a16_repack_codes(const u32* neutral, u32* packed, int N, int K);
+template <class V>
+__global__ void w4a16_repack_groups(const V* neutral, V* packed, int N, int groups);
+
+#ifdef __CUDACC__
 // A lane's part of kChunksAhead chunks: codes, and for each group in a chunk the two rows' scales and zero points.
 template <int GROUP, bool ASYMMETRIC>
 struct Chunks {
@@ -143,17 +162,6 @@ struct PrefillStage {
   u16 scales[ROWS / kTileRows][kGroups][kTileRows];
   u8 zeros[ROWS / kTileRows][kGroups][kTileRows];
 };
-
-constexpr int kTeamThreads = 128;  // two warps along the outputs, two along the tokens
-[[maybe_unused]] constexpr int kWarpTiles = 4;
-[[maybe_unused]] constexpr int kPrefillRows = 128;
-
-// Two shapes: 128 tokens where that fills the device with two blocks a multiprocessor; else 64 tokens and three teams of warps that take every third
-// chunk of K, so that few blocks still give each scheduler three warps. A warp takes 64 outputs by half of the tokens.
-// Half of that (32 outputs, twice the warps) was slower by a tenth to a quarter on an H100: it reads the activations twice as often.
-__host__ __device__ constexpr int prefill_teams(int tokens) { return tokens == 128 ? 1 : 3; }
-__host__ __device__ constexpr int prefill_stages(int tokens) { return tokens == 128 ? 3 : 2; }
-__host__ __device__ constexpr int prefill_threads(int tokens) { return kTeamThreads * prefill_teams(tokens); }
 
 template <int ID>
 __device__ void team_barrier() {
@@ -308,6 +316,7 @@ __global__ void w4a16_repack_groups(const V* neutral, V* packed, int N, int grou
   const int n = int(i / groups), group = int(i % groups);
   packed[(size_t(n / kTileRows) * groups + group) * kTileRows + n % kTileRows] = neutral[i];
 }
+#endif
 
 }  // namespace fh
 
@@ -339,7 +348,7 @@ const char* linear(const fh_w4a16_weight& w, const void* x, void* y, int M, cons
              : plan.tile_tokens == 128 ? w4a16_prefill_wide<T, GROUP, ASYMMETRIC, 128, 128>
                                        : w4a16_prefill_wide<T, GROUP, ASYMMETRIC, 128, 64>;
     cudaFuncAttributes found;  // compiled for another target the kernel is empty, and declares no barriers
-    static const bool built = cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.sharedSizeBytes > 0;
+    static const bool built = cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel)) == cudaSuccess && found.sharedSizeBytes > 0;
     if (!built) return failure("w4a16: this build has no code of sm_90a for capability 90; compile w4a16.cu with -gencode arch=compute_90a,code=sm_90a");
   } else if (!plan.decode) {
     kernel = plan.tile_tokens == 128 ? w4a16_prefill<T, GROUP, ASYMMETRIC, 128> : w4a16_prefill<T, GROUP, ASYMMETRIC, 64>;

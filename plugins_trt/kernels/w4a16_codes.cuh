@@ -7,6 +7,7 @@ namespace fh {
 constexpr int kTileRows = 16;    // outputs of one fragment
 constexpr int kChunk = 64;       // inputs of one fragment of 16 bytes a lane
 
+#ifdef __CUDACC__
 // The eight codes of one word minus their zero point, exact, as four pairs of T.
 template <class T>
 struct Codes;
@@ -46,5 +47,6 @@ __device__ inline void copy_async(void* shared, const void* global, bool inside)
   const u32 to = u32(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(inside ? 16 : 0) : "memory");
 }
+#endif
 
 }  // namespace fh

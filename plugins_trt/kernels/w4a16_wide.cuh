@@ -17,6 +17,10 @@ __host__ __device__ constexpr int wide_shared_bytes(int outputs, int tokens, int
   return wide_stages(tokens) * wide_stage_bytes(outputs, tokens, groups) + 1024;
 }
 
+template <class T, int GROUP, bool ASYMMETRIC, int OUTPUTS, int TOKENS>
+__global__ void w4a16_prefill_wide(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K);
+
+#ifdef __CUDACC__
 template <int GROUP, int OUTPUTS, int TOKENS>
 struct WideStage {
   static constexpr int kGroups = GROUP == 32 ? 2 : 1;
@@ -211,5 +215,6 @@ __global__ void __launch_bounds__(wide_threads(OUTPUTS, TOKENS), 1)
   asm volatile("trap;");  // the launcher takes this kernel for capability 90 alone: compile for sm_90a
 #endif
 }
+#endif
 
 }  // namespace fh

@@ -229,3 +229,47 @@ def test_the_example_builds_its_network():
         [sys.executable, example, os.environ["FLASHHEAD_TENSORRT"], *([str(LIBRARY)] if LIBRARY else [])], capture_output=True, text=True, check=False
     )
     assert done.stdout.startswith("an engine of "), done.stdout + done.stderr
+
+
+OWN = """
+import json, sys
+from pathlib import Path
+from flashhead_edge.export.tensorrt import build_engines
+from flashhead_edge.export.tensorrt.engines import Build
+from flashhead_edge.jetson.tensorrt_backend import open_folder
+folder, library, prompts, steps = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+build_engines(folder, build=Build(plugin=library))
+with open_folder(folder, library) as b:
+    state = b.body().feed(prompts[0])
+    alone = [[int(t[0]) for t in b.decode([p], steps)] for p in prompts]
+    together = [t.tolist() for t in b.decode(prompts, steps)]
+print(json.dumps({"state": state.tolist(), "alone": alone, "together": together}))
+"""
+
+
+@pytest.mark.skipif("TENSORRT_INCLUDE" not in os.environ, reason="TENSORRT_INCLUDE names no folder of TensorRT's headers")
+def test_the_library_that_gpp_and_nvrtc_make_decodes_the_same_text(backend, tmp_path):
+    """`flashhead plugin build`, engines built with it, and texts: in a process of its own, since TensorRT takes one library a process.
+
+    Two compilers may order a float32 sum's multiplications and additions differently.
+    """
+    import json
+    import shutil
+    import subprocess
+    import sys
+
+    from flashhead_edge.jetson.plugin_build import build
+
+    made = build(Path(os.environ["TENSORRT_INCLUDE"]), tmp_path / "own" / (LIBRARY or backend.library).name)
+    folder, steps = tmp_path / "copy", 24
+    shutil.copytree(os.environ["FLASHHEAD_TENSORRT"], folder)
+    done = subprocess.run([sys.executable, "-c", OWN, folder, made.path, json.dumps(PROMPTS), str(steps)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    state = backend.body().feed(PROMPTS[0])
+    assert np.abs(np.array(found["state"]) - state).max() < 0.02 * np.abs(state).max()
+    alone = [[int(t[0]) for t in backend.decode([p], steps)] for p in PROMPTS]
+    together = [t.tolist() for t in backend.decode(PROMPTS, steps)]
+    for mine, theirs in ((alone, found["alone"]), (list(zip(*together)), list(zip(*found["together"])))):
+        same = [next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), steps) for x, y in zip(mine, theirs)]
+        assert sum(same) > 0.7 * steps * len(PROMPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -69,3 +70,22 @@ def flashhead(capsys, monkeypatch):
         return stop.value.code, out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def made_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a libcuda.so.1 without a GPU (plugins_trt/tests/made_driver.cpp), for the library path of a process."""
+    from flashhead_edge.errors import EngineError
+    from flashhead_edge.jetson.plugin_build import cuda_headers, run
+
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    try:
+        includes = [word for path in cuda_headers() for word in ("-isystem", str(path))]
+    except EngineError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).parents[2] / "plugins_trt" / "tests" / "made_driver.cpp"
+    flags = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    run(["g++", *flags, *includes, str(source), "-o", str(folder / "libcuda.so.1")])
+    return folder

@@ -73,3 +73,17 @@ def test_text_is_the_newest_runtimes(exported, oldest: Path, dialect: str, body:
     assert found["tokens"] == [[t.id for t in stream(engine, PROMPT, 60, s)] for s in (Sampling(), Sampling(temperature=1.2, seed=4))]
     operators = {name: engine.backend.about[name] for name in ("head_operators", "body_operators")}
     assert {name: found["about"][name] for name in operators} == operators
+
+
+@pytest.mark.slow
+def test_what_tensorrt_needs_runs_there(oldest: Path, tmp_path: Path) -> None:
+    """Of JetPack 6's Python: every module without torch, and the sentences that come before a GPU, TensorRT or headers are needed."""
+    modules = ("driver", "nvrtc", "plugins", "plugin_build", "tensorrt_folder", "tensorrt_engine", "tensorrt_backend")
+    code = f"import sys\nfor name in {modules}: __import__(f'flashhead_edge.jetson.{{name}}')\nassert 'torch' not in sys.modules"
+    done = subprocess.run([oldest, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    verb = [oldest, "-m", "flashhead_edge", "plugin", "build", "--capability", "87", "--tensorrt-include", tmp_path]
+    done = subprocess.run(verb, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and f"NvInferRuntime.h is not in {tmp_path}" in done.stderr
+    done = subprocess.run([oldest, "-m", "flashhead_edge", "doctor", "--json"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert {"TensorRT", "TensorRT plugins"} <= {fact["name"] for fact in json.loads(done.stdout)["facts"]}, done.stderr

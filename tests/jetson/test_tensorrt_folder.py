@@ -5,6 +5,8 @@ import hashlib
 import json
 import shutil
 import struct
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -157,5 +159,31 @@ def test_a_library_that_is_not_ours_is_refused(tmp_path):
 
 def test_a_missing_library_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(EngineError, match=r"libflashhead_plugins_trt99\.so: no plugin library was found .* make plugin TENSORRT_INCLUDE=DIR"):
+    with pytest.raises(EngineError, match=r"libflashhead_plugins_trt99\.so: no plugin library was found .* flashhead plugin build --tensorrt-include DIR"):
         plugins.find_library(99)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_second_library_in_a_process_is_refused(tmp_path, monkeypatch):
+    """TensorRT would keep the first one's plugins, which look for weights in other folders, without a word."""
+    source = tmp_path / "made.c"
+    source.write_text('const char* flashhead_plugin_version(void) { return "0.1.0 tensorrt 8.6.1"; }\n')
+    first, second = tmp_path / "first.so", tmp_path / "second.so"
+    for path in (first, second):
+        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", path], check=True)
+    creators = []
+
+    def load(path):
+        creators.append(SimpleNamespace(name="FlashHead", plugin_namespace="flashhead"))
+        return object()
+
+    registry = SimpleNamespace(plugin_creator_list=creators, load_library=load)
+    trt = SimpleNamespace(__name__="made", __version__="8.6.0", get_plugin_registry=lambda: registry)
+    monkeypatch.setattr(plugins, "_loaded", {})
+    plugins.load_library(trt, first)
+    plugins.load_library(trt, first)
+    with pytest.raises(EngineError, match=r"second\.so: this process has loaded another plugin library \(.*first\.so\), expected one library a process"):
+        plugins.load_library(trt, second)
+    assert len(creators) == 1
+    with pytest.raises(EngineError, match=r"was made for TensorRT 8, found TensorRT 10\.3\.0, expected equal majors"):
+        plugins.load_library(SimpleNamespace(__version__="10.3.0"), first)
