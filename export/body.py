@@ -10,6 +10,7 @@ open is put right here on the graph that it returns, and each of these is checke
 * the embedding, which it stores in 32 bits: here it is the checkpoint's own matrix in the checkpoint's own dtype, which
   a tied head shares;
 * zero points of GPTQ checkpoints of version 2, which it reads as those of version 1;
+* codes of compressed-tensors checkpoints, which it does not read (`packed`);
 * the width of the cache, which its inputs leave unnamed.
 """
 
@@ -31,6 +32,7 @@ import onnx_ir as ir
 
 from flashhead_edge.checkpoint.source import INDEX, Source, open_source, weight_map
 from flashhead_edge.errors import ExportError, SettingsError, UnsupportedModelError
+from flashhead_edge.export.packed import packed_group, put_codes, write_floats
 from flashhead_edge.export.passes.attention import LayerRule, apply_layer_rules, name_cache_width
 from flashhead_edge.export.passes.embedding import embedding_tensor, share_embedding
 from flashhead_edge.export.passes.lowering import remove_unused
@@ -52,6 +54,7 @@ FAMILIES = {
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM", "GraniteForCausalLM",
 }  # fmt: skip
 OWN_INTEGERS = ("gptq", "awq")  # schemes whose codes the builder takes over unchanged
+PACKED = "compressed-tensors"  # one whose codes are put in after it
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +76,7 @@ def build_body(source: Source | str | Path, work: Path, *, precision: str = "int
             model's tensors are read from there, and the embedding from `source`, until the model has been saved.
         precision: of the weights of all products: fp32, fp16 (stored so, multiplied in 32 bits on a CPU: ONNX Runtime has
             no 16-bit product there), int8 or int4 (symmetric, a scale for each `group` weights, activations in 8 bits). A
-            GPTQ or AWQ checkpoint keeps its own integers and groups.
+            GPTQ, AWQ or compressed-tensors checkpoint keeps its own integers and groups.
         group: 32, 64 or 128.
     Raises:
         SettingsError: a precision or group that there is not.
@@ -88,9 +91,15 @@ def build_body(source: Source | str | Path, work: Path, *, precision: str = "int
     config = _checked_config(source)
     rules = layer_rules(config)
     scheme = _own_integers(source, precision)
+    codes = None if scheme is None or scheme["quant_method"] != PACKED else scheme
+    if codes is not None:
+        scheme, group = None, packed_group(source, codes, precision)
     _need_builder()
     folder, out = work / "source", work / "body"
-    _link_source(source, config, scheme, folder)
+    _link_source(source, config, scheme, folder, weights=codes is None)
+    if codes is not None:
+        progress("body: the weights as floats", None)
+        write_floats(source, codes, folder)
     options = {
         "exclude_lm_head": "true",
         "shared_embeddings": "false",
@@ -112,6 +121,8 @@ def build_body(source: Source | str | Path, work: Path, *, precision: str = "int
     name_cache_width(model, _head_width(config))
     if scheme is not None and scheme["quant_method"] == "gptq":
         take_back_raised_zeros(model, second=scheme.get("checkpoint_format") == "gptq_v2")
+    if codes is not None:
+        put_codes(model, source, group)
     rows, tied = embedding_tensor(source)
     share_embedding(model, rows, "head.rows" if tied else "model.embed_tokens", _embedding_scale(config))
     _type_constants(model)
@@ -187,10 +198,12 @@ def _own_integers(source: Source, precision: str) -> dict[str, Any] | None:
     if scheme is None:
         return None
     kind, bits = method(scheme, source.name), scheme.get("bits") or scheme.get("w_bit")
+    if kind == PACKED:
+        return scheme
     if kind not in OWN_INTEGERS:
         raise ExportError(
             f"{source.name}: the weights are quantised as {kind}, which ONNX Runtime GenAI's builder does not read for a CPU, expected "
-            f"{' or '.join(OWN_INTEGERS)}, or floats; export from the checkpoint that it was quantised from"
+            f"{', '.join((*OWN_INTEGERS, PACKED))}, or floats; export from the checkpoint that it was quantised from"
         )
     if precision != f"int{bits}":
         raise ExportError(f"{source.name}: the weights are integers of {bits} bits, expected a body of int{bits}, found {precision}; pass --body int{bits}")
@@ -210,8 +223,8 @@ def _need_builder() -> None:
         )
 
 
-def _link_source(source: Source, config: PreTrainedConfig, scheme: dict[str, Any] | None, folder: Path) -> None:
-    """The folder as the builder wants it: the original class and none of our keys in config.json, everything else linked."""
+def _link_source(source: Source, config: PreTrainedConfig, scheme: dict[str, Any] | None, folder: Path, weights: bool = True) -> None:
+    """The folder as the builder wants it: the original class and none of our keys in config.json, everything else linked, the weights too if asked."""
     folder.mkdir(parents=True)
     if scheme is not None:
         config.quantization_config = scheme
@@ -219,9 +232,10 @@ def _link_source(source: Source, config: PreTrainedConfig, scheme: dict[str, Any
         config.no_rope_layers = [1] * config.num_hidden_layers  # put right afterwards: see `layer_rules`
     config.dtype = "float32"  # the builder adds 1 to Gemma's norms in the dtype that it loads: in 16 bits that rounds them
     config.save_pretrained(folder)
-    weights = {path.name for path in weight_map(source.folder).values()} | {INDEX}
+    stored = {path.name for path in weight_map(source.folder).values()} | {INDEX}
     for path in sorted(source.folder.iterdir()):
-        if path.is_file() and path.name != "config.json" and (path.name in weights or path.suffix in (".json", ".jinja", ".model", ".txt")):
+        other = path.suffix in (".json", ".jinja", ".model", ".txt") and path.name not in stored
+        if path.is_file() and path.name != "config.json" and (other or (weights and path.name in stored)):
             (folder / path.name).symlink_to(path.resolve())
 
 

@@ -197,19 +197,46 @@ def chat_frame(tokenizer: Any) -> ChatFrame | None:
     return ChatFrame(before_ids, after_ids) if before_ids else None
 
 
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """A batch of samples of the model's own text."""
+
+    part: Part
+    start: Tensor  # [n, s] int64: what stood there before, the first token of each sample last
+    ids: Tensor  # [n, SAMPLE_LENGTH] int64, its first column the last of `start`
+    states: Tensor  # [n * SAMPLE_LENGTH, d] float32, those of `ids`
+
+
 def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int, seed: int = 0, progress: Progress = silent) -> Source:
     """Hidden states of text that the model samples from itself.
 
-    Most samples are drawn at temperature 1, some at 1.4 (`MIXTURE`): what a model writes when it is pushed off its path
-    is nearer to text that it does not know. Those are also read a second time, each after itself: the states in which
-    a model copies rare words from its context, which given text has and sampled text lacks. One third of the samples
-    are chats, where there is a template: the model writes a user's turn of random length, and then the answer. The
-    others begin, after the family's first token, if it has one, with a random token or with one of `OPENERS`, half of
-    them each. End tokens are never sampled, so that every sample is full; that the model wanted one is still seen in
-    the state. What all chats begin with is no part of them.
+    As `own_samples` draws them; what stands in a part of `MIXTURE` that is read twice is read a second time, each
+    sample after itself: the states in which a model copies rare words from its context, which given text has and
+    sampled text lacks.
 
     Returns:
         `Source` of at least `positions` states: whole samples, of each part an even number.
+    """
+    states, ids = [], []
+    for batch in own_samples(model, tokenizer, vocab_size, positions, seed, progress):
+        states.append(compact(batch.states))
+        ids.append(batch.ids)
+        if batch.part.twice:
+            states.append(compact(_second_reading(model, batch.ids, progress)))
+    if len({s.dtype for s in states}) > 1:
+        states = [s.float() for s in states]
+    return Source("own text", torch.cat(states), True, digest_of(torch.cat([i.flatten() for i in ids])))
+
+
+def own_samples(model: Any, tokenizer: Any, vocab_size: int, positions: int, seed: int = 0, progress: Progress = silent) -> Iterator[Samples]:
+    """Text that the model samples from itself, batch by batch: rows enough for `positions` states in `sample_own_text`.
+
+    Most samples are drawn at temperature 1, some at 1.4 (`MIXTURE`): what a model writes when it is pushed off its path
+    is nearer to text that it does not know. One third of the samples are chats, where there is a template: the model
+    writes a user's turn of random length, and then the answer. The others begin, after the family's first token, if it
+    has one, with a random token or with one of `OPENERS`, half of them each. End tokens are never sampled, so that
+    every sample is full; that the model wanted one is still seen in the state. What all chats begin with is no part of
+    `ids`.
     """
     device = model.get_input_embeddings().weight.device
     rows = -(-positions // SAMPLE_LENGTH)
@@ -233,7 +260,7 @@ def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int,
             turns = torch.randint(USER_TURN[0], USER_TURN[1] + 1, (chats,), generator=generator).tolist()
             starts.append(("own chats", part, torch.tensor([frame.before]).expand(chats, -1), _forced([(n, frame.after) for n in turns])))
     ends = end_ids(model, tokenizer, vocab_size)
-    states, ids, done, total = [], [], 0, sum(len(s) for _, _, s, _ in starts)
+    done, total = 0, sum(len(s) for _, _, s, _ in starts)
     for message, part, start, forced in starts:
         batches = -(-len(start) // _batch_rows(model, SAMPLE_LENGTH + start.shape[1]))
         # an even number of samples each: folds alternate from sample to sample, and a second reading stays in the fold of its first
@@ -243,15 +270,9 @@ def sample_own_text(model: Any, tokenizer: Any, vocab_size: int, positions: int,
             def said(share: float, done: int = done, n: int = len(opened), message: str = message) -> None:
                 progress(f"sampling {message}", (done + n * share) / total)
 
-            got_states, got_ids = _sample(model, opened.to(device), given.to(device), vocab_size, ends, noise, part.temperature, said)
-            states.append(compact(got_states))
-            ids.append(got_ids)
+            states, ids = _sample(model, opened.to(device), given.to(device), vocab_size, ends, noise, part.temperature, said)
             done += len(opened)
-            if part.twice:
-                states.append(compact(_second_reading(model, got_ids, progress)))
-    if len({s.dtype for s in states}) > 1:
-        states = [s.float() for s in states]
-    return Source("own text", torch.cat(states), True, digest_of(torch.cat([i.flatten() for i in ids])))
+            yield Samples(part, opened, ids, states)
 
 
 def _second_reading(model: Any, ids: Tensor, progress: Progress) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 NOT_STORED = ("zero_point", "qzeros", "g_idx")  # a symmetric scheme, or one in the order of columns, has none
-OURS = ("flash_head", "flash_head_cache_dir", "flash_head_special_token_ids", "n_clusters", "n_probes")
+OURS = ("flash_head", "flashhead_quantize", "flash_head_cache_dir", "flash_head_special_token_ids", "n_clusters", "n_probes")
 
 
 def chosen_device(named: str | None) -> str:
@@ -193,6 +193,10 @@ def _quantiser_missing(scheme: dict[str, Any]) -> str | None:
     """Why transformers' own quantiser does not run here, or None where it does."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    groups = (scheme.get("config_groups") or {}).values() if scheme.get("quant_method") == "compressed-tensors" else ()
+    if scheme.get("format") == "pack-quantized" and any((group.get("weights") or {}).get("symmetric") is False for group in groups):
+        # compressed-tensors 0.20 packs zero points when it writes, and gives transformers shapes of unpacked ones when it reads
+        return "compressed-tensors does not load packed zero points into a model"
     try:
         AutoHfQuantizer.from_config(dict(scheme), pre_quantized=True).validate_environment(device_map=None, weights_only=True)
     except (ImportError, RuntimeError, ValueError, TypeError) as error:

@@ -6,6 +6,7 @@ import errno
 import stat
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from flashhead_edge.checkpoint.atomic import check_space, copy_file, link_or_cop
 from flashhead_edge.checkpoint.card import build_card, source_card
 from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.checkpoint.quiet import without_bars
-from flashhead_edge.checkpoint.source import INDEX, PICKLES, Source, weight_map
+from flashhead_edge.checkpoint.source import INDEX, PICKLES, Source, open_source, weight_map
 from flashhead_edge.checkpoint.tensors import pack_arrays, read_header
 from flashhead_edge.errors import CheckpointError
 from flashhead_edge.index import HeadIndex
@@ -37,6 +38,7 @@ NOT_COPIED = (*PICKLES, "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.safe
 OURS = ("config.json", CARD)
 FOLDERS = ("additional_chat_templates",)
 SHARD = "4900MB"
+QUANTIZED = "flashhead_quantize"  # the key of config.json under which `flashhead quantize` keeps its report
 # The tools that ask for a creation time do not read it; a fixed one keeps equal commands equal to the byte.
 CREATION_TIME = "1970-01-01T00:00:00"
 
@@ -58,14 +60,14 @@ def check_output(source: Source | None, out: str | Path, overwrite: bool = False
             raise CheckpointError(f"{path}: the output folder exists already, expected a new one; choose another name or pass --overwrite")
         if not path.is_dir():
             raise CheckpointError(f"{path}: a file has this name, expected a folder; choose another name")
-        if any(path.iterdir()) and not is_checkpoint(path):
+        if any(path.iterdir()) and not is_ours(path):
             raise CheckpointError(
                 f"{path}: the folder is no FlashHead checkpoint, expected one, since only those are overwritten; choose another name or remove it yourself"
             )
     above = next(p for p in path.parents if p.exists())
     _check_writable(above, path)
     if source is not None:  # at the least; what is written is checked again when it is known
-        check_space(above, sum(f.stat().st_size for f in ([source.gguf] if source.gguf else _source_files(source))), path)
+        check_space(above, sum(f.stat().st_size for f in ([source.gguf] if source.gguf else source_files(source))), path)
     return path
 
 
@@ -104,13 +106,13 @@ def _our_assets(path: Path, config: Any) -> Path:
     return assets
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a FlashHead checkpoint."""
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is one that may be overwritten: a FlashHead checkpoint, or what `flashhead quantize` has written."""
     try:
         config = read_json(folder / "config.json")
     except CheckpointError:
         return False
-    return isinstance(config, dict) and "flash_head_cache_dir" in config
+    return isinstance(config, dict) and ("flash_head_cache_dir" in config or QUANTIZED in config)
 
 
 def write_checkpoint(
@@ -139,8 +141,8 @@ def write_checkpoint(
     if source.gguf is not None:
         _write_gguf(source, path, index, published, card, arrays, clusters, ours)
         return
-    files = _source_files(source)
-    original = _original_card(source.folder)
+    files = source_files(source)
+    original = original_card(source.folder)
     with replacing(path, ours + sum(f.stat().st_size for f in files)) as new:
         for file in files:
             target = new / file.relative_to(source.folder)
@@ -162,8 +164,6 @@ def _write_gguf(
     ours: int,
 ) -> None:
     """The same for a GGUF file: its tensors in 16 bits, its tokenizer repaired."""
-    from safetensors import SafetensorError
-
     from flashhead_edge.checkpoint import gguf
 
     assert source.gguf is not None
@@ -172,24 +172,52 @@ def _write_gguf(
     config = source.config | {"dtype": str(model.dtype).removeprefix("torch.")}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with replacing(path, ours + weights + (64 << 20)) as new:
-        try:
-            with without_bars():
-                model.save_pretrained(new, max_shard_size=SHARD)
-            tokenizer.save_pretrained(new)
-        except SafetensorError as error:
-            raise OSError(errno.ENOSPC if "space" in str(error).lower() else errno.EIO, str(error)) from error
-        for file in _files_below(new):  # some come readable to their owner alone
-            file.chmod(stat.S_IMODE(new.stat().st_mode) & 0o666)
-        # a class name that every version of transformers has, and that leaves tokenizer.json as it is
-        settings = read_json(new / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        for name in ("config.json", "tokenizer_config.json", CARD):
-            (new / name).unlink(missing_ok=True)
-        write_file(new / "tokenizer_config.json", [to_json(settings).encode()])
+        _save_floats(model, tokenizer, new)
         _write_ours(new, config, source, index, published, arrays, clusters)
         write_file(new / CARD, [build_card(source.name, index, "", card).encode()])
 
 
-def _source_files(source: Source) -> list[Path]:
+def _save_floats(model: Any, tokenizer: Any, new: Path) -> None:
+    """A GGUF file's weights and its tokenizer in an empty folder, without config.json."""
+    from safetensors import SafetensorError
+
+    try:
+        with without_bars():
+            model.save_pretrained(new, max_shard_size=SHARD)
+        tokenizer.save_pretrained(new)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC if "space" in str(error).lower() else errno.EIO, str(error)) from error
+    for file in _files_below(new):  # some come readable to their owner alone
+        file.chmod(stat.S_IMODE(new.stat().st_mode) & 0o666)
+    # a class name that every version of transformers has, and that leaves tokenizer.json as it is
+    settings = read_json(new / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in ("config.json", "tokenizer_config.json", CARD):
+        (new / name).unlink(missing_ok=True)
+    write_file(new / "tokenizer_config.json", [to_json(settings).encode()])
+
+
+def save_floats(source: Source, folder: Path) -> Source:
+    """A GGUF file as a model folder in 16 bits: what `write_checkpoint` makes of it, without a head index.
+
+    Args:
+        folder: an empty one, with room for two bytes a weight.
+    Returns:
+        The folder as a source, of the file's name.
+    """
+    from flashhead_edge.checkpoint import gguf
+
+    assert source.gguf is not None
+    tokenizer = gguf.load_tokenizer(source.gguf)
+    model = gguf.load(source.gguf, source.config)
+    check_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()), folder)
+    with named_errors(folder):
+        _save_floats(model, tokenizer, folder)
+        config = source.config | {"dtype": str(model.dtype).removeprefix("torch.")}
+        write_file(folder / "config.json", [to_json(config).encode()])
+    return replace(open_source(folder), name=source.name)
+
+
+def source_files(source: Source) -> list[Path]:
     """What is copied from a source folder: its weights, tokenizer and settings; code only where it is trusted."""
     weights = sorted(set(weight_map(source.folder).values()))
     if len(weights) > 1 or weights[0].name != "model.safetensors":
@@ -204,7 +232,8 @@ def _source_files(source: Source) -> list[Path]:
     return weights + other
 
 
-def _original_card(folder: Path) -> str:
+def original_card(folder: Path) -> str:
+    """The card of the model in a folder, without what we put above it; empty where there is none."""
     path = folder / CARD
     return source_card(path.read_text(encoding="utf-8", errors="replace")) if regular(path) else ""
 
@@ -266,7 +295,7 @@ def update_index(folder: str | Path, index: HeadIndex, n_probes: int | None = No
     arrays = index_arrays(index)
     with named_errors(path):
         kept = [p for p in _files_below(path) if p not in (path / "config.json", path / CARD, assets / INDEX_FILE)]
-        original = _original_card(path)
+        original = original_card(path)
     with replacing(path, sum(a.nbytes for a in arrays.values()) + (1 << 20)) as new:
         for file in kept:
             target = new / file.relative_to(path)

@@ -18,7 +18,7 @@ EXTRAS = {
     "torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch",
     "onnxruntime": "onnx", "onnx": "export", "onnx_ir": "export", "ml_dtypes": "export", "onnxruntime_genai": "export",
 }  # fmt: skip
-VERBS = ("convert", "calibrate", "evaluate", "export", "plugin", "generate", "chat", "inspect", "doctor", "monitor", "plan", "bench")
+VERBS = ("convert", "quantize", "calibrate", "evaluate", "export", "plugin", "generate", "chat", "inspect", "doctor", "monitor", "plan", "bench")
 
 
 class Verbs(click.Group):

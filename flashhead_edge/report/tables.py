@@ -132,6 +132,31 @@ def show_conversion(summary: Mapping[str, Any], console: Console) -> None:
         )
 
 
+def show_quantisation(report: Mapping[str, Any], console: Console) -> None:
+    """What `quantize` returned: perplexity and agreement on each text, and bytes."""
+    kind = "symmetric" if report["symmetric"] else "with zero points"
+    columns = ["text", "positions", "perplexity: float", "nearest", "ours", "agreement: nearest", "ours", "95 % interval"]
+    table = new_table(
+        f"{report['model']} in 4 bits, groups of {report['group']}, {kind}",
+        columns,
+        "nearest: round-to-nearest with the same groups. No text here was chosen on.",
+    )
+    for t in report["texts"]:
+        near, ours = t["nearest"], t["ours"]
+        table.add_row(
+            Text(str(t["name"])), f"{t['positions']:,}", *(number(t[form]["perplexity"], 3) for form in ("float", "nearest", "ours")),
+            percent(near["top1_agreement"]), percent(ours["top1_agreement"]), interval(ours["top1_agreement_interval"]),
+        )  # fmt: skip
+    console.print(table)
+    sizes, errors = report["bytes"], report["output_error"]
+    console.print(
+        Text(f"weights: {megabytes(sizes['before'])} before, {megabytes(sizes['after'])} now, of which the linear layers {megabytes(sizes['linear_after'])}")
+    )
+    console.print(
+        Text(f"output error on the states chosen on: {errors['ours'] / errors['nearest']:.2f} of round-to-nearest's" if errors["nearest"] else "no error")
+    )
+
+
 def show_export(result: Any, console: Console) -> None:
     """What an export has written: files and sizes, and what to do with them."""
     table = new_table(f"{result.folder} ({result.dialect}, body {result.body or 'not exported'})", ["file", "MB"])

@@ -23,10 +23,10 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from flashhead_edge.errors import ExportError, SettingsError, UnsupportedModelError
+from flashhead_edge.errors import CheckpointError, ExportError, SettingsError, UnsupportedModelError
 from flashhead_edge.export.body import Body, build_body, layer_rules
 from flashhead_edge.export.body_dialects import to_dialect
-from flashhead_edge.export.passes.products import coded_weights
+from flashhead_edge.export.passes.products import Coded, coded_weights
 
 Built = Callable[..., tuple[Path, Body]]
 Folders = Callable[[str], Path]
@@ -210,7 +210,7 @@ def test_layer_rules_follow_the_config() -> None:
 def refused(folder: Path, tmp_path: Path, **options: object) -> str:
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
-    with pytest.raises((ExportError, UnsupportedModelError, SettingsError)) as error:
+    with pytest.raises((CheckpointError, ExportError, UnsupportedModelError, SettingsError)) as error:
         build_body(folder, work, **options)  # type: ignore[arg-type]
     return str(error.value)
 
@@ -224,8 +224,15 @@ def test_what_cannot_be_exported_refused_before_anything_is_written(model_folder
     packed = tmp_path / "packed"
     save_body(packed, "llama")
     config = json.loads((packed / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}))
-    assert "quantised as compressed-tensors, which ONNX Runtime GenAI's builder does not read for a CPU" in refused(packed, tmp_path)
+    for change, sentence in (
+        ({"format": "int-quantized"}, "compressed-tensors with the format int-quantized, expected pack-quantized"),
+        ({"config_groups": {}}, "compressed-tensors with 0 kinds of weights, expected one"),
+        ({"config_groups": groups_of({"num_bits": 8})}, "compressed-tensors with 8 bits, a scale for each group (32), expected 4 bits in groups of 16, 32"),
+        ({"config_groups": groups_of({"strategy": "channel", "group_size": None})}, "4 bits, a scale for each channel (None), expected 4 bits in groups"),
+        ({}, "config.json says pack-quantized, but there is no weight_packed; fetch the model again"),
+    ):
+        (packed / "config.json").write_text(json.dumps(config | {"quantization_config": COMPRESSED | change}))
+        assert sentence in refused(packed, tmp_path)
     (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}))
     assert "integers of 4 bits, expected a body of int4, found int8; pass --body int4" in refused(packed, tmp_path, precision="int8")
     scaled = save_body(tmp_path / "scaled", "gemma3")
@@ -244,6 +251,75 @@ def test_builder_s_own_refusal_is_one_sentence(tmp_path: Path) -> None:
     message = refused(folder, tmp_path)
     assert "failed (NotImplementedError: The dynamic RoPE style is not currently supported.)" in message
     assert "\n" not in message and "onnxruntime-genai 0." in message
+
+
+def groups_of(change: dict[str, Any] | None = None) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32} | (change or {})
+    return {"group_0": {"targets": ["Linear"], "weights": weights}}
+
+
+COMPRESSED: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups_of(), "ignore": ["lm_head"]}
+
+
+@pytest.mark.parametrize(("family", "symmetric"), [("llama", True), ("qwen2", False), ("phi3", False), ("phi", True), ("gemma3", False), ("granite", True)])
+def test_a_compressed_tensors_checkpoint_keeps_its_integers(family: str, symmetric: bool, tmp_path: Path) -> None:
+    """The builder codes floats; codes, scales and zero points in its graph are the checkpoint's, bit for bit, every product's."""
+    from safetensors.torch import load_file, save_file
+
+    from flashhead_edge.checkpoint.quantised import dequantised
+    from flashhead_edge.quantize.grid import nearest, packed
+
+    folder = save_body(tmp_path / "model", family, torch.float16)
+    tensors, coded = load_file(folder / "model.safetensors"), {}
+    for name in [n for n in tensors if n.endswith(("_proj.weight", "dense.weight", "fc1.weight", "fc2.weight"))]:
+        weight, stem = tensors.pop(name).float(), name.removesuffix(".weight")
+        coded[stem] = nearest(weight * 0.9 + (0 if symmetric else 0.1), 32, symmetric, torch.float16)
+        tensors |= {f"{stem}.{part}": tensor for part, tensor in packed(coded[stem]).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    scheme = COMPRESSED | {"config_groups": groups_of({"symmetric": symmetric})}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": scheme}))
+    (tmp_path / "work").mkdir()
+    with warm_builder():
+        body = build_body(folder, tmp_path / "work", precision="int4", group=128)  # the checkpoint's own is 32
+    assert body.group == 32
+    products = [coded_weights(n) for n in body.model.graph if n.op_type == "MatMulNBits"]
+    assert sum(c.n for c in products) == sum(len(c.codes) for c in coded.values())
+    for c in products:
+        parts = [stem for stem, own in coded.items() if f".{c.name.split('/')[2]}." in stem and own.codes.shape[1] == c.k]
+        stacked = c.unpacked().T
+        zeros, scales = c.unpacked_zeros().T, c.scales.numpy().reshape(c.n, c.groups)
+        at = 0
+        while at < c.n:  # the linear layers on top of each other, each found by its own integers
+            found = [s for s in parts if np.array_equal(coded[s].codes.numpy(), stacked[at : at + len(coded[s].codes)])]
+            assert len(found) == 1, c.name
+            own = coded[found[0]]
+            span = slice(at, at + len(own.codes))
+            assert np.array_equal(own.scales.float().numpy(), scales[span])
+            assert np.array_equal(np.full_like(zeros[span], 8) if own.zeros is None else own.zeros.numpy(), zeros[span])
+            at = span.stop
+        assert at == c.n and c.symmetric == symmetric
+    floats = dict(dequantised(scheme, set(tensors), tensors.__getitem__, torch.float32, family))
+    plain = save_body(tmp_path / "plain", family, torch.float32)
+    save_file({n: t.float().contiguous() for n, t in floats.items()}, plain / "model.safetensors", {"format": "pt"})
+    path, ids = save_dialect(body, "portable", tmp_path / "portable"), ids_of()
+    assert np.abs(decode_with(session(path, exact=True), ids, LENGTHS) - states_of(plain, ids)).max() < 10 * ROUNDING
+
+
+def test_a_builder_that_turns_rows_round_is_noticed() -> None:
+    """Codes are put where the floats that they stand for were found, or not at all."""
+    from flashhead_edge.export import packed as packing
+
+    made = [Coded("m", 8, 32, 4, 32, *(ir.tensor(x) for x in parts), None) for parts in _two_products()]
+    packing._compare(made[0], made[0], "m")
+    with pytest.raises(ExportError, match="m: m has its rows in another order than the checkpoint"):
+        packing._compare(made[0], made[1], "m")
+
+
+def _two_products() -> list[tuple[np.ndarray, np.ndarray]]:
+    codes = np.random.default_rng(0).integers(0, 256, (8, 1, 16), dtype=np.uint8)
+    scales = np.full((8, 1), 0.1, np.float32)
+    return [(codes, scales), (codes[::-1].copy(), scales)]
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "checkpoint_format": "gptq"}
