@@ -12,6 +12,7 @@ from typing import Any
 from flashhead_edge.errors import CheckpointError, EngineError
 from flashhead_edge.jetson.driver import DeviceFacts
 from flashhead_edge.jetson.folder import ExportSettings
+from flashhead_edge.program.fingerprint import fnv1a
 
 FORMAT = 1
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
@@ -168,14 +169,6 @@ def header_fingerprint(path: Path) -> str:
         CheckpointError: it is no safetensors file.
     """
     return fnv1a(_header(path))
-
-
-def fnv1a(data: bytes) -> str:
-    """FNV-1a of 64 bits, as 16 lower-case hex digits."""
-    value = 0xCBF29CE484222325
-    for byte in data:
-        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
-    return f"{value:016x}"
 
 
 def _header(path: Path) -> bytes:

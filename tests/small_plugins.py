@@ -19,10 +19,10 @@ from flashhead_edge.checkpoint import open_source, read_head
 from flashhead_edge.export.body import Body, build_body
 from flashhead_edge.export.passes.embedding import embedding_tensor
 from flashhead_edge.export.tensorrt.folder import write_parts
-from flashhead_edge.export.tensorrt.head import Device, head_part
 from flashhead_edge.export.tensorrt.lowering import lower_body
-from flashhead_edge.export.tensorrt.nodes import Decoder
-from flashhead_edge.export.tensorrt.weights import float_item, rounded, widened
+from flashhead_edge.program.head import Device, head_part
+from flashhead_edge.program.nodes import Decoder
+from flashhead_edge.program.weights import float_item, rounded, widened
 from flashhead_edge.reference import TorchHead, torch_head
 
 ORIN = Device(16, 99 << 10, 87)

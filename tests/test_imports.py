@@ -24,7 +24,7 @@ LEAVES = {"errors", "progress", "intervals"}
 DATA = LEAVES | {"index", "codes", "head", "costs"}
 HEADS = DATA | {"coding", "reference", "decoding", "clustering", "cases"}
 CALIBRATION = {"capture", "fitting", "devices", "search", "caps", "calibration", "conversion"}
-MIDDLE = HEADS | CALIBRATION | {"checkpoint", "evaluation", "quantize", "kernels", "integrations", "generation", "exact"}
+MIDDLE = HEADS | CALIBRATION | {"checkpoint", "evaluation", "quantize", "kernels", "program", "integrations", "generation", "exact"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversion": HEADS | {"checkpoint", "capture", "fitting", "devices", "calibration"},
     "quantize": DATA | {"checkpoint", "capture"},
     "kernels": DATA | {"reference"},
+    "program": DATA | {"kernels"},
     "integrations": HEADS | {"checkpoint", "kernels"},
     "exact": LEAVES,
     "generation": HEADS | {"checkpoint", "capture", "integrations", "exact", "kernels"},
@@ -57,8 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": DATA | {"evaluation", "rivals"},
     "bench": MIDDLE | {"report", "caps", "export", "jetson"},
     "doctor": {"package", "jetson"} | LEAVES,
-    "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "jetson"},
-    "jetson": {"package"} | DATA | {"decoding", "evaluation", "checkpoint", "generation", "exact"},
+    "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "program", "jetson"},
+    "jetson": {"package"} | DATA | {"program", "decoding", "evaluation", "checkpoint", "generation", "exact"},
     "package": {"errors", "integrations"},
     "cli": MIDDLE | {"package", "report", "bench", "inspection", "doctor", "export", "jetson"},
     "__main__": {"cli"},
@@ -92,6 +93,7 @@ MAY_NEED: dict[str, set[str]] = {
     "conversion": TORCH,
     "quantize": TORCH | {"safetensors"},
     "kernels": TORCH,
+    "program": NUMPY,
     "integrations": TORCH | {"transformers", "vllm"},
     "exact": set(),
     "generation": TORCH,

@@ -1,6 +1,6 @@
-"""TensorRT: the decoder in plugin nodes, the file of weights that they read, and the builder of engines. See docs/tensorrt.md.
+"""TensorRT: the decoder in plugin nodes and the builder of engines, over the nodes and the file of weights of `program`. See docs/tensorrt.md.
 
-`lowering` needs onnx-ir, `graph` the onnx package; `weights`, `head`, `builder`, `versions` and `manifest` need numpy alone, since
+`lowering` needs onnx-ir, `graph` the onnx package; `builder`, `versions` and `manifest` need no package beside TensorRT, since
 engines are built on boards where no exporter is installed.
 """
 

@@ -13,9 +13,9 @@ from typing import Any
 from flashhead_edge.checkpoint.atomic import link_or_copy, regular, replacing
 from flashhead_edge.errors import CheckpointError, DeviceError, EngineError, SettingsError
 from flashhead_edge.export.tensorrt import builder, versions
-from flashhead_edge.export.tensorrt.head import Device
 from flashhead_edge.export.tensorrt.manifest import sha256_of, write_manifest
 from flashhead_edge.jetson.tensorrt_folder import MANIFEST, WEIGHTS, header_fingerprint, read_manifest
+from flashhead_edge.program.head import Device
 from flashhead_edge.progress import Progress, silent
 
 PARTS = ("head", "head_logits", "decoder", "decoder_dense")  # in the order in which they are built: the small ones fail first

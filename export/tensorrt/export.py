@@ -20,13 +20,13 @@ from flashhead_edge.export.onnx import CONTRACT, head_rows
 from flashhead_edge.export.passes.embedding import embedding_tensor
 from flashhead_edge.export.tensorrt.engines import Build, add_engines, prepared
 from flashhead_edge.export.tensorrt.folder import SPARE, stored_items, write_parts
-from flashhead_edge.export.tensorrt.head import MOST_ROWS, Device, head_part
 from flashhead_edge.export.tensorrt.lowering import lower_body
 from flashhead_edge.export.tensorrt.manifest import sha256_of, write_manifest
-from flashhead_edge.export.tensorrt.nodes import Decoder
-from flashhead_edge.export.tensorrt.weights import PRECISIONS, float_item
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.jetson.tensorrt_folder import read_manifest
+from flashhead_edge.program.head import MOST_ROWS, Device, head_part
+from flashhead_edge.program.nodes import Decoder
+from flashhead_edge.program.weights import PRECISIONS, float_item
 from flashhead_edge.progress import Progress, silent
 
 CONTEXT, CHUNK = 4096, 256  # positions of the cache, tokens of a prompt that are read together, where nobody says how many

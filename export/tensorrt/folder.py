@@ -10,11 +10,11 @@ from typing import Any
 import flashhead_edge
 from flashhead_edge.errors import ExportError
 from flashhead_edge.export.tensorrt.graph import write_graph
-from flashhead_edge.export.tensorrt.head import HeadPart, decoder_graph, dense_graph, head_graph
 from flashhead_edge.export.tensorrt.manifest import settings_of
-from flashhead_edge.export.tensorrt.nodes import Decoder
-from flashhead_edge.export.tensorrt.weights import Item, write_weights
 from flashhead_edge.jetson.tensorrt_folder import WEIGHTS
+from flashhead_edge.program.head import HeadPart, decoder_graph, dense_graph, head_graph
+from flashhead_edge.program.nodes import Decoder
+from flashhead_edge.program.weights import Item, write_weights
 from flashhead_edge.progress import Progress, silent
 
 FORMAT = "1"  # of the models' metadata, as of every export

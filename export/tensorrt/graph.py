@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from flashhead_edge.export.tensorrt.nodes import OURS, PLAIN, Constant, External, Graph, Node, Stored
-from flashhead_edge.export.tensorrt.weights import WeightsFile
 from flashhead_edge.jetson.tensorrt_folder import WEIGHTS
+from flashhead_edge.program.nodes import OURS, PLAIN, Constant, External, Graph, Node, Stored
+from flashhead_edge.program.weights import WeightsFile
 
 OPSET = 17  # TensorRT 8.6 reads 13 to 22
 IR_VERSION = 8

@@ -16,8 +16,8 @@ import onnx_ir as ir
 from flashhead_edge.errors import ExportError
 from flashhead_edge.export.graph import ORT
 from flashhead_edge.export.passes.products import Coded, coded_weights
-from flashhead_edge.export.tensorrt.nodes import GELU_TANH, SILU, Attention, Decoder, HeadNorm
-from flashhead_edge.export.tensorrt.weights import Item, Matrix
+from flashhead_edge.program.nodes import GELU_TANH, SILU, Attention, Decoder, HeadNorm
+from flashhead_edge.program.weights import Item, Matrix
 
 INSTEAD = "export with --layers native, or with flashhead export onnx"
 

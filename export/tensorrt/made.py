@@ -22,12 +22,12 @@ from flashhead_edge.checkpoint.atomic import replacing, write_file
 from flashhead_edge.codes import Coded
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.export.tensorrt.folder import SPARE, stored_items, write_parts
-from flashhead_edge.export.tensorrt.head import Device, head_part
 from flashhead_edge.export.tensorrt.manifest import write_manifest
-from flashhead_edge.export.tensorrt.nodes import SILU, Attention, Decoder, HeadNorm
-from flashhead_edge.export.tensorrt.weights import BLOCK_ROWS, STORED, Item, Matrix, rounded
 from flashhead_edge.index import Gate, HeadIndex, own_error
 from flashhead_edge.kernels.packing import fields
+from flashhead_edge.program.head import Device, head_part
+from flashhead_edge.program.nodes import SILU, Attention, Decoder, HeadNorm
+from flashhead_edge.program.weights import BLOCK_ROWS, STORED, Item, Matrix, rounded
 from flashhead_edge.progress import Progress, silent
 
 SPREAD = 4.6  # standard deviation of uniform codes of 4 bits

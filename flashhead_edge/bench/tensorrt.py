@@ -47,9 +47,9 @@ def bench_tensorrt(
     """
     from flashhead_edge.export.tensorrt import build_engines
     from flashhead_edge.export.tensorrt.engines import Build
-    from flashhead_edge.export.tensorrt.head import Device
     from flashhead_edge.export.tensorrt.made import MODELS, made_folder
     from flashhead_edge.jetson.driver import device_facts
+    from flashhead_edge.program.head import Device
 
     for name in shapes:
         if name not in MODELS:

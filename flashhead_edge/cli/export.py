@@ -146,7 +146,7 @@ def tensorrt(
         with shown_progress("loading") as progress:
             from flashhead_edge.export.tensorrt import export_tensorrt
             from flashhead_edge.export.tensorrt.engines import Build
-            from flashhead_edge.export.tensorrt.head import Device
+            from flashhead_edge.program.head import Device
             from flashhead_edge.report.tables import show_tensorrt
 
             result = export_tensorrt(

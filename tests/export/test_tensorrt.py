@@ -26,9 +26,9 @@ from safetensors import safe_open
 
 from flashhead_edge.errors import ExportError
 from flashhead_edge.export.body import Body
-from flashhead_edge.export.tensorrt.nodes import Decoder
-from flashhead_edge.export.tensorrt.weights import Item, float_item, norm_item, pack_codes, pack_groups, rounded, widened, write_weights
 from flashhead_edge.jetson.tensorrt_folder import header_fingerprint
+from flashhead_edge.program.nodes import Decoder
+from flashhead_edge.program.weights import Item, float_item, norm_item, pack_codes, pack_groups, rounded, widened, write_weights
 
 LENGTHS = [20, 15, 1, 1, 1, 1, 1]  # a prompt longer than the window of 16, a piece onto its cache, and steps of one token
 ROUNDING = 3e-5  # of values about 4, after two layers of float32 sums of up to 256 terms in another order: 7e-6 was measured.

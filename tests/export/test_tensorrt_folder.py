@@ -26,8 +26,8 @@ from flashhead_edge.errors import CheckpointError, EngineError, ExportError, Set
 from flashhead_edge.export.tensorrt import build_engines, export_tensorrt, made
 from flashhead_edge.export.tensorrt.engines import Build, prepared
 from flashhead_edge.export.tensorrt.graph import set_folder
-from flashhead_edge.export.tensorrt.head import Device
 from flashhead_edge.export.tensorrt.made import Model, decoded, made_folder, with_margins
+from flashhead_edge.program.head import Device
 from flashhead_edge.reference import run_stages, torch_head
 
 pytest.importorskip("onnxruntime_genai")
@@ -227,7 +227,7 @@ for name in ("torch", "onnx_ir", "onnxruntime", "onnxruntime_genai", "transforme
     sys.modules[name] = None
 from flashhead_edge.export.tensorrt import build_engines, made
 from flashhead_edge.export.tensorrt.graph import set_folder
-from flashhead_edge.export.tensorrt.head import Device
+from flashhead_edge.program.head import Device
 from flashhead_edge.errors import FlashHeadError
 made.MODELS["Qwen3-0.6B"] = made.Model(256, 192, 1, 4, 2, 64, True, 1e4)
 made.SHAPES["Qwen3-0.6B"] = (5003, 256)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flashhead_edge.errors import ExportError
-from flashhead_edge.export.tensorrt.weights import Item, Matrix, float_item, norm_item, rotation_item, rounded
+from flashhead_edge.program.weights import Item, Matrix, float_item, norm_item, rotation_item, rounded
 
 HEAD_SIZES = (64, 96, 128, 256)  # attention.h
 MOST_WIDTH = 16384  # elementwise.h: columns of a norm

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from flashhead_edge.errors import ExportError
-from flashhead_edge.jetson.tensorrt_folder import fnv1a
+from flashhead_edge.program.fingerprint import fnv1a
 from flashhead_edge.progress import Progress, silent
 
 FORMAT = "1"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashhead_edge.errors import ExportError
-from flashhead_edge.export.tensorrt.nodes import PLAIN, Attribute, Constant, Decoder, External, Graph, Node, Stored, Tensor
-from flashhead_edge.export.tensorrt.weights import Item, bytes_item, float_item
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.kernels.packing import STATIC_SHARED, Packed, pack, plans, words_of
+from flashhead_edge.program.nodes import PLAIN, Attribute, Constant, Decoder, External, Graph, Node, Stored, Tensor
+from flashhead_edge.program.weights import Item, bytes_item, float_item
 
 MOST_ROWS = 32  # head_step.h: states of one launch
 MOST_CANDIDATES = 8192  # decode.h: of a row that is drawn from
