@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flashhead_edge.errors import ExportError
-from flashhead_edge.program.weights import Item, Matrix, float_item, norm_item, rotation_item, rounded
+from flashhead_edge.program.weights import Item, Matrix, array_item, norm_item, rotation_item, rounded
 
 HEAD_SIZES = (64, 96, 128, 256)  # attention.h
 MOST_WIDTH = 16384  # elementwise.h: columns of a norm
@@ -219,7 +219,8 @@ class Decoder:
         if len({n.epsilon for n in norms}) > 1:
             raise ExportError(f"{norms[0].name}: norms of queries and keys with epsilons {sorted({n.epsilon for n in norms})}, expected one; report this model")
         _, offset = norm_item(norms[0].name, np.concatenate([n.weight for n in norms]), self.precision)
-        stored = {n.name: self.store(float_item(n.name, lambda n=n: n.weight - np.float32(offset), n.weight.shape, self.precision)) for n in norms}
+        left = {n.name: n.weight - np.float32(offset) for n in norms}
+        stored = {name: self.store(array_item(name, weight, self.precision)) for name, weight in left.items()}
         return stored, offset, norms[0].epsilon
 
     def plain(self, op: str, x: str, y: str | np.ndarray, out: str) -> str:

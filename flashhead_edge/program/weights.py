@@ -144,6 +144,11 @@ def float_item(name: str, values: Callable[[], np.ndarray], shape: tuple[int, ..
     return Item(name, STORED[precision], shape, blocks)
 
 
+def array_item(name: str, values: np.ndarray, precision: str) -> Item:
+    """A small array of floats, which is kept."""
+    return float_item(name, lambda: values, values.shape, precision)
+
+
 def norm_item(name: str, weight: np.ndarray, precision: str) -> tuple[Item, float]:
     """A norm's weight, and the offset that is added to it: 1 where the type holds what is left more exactly.
 
@@ -155,7 +160,7 @@ def norm_item(name: str, weight: np.ndarray, precision: str) -> tuple[Item, floa
         return float(np.abs(widened(rounded(left, precision, name), precision).astype(np.float64) + offset - weight).max())
 
     offset = 1.0 if error(1.0) < error(0.0) else 0.0
-    return float_item(name, lambda: weight - np.float32(offset), weight.shape, precision), offset
+    return array_item(name, weight - np.float32(offset), precision), offset
 
 
 def rotation_item(name: str, cos: np.ndarray, sin: np.ndarray) -> Item:
