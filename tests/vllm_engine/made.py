@@ -34,6 +34,24 @@ FAMILIES = {  # transformers' model class, and what differs from COMMON
     "GPT-NeoX": ("GPTNeoXForCausalLM", {"tie_word_embeddings": False, "num_key_value_heads": 4}),  # on newer versions by vLLM's transformers backend
     "Phi-3": ("Phi3ForCausalLM", {"tie_word_embeddings": False, "pad_token_id": 0}),
 }
+SPECIAL = {"<|vision_start|>": 1, "<|vision_end|>": 2, "<|image_pad|>": 3, "<|video_pad|>": 4}
+VISION = {
+    **{"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN_SIZE, "num_position_embeddings": 64},
+    **{"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2},
+}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4}
+SEEING = {  # models that see: their class, and what their text's and their eye's configurations say beside COMMON and VISION
+    "Qwen3-VL": (
+        "Qwen3VLForConditionalGeneration",
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}, "rope_theta": 10_000.0},
+        {"deepstack_visual_indexes": [0]},
+    ),
+    "Qwen3.5": (
+        "Qwen3_5ForConditionalGeneration",
+        {**LINEAR, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["linear_attention", "full_attention"]},
+        {},
+    ),
+}
 
 
 GROUP = 128
@@ -67,10 +85,17 @@ def made_model(folder: Path, family: str, narrow: bool = False, scheme: str | No
     from flashhead_edge.checkpoint.assets import ASSETS, index_arrays
     from flashhead_edge.checkpoint.write import write_index
 
-    kind, changes = FAMILIES[family]
     torch.manual_seed(0)
-    model_class = getattr(transformers, kind)
-    model = model_class(model_class.config_class(**{**COMMON, **changes}))
+    if family in SEEING:
+        kind, changes, eye = SEEING[family]
+        model_class = getattr(transformers, kind)
+        ids = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), SPECIAL.values()))
+        config = model_class.config_class(text_config={**COMMON, **changes}, vision_config={**VISION, **eye}, tie_word_embeddings=False, **ids)
+    else:
+        kind, changes = FAMILIES[family]
+        model_class = getattr(transformers, kind)
+        config = model_class.config_class(**{**COMMON, **changes})
+    model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # so that the best logit leads by more than sums in another order differ
@@ -81,8 +106,13 @@ def made_model(folder: Path, family: str, narrow: bool = False, scheme: str | No
     model.save_pretrained(folder)
     if scheme is not None:
         quantise(folder, scheme)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    special = SPECIAL if family in SEEING else {}
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE) if i not in special.values()} | special, unk_token="w0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=list(special))
+    tokenizer.save_pretrained(folder)
+    if family in SEEING:
+        images = getattr(transformers, "Qwen2VLImageProcessorFast", transformers.Qwen2VLImageProcessor)(patch_size=16)  # the name of older versions
+        transformers.Qwen3VLProcessor(images, tokenizer, transformers.Qwen3VLVideoProcessor()).save_pretrained(folder)
     weight = model.get_output_embeddings().weight.detach()
     index = made_index(Case("made", VOCAB_SIZE, HIDDEN_SIZE, 16, ("bits32",), "bits32", (1.0, 1.0), (1.0, 1.0)))
     gates = [index.probe, *(stage.gate for stage in index.stages)]

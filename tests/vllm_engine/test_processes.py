@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: see docs/vllm.md")
 
-from vllm_engine.made import COMMON, FAMILIES, HIDDEN_SIZE, QUANTISED, VOCAB_SIZE, free_port, made_model
+from vllm_engine.made import COMMON, FAMILIES, HIDDEN_SIZE, QUANTISED, SEEING, VOCAB_SIZE, free_port, made_model
 from vllm_engine.run_engine import MARK
 
 PROMPTS = [[random.Random(i).randrange(3, VOCAB_SIZE) for _ in range(6 + i)] for i in range(5)]
@@ -64,6 +64,18 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_gives_the_dense_heads_tokens(made, family):
     result, log = engine({"model": made(family), "additional_config": {"flashhead": {"crossover": "never"}}}, dense=True)
+    assert result, log[-3000:]
+    assert "FlashHead is active on" in log
+    assert alike(result["tokens"], result["dense"]) and len(set(map(tuple, result["tokens"]))) > 1
+    assert result["counts"]["states_flash"] >= 16 * len(PROMPTS) and result["counts"]["states_dense"] == 0
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_a_model_that_sees_gives_the_dense_heads_tokens_of_texts(made, family):
+    pytest.importorskip("torchvision", reason="vLLM's multimodal models need it")
+    # Qwen3.5's linear attention reads vLLM's choice of kernel here: the default of an H100 needs flashinfer
+    options = {"model": made(family), "additional_config": {"flashhead": {"crossover": "never"}, "gdn_prefill_backend": "triton"}, "skip_tokenizer_init": False}
+    result, log = engine(options | {"limit_mm_per_prompt": {"image": 0, "video": 0}}, dense=True)
     assert result, log[-3000:]
     assert "FlashHead is active on" in log
     assert alike(result["tokens"], result["dense"]) and len(set(map(tuple, result["tokens"]))) > 1
