@@ -7,6 +7,7 @@ of its instances a cubin. Assembler puts the cubins into the library and gives e
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -100,30 +101,32 @@ def cuda_headers() -> list[Path]:
     return list(dict.fromkeys(folder for folder in found if folder))
 
 
-def build(include: Path | None = None, out: Path | None = None, capability: int | None = None, progress: Progress = silent) -> BuiltLibrary:
+def build(
+    include: Path | None = None, out: Path | None = None, capability: int | None = None, cuda: int | None = None, progress: Progress = silent
+) -> BuiltLibrary:
     """Make the plugin library for this machine's GPU, or for another one.
 
     Args:
         include: the folder of TensorRT's headers; None: where a system has them.
         out: the file to write; None: its place in the cache, where exports and sessions look for it.
         capability: 10 times the compute capability of the GPU that shall run it; None: this machine's.
+        cuda: the major version of CUDA that its driver has; None: this machine's driver's, or with a capability any.
     Raises:
         EngineError: a compiler or headers are missing, or a source does not compile.
         DeviceError: no capability is given, and there is no GPU.
         SettingsError: the capability is too low.
     """
     begin = time.monotonic()
-    most = None
     if capability is None:
         facts = device_facts()
-        capability, most = facts.capability, int(facts.cuda_version.split(".")[0])
+        capability, cuda = facts.capability, cuda or int(facts.cuda_version.split(".")[0])
     if capability < LEAST_CAPABILITY:
         raise SettingsError(f"capability {capability}: the kernels run from {LEAST_CAPABILITY} on (Ampere, 8.0), expected that or more; use another GPU")
     trt, version = tensorrt_headers(include)
-    tools = [tool for tool in (compiler(), "nm", "c++filt") if shutil.which(tool) is None]
+    tools = [tool for tool in (compiler(), binutil("nm"), binutil("c++filt")) if shutil.which(tool) is None]
     if tools:
         raise EngineError(f"{tools[0]}: it is not installed, expected a C++ compiler with its tools; install g++ and binutils (apt install g++), or set CXX")
-    cuda, nvrtc = cuda_headers(), find_nvrtc(most)
+    cuda, nvrtc = cuda_headers(), find_nvrtc(cuda)
     if capability not in nvrtc.architectures():
         raise EngineError(
             f"NVRTC {nvrtc.version[0]}.{nvrtc.version[1]} ({nvrtc.path}): it does not compile for capability {capability}, expected one of "
@@ -141,7 +144,7 @@ def build(include: Path | None = None, out: Path | None = None, capability: int 
             ]
             launchers, others = [s.kernels / f"{stem}.cu" for stem in LAUNCHERS], sorted([*s.plugins.glob("*.cpp"), *s.nvrtc.glob("*.cpp")])
             make_library(made, launchers, others, s.plugins / "exports.map", flags, nvrtc, "sm_90a" if capability == 90 else f"sm_{capability}", progress)
-            said = plugins.version(made)
+            said = f"{__version__} tensorrt {'.'.join(map(str, version))}" if for_another_machine() else plugins.version(made)
             os.replace(made, target)
     except OSError as error:
         raise EngineError(f"{target}: it cannot be written ({error.strerror}), expected a folder that can be; name another file with --out") from error
@@ -151,6 +154,17 @@ def build(include: Path | None = None, out: Path | None = None, capability: int 
 def compiler() -> str:
     """The C++ compiler."""
     return os.environ.get("CXX") or "g++"
+
+
+def binutil(name: str) -> str:
+    """A tool that reads what the compiler writes: a cross-compiler, such as aarch64-linux-gnu-g++, has its own beside it."""
+    own = f"{compiler().removesuffix('g++')}{name}"
+    return own if compiler().endswith("-g++") and shutil.which(own) else name
+
+
+def for_another_machine() -> bool:
+    """Whether the compiler writes for another processor than this one, which cannot load the library then."""
+    return run([compiler(), "-dumpmachine"]).split("-")[0] != platform.machine()
 
 
 def make_library(
@@ -230,9 +244,9 @@ def run(command: list[str], folder: Path | None = None) -> str:
 
 def undefined_kernels(path: Path) -> list[tuple[str, str]]:
     """The kernels that an object of launchers leaves open: symbols, and what they are in C++. All are of namespace fh, or called flashhead_."""
-    symbols = [line.split()[-1] for line in run(["nm", "-u", str(path)]).splitlines() if line.strip()]
+    symbols = [line.split()[-1] for line in run([binutil("nm"), "-u", str(path)]).splitlines() if line.strip()]
     symbols = [s for s in symbols if s.startswith(("_ZN2fh", "flashhead_"))]
-    names = run(["c++filt", *symbols]).splitlines() if symbols else []
+    names = run([binutil("c++filt"), *symbols]).splitlines() if symbols else []
     return [(symbol, expression_of(name)) for symbol, name in zip(symbols, names)]
 
 

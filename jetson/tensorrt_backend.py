@@ -203,7 +203,7 @@ class TensorRT:
         places, _ = self.places(rows)
         found = {name: self.memory["settings"].pointer + self.setting_at(name) for name in SETTINGS}
         found |= {name: self.memory["results"].pointer + place.offset for name, place in places.items()}
-        found["input_ids"] = self.memory["ids"].pointer
+        found["input_ids"] = found["token"]  # a step's token is the next step's input
         for name, memory in self.cache.items():
             at = memory.pointer + first * (memory.size // self.manifest.max_batch)
             found |= {name: at, name.replace("past_key_values.", "present."): at}
@@ -218,16 +218,20 @@ class TensorRT:
 
     # ---- steps
 
-    def copy_ids(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Tokens to the device. The host's side is free again when the stream has been waited for."""
+    def copy_ids(self, ids: Sequence[int] | np.ndarray, target: int) -> None:
+        """Tokens to an address of the device. The host's side is free again when the stream has been waited for."""
         self.pinned["ids"].array[: 4 * len(ids)].view(np.int32)[:] = ids
-        self.stream.to_device(self.memory["ids"].pointer, self.pinned["ids"].pointer, 4 * len(ids))
+        self.stream.to_device(target, self.pinned["ids"].pointer, 4 * len(ids))
+
+    def begin(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Tokens for the next decode step to read, one a row: it puts those that it chooses in their place."""
+        self.copy_ids(ids, self.memory["results"].pointer + self.places(len(ids))[0]["token"].offset)
 
     def decode_graph(self, rows: int, everything: bool, part: str = "decoder") -> Captured:
         """The step of one token in each of the first rows of the cache. When it is made the cache's first position is written: no text may be in it.
 
         Args:
-            everything: copy states and candidates to the host too; else the next step's tokens are this one's, and never leave the device in between.
+            everything: copy states and candidates to the host too.
             part: the engine; a measurement has others beside it.
         """
         key = part, rows, everything
@@ -243,8 +247,6 @@ class TensorRT:
             with self.stream.captured() as graph:
                 self.stream.to_device(settings.pointer, self.pinned["settings"].pointer, settings.size)
                 context.run(self.stream, self.why)
-                if not everything:
-                    self.stream.on_device(self.memory["ids"].pointer, results.pointer + places["token"].offset, 4 * rows)
                 self.stream.to_host(self.pinned["results"].pointer, results.pointer, copied)
             self.captures += 1
             self.captured[key] = Captured(graph, places, copied)
@@ -259,7 +261,7 @@ class TensorRT:
         """One token of row 0 at the end of `length` positions, it included: hidden state [1, d] float32, and the head's step."""
         captured = self.decode_graph(1, True)
         self.setting("lengths", 1)[:] = length
-        self.copy_ids([token])
+        self.begin([token])
         captured.graph.launch(self.stream)
         self.stream.wait()
         return self.taken(captured.places)
@@ -274,10 +276,10 @@ class TensorRT:
         context, n, m = self.context("decoder", PREFILL), len(ids), self.manifest
         places, size = self.places(1)
         self.setting("lengths", 1)[:] = length + n
-        addresses = self.addresses(1, row) | {"hidden_states": self.memory["states"].pointer}
+        addresses = self.addresses(1, row) | {"input_ids": self.memory["ids"].pointer, "hidden_states": self.memory["states"].pointer}
         context.bind(addresses, self.shapes(1, n))
         settings, results = self.memory["settings"], self.memory["results"]
-        self.copy_ids(ids)
+        self.copy_ids(ids, self.memory["ids"].pointer)
         self.stream.to_device(settings.pointer, self.pinned["settings"].pointer, settings.size)
         context.run(self.stream, self.why)
         width = 2 * m.settings.hidden_size
@@ -331,7 +333,7 @@ class TensorRT:
             if steps == 1:
                 return
             self._sample(s, [s.seed + row for row in range(rows)], 0)
-            self.copy_ids(first)
+            self.begin(first)
             for step in range(1, steps):
                 self.setting("lengths", rows)[:] = lengths + step
                 self.setting("step", rows)[:] = step

@@ -41,6 +41,7 @@ def build_engine(
     *,
     timing_cache: Path | None = None,
     memory: int | None = None,
+    few_tactics: bool = False,
     progress: Progress = silent,
 ) -> Built:
     """Build the engine of an ONNX file. Ctrl-C ends it, where TensorRT can be interrupted at once, and leaves no file.
@@ -51,6 +52,7 @@ def build_engine(
         profiles: sizes of the named dimensions, a profile each, in this order.
         timing_cache: kept between builds, replaced in one step after a build that succeeded.
         memory: cap of what tactics may take, bytes.
+        few_tactics: try few kernels for each layer: for an engine with a large matrix of its own.
     Raises:
         EngineError: the parser or the builder refuses.
     """
@@ -66,6 +68,8 @@ def build_engine(
     versions.hold_types(trt, network, config)
     versions.without_other_libraries(trt, config)
     versions.allow_aliases(trt, config)
+    if few_tactics:
+        versions.try_few_tactics(trt, config)
     if memory is not None:
         versions.limit_memory(trt, config, memory)
     if timing_cache is not None:

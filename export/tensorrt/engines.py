@@ -101,7 +101,10 @@ def add_engines(ready: Ready, folder: Path, manifest: Mapping[str, Any], progres
     for model in models:
         out = folder / f"{model.stem}.engine"
         profiles = profiles_of(model.stem, manifest)
-        one = builder.build_engine(ready.trt, model, out, profiles, timing_cache=ready.build.timing_cache, memory=cap, progress=progress)
+        dense = model.stem == "decoder_dense"
+        one = builder.build_engine(
+            ready.trt, model, out, profiles, timing_cache=ready.build.timing_cache, memory=cap, few_tactics=dense, progress=progress
+        )  # fmt: skip
         built[model.stem] = asdict(one)
     facts = ready.facts
     return {

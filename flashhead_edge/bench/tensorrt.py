@@ -116,7 +116,7 @@ def step_times(b: Any, parts: Sequence[str], batch: int) -> dict[str, np.ndarray
 
     graphs = {part: b.decode_graph(batch, False, part).graph for part in parts}
     b.setting("lengths", batch)[:] = CACHED
-    b.copy_ids([1] * batch)
+    b.begin([1] * batch)
     found: dict[str, list[float]] = {part: [] for part in parts}
     timer = Timer()
     for round_ in range(-1, ROUNDS):

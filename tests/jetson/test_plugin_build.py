@@ -182,6 +182,18 @@ def test_the_whole_library_is_built_from_the_sources(tmp_path: Path, monkeypatch
 
 
 @can_build
+@pytest.mark.slow
+@pytest.mark.skipif("TENSORRT_INCLUDE" not in os.environ, reason="TENSORRT_INCLUDE names no folder of TensorRT's headers")
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="there is no compiler for aarch64")
+def test_a_board_s_library_is_built_on_a_pc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
+    made = plugin_build.build(Path(os.environ["TENSORRT_INCLUDE"]), tmp_path / "board.so", capability=87)
+    aarch64 = 183  # ELF's number of the machine, at byte 18
+    assert int.from_bytes(made.path.read_bytes()[18:20], "little") == aarch64
+    assert made.version.startswith(f"{plugin_build.__version__} tensorrt ")
+
+
+@can_build
 def test_a_build_that_fails_leaves_the_old_library(tmp_path: Path) -> None:
     include, old = tmp_path / "include", tmp_path / "out" / "lib.so"
     include.mkdir()
