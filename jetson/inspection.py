@@ -9,18 +9,23 @@ from typing import Any
 from flashhead_edge.errors import CheckpointError
 from flashhead_edge.jetson.folder import AGAIN, FORMAT, is_exported
 from flashhead_edge.jetson.onnxruntime_sessions import NATIVE, native_library, open_model, vector_unit
+from flashhead_edge.jetson.tensorrt_folder import is_tensorrt, read_manifest
 
 WITHOUT_STEP = ("body", "body_native", "rescore")  # parts that make no step of the head
 
 
 def describe_model(path: str | Path) -> dict[str, Any]:
-    """Describe one .onnx file, or every model of an exported folder.
+    """Describe one .onnx file, every model of an exported folder, or what an export for TensorRT says of itself.
 
     Raises:
         CheckpointError: no file or folder of an export, or a damaged one.
         EngineError: ONNX Runtime is missing or too old for the model.
     """
     path = Path(path)
+    if is_tensorrt(path):
+        return {"folder": str(path), **read_manifest(path).document}
+    if is_tensorrt(path.parent):
+        raise CheckpointError(f"{path}: a model of an export for TensorRT, which ONNX Runtime does not read, expected the folder; inspect {path.parent}")
     if path.is_dir():
         if not is_exported(path):
             raise CheckpointError(f"{path}: no exported model, expected a folder that flashhead export onnx wrote; check the path")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_edge import __version__
-from flashhead_edge.errors import EngineError, SettingsError
+from flashhead_edge.errors import DeviceError, EngineError, SettingsError
 from flashhead_edge.jetson import plugins
 from flashhead_edge.jetson.driver import device_facts
 from flashhead_edge.jetson.nvrtc import Nvrtc, cuda_folders, find_nvrtc, wheel_folders
@@ -118,7 +118,10 @@ def build(
     """
     begin = time.monotonic()
     if capability is None:
-        facts = device_facts()
+        try:
+            facts = device_facts()
+        except DeviceError as error:
+            raise DeviceError(f"plugin build: no GPU here says its capability ({error}), expected one, or the number; pass --capability") from error
         capability, cuda = facts.capability, cuda or int(facts.cuda_version.split(".")[0])
     if capability < LEAST_CAPABILITY:
         raise SettingsError(f"capability {capability}: the kernels run from {LEAST_CAPABILITY} on (Ampere, 8.0), expected that or more; use another GPU")
@@ -132,6 +135,8 @@ def build(
             f"NVRTC {nvrtc.version[0]}.{nvrtc.version[1]} ({nvrtc.path}): it does not compile for capability {capability}, expected one of "
             f"{', '.join(map(str, nvrtc.architectures()))}; install a newer NVRTC, or name another --capability"
         )
+    if out is None and for_another_machine():
+        raise SettingsError(f"plugin build: {compiler()} compiles for another processor, expected --out then, since the cache is for this machine; pass --out")
     target = (out or plugins.cache_folder() / plugins.library_name(version[0])).absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

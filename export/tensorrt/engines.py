@@ -160,7 +160,7 @@ def _check_planned(path: Path, manifest: Mapping[str, Any], device: Device) -> N
     planned = (manifest["multiprocessors"], manifest["shared_bytes"])
     if planned[0] != device.multiprocessors or planned[1] > device.shared_bytes:
         found, here = (f"{m} multiprocessors and {s >> 10} KiB of shared memory" for m, s in (planned, (device.multiprocessors, device.shared_bytes)))
-        flags = f"--onnx-only --multiprocessors {device.multiprocessors} --shared-kib {device.shared_bytes >> 10}"
+        flags = f"--onnx-only --multiprocessors {device.multiprocessors} --shared-kib {device.shared_bytes >> 10} --capability {device.capability}"
         raise EngineError(f"{path}: the head was planned for {found}, this GPU has {here}; export again with {flags}")
 
 

@@ -96,7 +96,7 @@ def engine_options(function: F) -> F:
     type=click.Choice(["plugin", "native"]),
     default="plugin",
     show_default=True,
-    help="Our kernels as plugins, the weights outside of the engine; or TensorRT's own operators (10 and later), the weights inside. Native is not measured.",
+    help="Our kernels as plugins, the weights outside of the engine; or TensorRT's own operators (10 and later), which this version builds and does not run.",
 )
 @click.option("--precision", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True, help="Of activations. bfloat16: TensorRT 10.")
 @click.option("--group", type=click.Choice(["32", "64", "128"]), default="32", show_default=True, help="Weights that share a scale.")
@@ -106,7 +106,7 @@ def engine_options(function: F) -> F:
 @click.option("--dense-head", is_flag=True, help="Write and build the same decoder with TensorRT's own head over the whole vocabulary too, to compare with.")
 @engine_options
 @click.option("--onnx-only", is_flag=True, help="Build no engine: `flashhead export engines OUT` does it on the board. Needs the three options that follow.")
-@click.option("--multiprocessors", type=click.IntRange(min=1), help="Of the GPU that shall run it: 16 for Orin NX, 132 for an H100.")
+@click.option("--multiprocessors", type=click.IntRange(min=1), help="Of the GPU that shall run it: 8 for Orin Nano and NX, 16 for AGX Orin, 132 for an H100.")
 @click.option(
     "--shared-kib", type=click.IntRange(min=1), help="Shared memory that a block may have there, KiB: 99 for 8.6 and 8.9, 163 for 8.0 and 8.7, 227 for 9.0."
 )
@@ -142,6 +142,8 @@ def tensorrt(
     device_asked = (multiprocessors, shared_kib, capability)
     if onnx_only == (None in device_asked) or (not onnx_only and any(device_asked)):
         raise click.UsageError("--onnx-only, --multiprocessors, --shared-kib and --capability belong together: all of them, or none.")
+    if onnx_only and (plugin or timing_cache or memory or runtime != "tensorrt"):
+        raise click.UsageError("--plugin, --timing-cache, --memory and --runtime are of builds: with --onnx-only give them to `flashhead export engines`.")
     with answer_only() as stdout:
         with shown_progress("loading") as progress:
             from flashhead_edge.export.tensorrt import export_tensorrt

@@ -18,9 +18,10 @@ def inspect(out: Path, as_json: bool) -> None:
     """Show what is in OUT: a checkpoint's head, its codes, its bytes, and how it was calibrated; or an exported folder's models, or one .onnx file."""
     with answer_only() as stdout:
         from flashhead_edge.jetson.folder import is_exported
+        from flashhead_edge.jetson.tensorrt_folder import is_tensorrt
 
         description: dict[str, Any]
-        if out.suffix == ".onnx" or is_exported(out):
+        if out.suffix == ".onnx" or is_exported(out) or is_tensorrt(out):
             from flashhead_edge.jetson.inspection import describe_model
 
             description = describe_model(out)

@@ -183,6 +183,9 @@ def test_verb_refuses_half_a_device_and_names_wrong_input(checkpoint: Path, tmp_
     for some in (PLANNED[:1], PLANNED[1:], PLANNED[:5]):
         done = run(capsys, "export", "tensorrt", checkpoint, tmp_path / "out", *some)
         assert done.returncode == 2 and "belong together: all of them, or none" in done.stderr
+    for option in (("--memory", 100), ("--runtime", "tensorrt_rtx")):
+        done = run(capsys, "export", "tensorrt", checkpoint, tmp_path / "out", *PLANNED, *option)
+        assert done.returncode == 2 and "give them to `flashhead export engines`" in done.stderr
     done = run(capsys, "export", "engines", tmp_path / "none")
     assert done.returncode == 2 and "manifest.json: the file is missing" in done.stderr
 

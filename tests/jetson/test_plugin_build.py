@@ -254,6 +254,14 @@ def test_what_is_missing_is_named(headers: Path, monkeypatch: pytest.MonkeyPatch
             plugin_build.cuda_headers()
 
 
+@can_build
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="there is no compiler for aarch64")
+def test_a_board_s_library_does_not_take_this_machine_s_place(headers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
+    with pytest.raises(SettingsError, match="for another processor, expected --out then"):
+        plugin_build.build(headers, capability=87)
+
+
 def test_headers_of_two_wheels_are_one_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA 12 has crt/ in the wheel of nvcc."""
     for name in ("cuda_runtime/include/cuda.h", "cuda_runtime/include/cuda_runtime.h", "cuda_nvcc/include/crt/host_defines.h"):
@@ -284,7 +292,7 @@ def test_an_nvrtc_newer_than_the_driver_is_not_taken(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(has_driver, reason="this machine has a driver")
 def test_without_a_gpu_the_capability_is_asked_for(headers: Path, flashhead) -> None:
-    with pytest.raises(DeviceError, match="libcuda.so.1 cannot be loaded"):
+    with pytest.raises(DeviceError, match=r"libcuda.so.1 cannot be loaded.*; pass --capability$"):
         plugin_build.build(headers)
     code, out, err = flashhead("plugin", "build", "--tensorrt-include", headers)
     assert (code, out) == (1, "") and "libcuda.so.1 cannot be loaded" in err.splitlines()[-1]

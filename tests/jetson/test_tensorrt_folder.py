@@ -51,6 +51,13 @@ def changed(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def test_a_folder_is_inspected_and_its_models_are_not(folder, flashhead):
+    code, out, _ = flashhead("inspect", folder, "--json")
+    assert code == 0 and json.loads(out)["layers"] == "plugin"
+    code, out, err = flashhead("inspect", folder / "decoder.onnx")
+    assert (code, out) == (2, "") and f"inspect {folder}" in err
+
+
 def test_a_whole_folder_passes(folder):
     m = read_manifest(folder)
     assert is_tensorrt(folder) and m.settings.context_length == 64 and m.settings.item_bytes == (1, 2)
