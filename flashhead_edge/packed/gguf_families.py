@@ -159,6 +159,7 @@ def _layers(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     if family.full_every:
         more["layer_types"] = ["full_attention" if (i + 1) % family.full_every == 0 else "sliding_attention" for i in range(count)]
         more["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"] if count == family.averaged else config["head_dim"]
+    if family.model_type == "gemma3_text":
         more["rope_local_base_freq"] = config.get("rope_local_base_freq", THETA)
     return more
 

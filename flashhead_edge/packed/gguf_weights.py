@@ -89,7 +89,7 @@ class GgufWeights:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         shape = self.shape(name)
-        if len(shape) != 2 or not 0 <= start <= stop <= shape[0]:
+        if len(shape) != 2 or not 0 <= start < stop <= shape[0]:
             raise CheckpointError(f"{self._name}: rows {start} to {stop} of {name} {list(shape)}, expected rows within a matrix; pass others")
         read = self._read(name, start, stop)
         return read if isinstance(read, np.ndarray) else dense(read)
