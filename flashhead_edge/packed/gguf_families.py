@@ -109,12 +109,14 @@ def row_order(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
 
 
-def config_of(values: Mapping[str, Any], vocab_size: int, tied: bool, biased: bool, factors: np.ndarray | None, layers: int, name: str) -> dict[str, Any]:
+def config_of(
+    values: Mapping[str, Any], embedding: tuple[int, ...], tied: bool, biased: bool, factors: np.ndarray | None, layers: int, name: str
+) -> dict[str, Any]:
     """What config.json would say.
 
     Args:
         values: the file's metadata.
-        vocab_size: rows of its embedding.
+        embedding: its shape, [tokens, hidden size].
         tied: it has no head of its own.
         biased: q, k and v have biases.
         factors: of its rotary frequencies, [head size / 2], where it has them.
@@ -124,7 +126,7 @@ def config_of(values: Mapping[str, Any], vocab_size: int, tied: bool, biased: bo
         UnsupportedModelError: positions or layers that are not told by a config here.
     """
     kind, family = family_of(values, name)
-    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type, "vocab_size": vocab_size}
+    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type, "vocab_size": embedding[0]}
     found = {ours: _number(values, f"{kind}.{key}", name) for key, ours in KEYS.items()}
     config |= {ours: value for ours, value in found.items() if value}  # 0, as of a sliding window, says that there is none
     missing = [key for key in NEEDED if key not in config]
@@ -138,6 +140,8 @@ def config_of(values: Mapping[str, Any], vocab_size: int, tied: bool, biased: bo
         raise CheckpointError(f"{name}: {wrong} is {config[wrong]}, expected a count; fetch the file again")
     if config["num_hidden_layers"] != layers:
         raise CheckpointError(f"{name}: tensors of {layers} layers, expected {config['num_hidden_layers']} as the header says; fetch the file again")
+    if config["hidden_size"] != embedding[1]:
+        raise CheckpointError(f"{name}: an embedding of {embedding[1]} columns, expected {config['hidden_size']} as the header says; fetch the file again")
     config |= {"tie_word_embeddings": tied, "hidden_act": family.activation, "attention_bias": biased, "mlp_bias": False}
     if family.raised:
         config["hidden_activation"] = family.activation  # Gemma's name for it
