@@ -70,6 +70,7 @@ FAMILIES = {
     "smollm3": Family("SmolLM3ForCausalLM", "smollm3", USUAL, permuted=True, unturned_every=4),
     "qwen2": Family("Qwen2ForCausalLM", "qwen2", USUAL),
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", USUAL),
+    "qwen3vl": Family("Qwen3ForCausalLM", "qwen3", USUAL),  # of text, its three positions are one: it is a Qwen3
     "gemma": Family("GemmaForCausalLM", "gemma", USUAL, raised=True, activation=GELU),
     "gemma2": Family("Gemma2ForCausalLM", "gemma2", FOUR, raised=True, activation=GELU, full_every=2, averaged=46),
     "gemma3": Family("Gemma3ForCausalLM", "gemma3_text", FOUR, raised=True, activation=GELU, full_every=6, averaged=62),

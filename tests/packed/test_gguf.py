@@ -326,6 +326,7 @@ MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "qwen2": ("qwen2", "Qwen2Config", "Qwen2ForCausalLM", {}),
     "qwen2 stretched": ("qwen2", "Qwen2Config", "Qwen2ForCausalLM", {"rope_scaling": YARN}),
     "qwen3": ("qwen3", "Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 128, "tie_word_embeddings": True}),
+    "qwen3vl": ("qwen3vl", "Qwen3VLConfig", "Qwen3ForCausalLM", HEAD),
     "gemma": ("gemma", "GemmaConfig", "GemmaForCausalLM", {**HEAD, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", "Gemma2Config", "Gemma2ForCausalLM", {**GEMMA, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
     "gemma3": ("gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", {**GEMMA, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
@@ -339,7 +340,13 @@ def original(case: str) -> Any:
 
     _, config, model, more = MODELS[case]
     torch.manual_seed(0)
-    made = getattr(transformers, model)(getattr(transformers, config)(**(SIZES | more))).eval()
+    if case == "qwen3vl":
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+        turned = {"rope_type": "default", "rope_theta": SIZES["rope_theta"], "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        whole = transformers.Qwen3VLConfig(text_config={**SIZES, **more, "rope_parameters": turned}, vision_config=vision, tie_word_embeddings=False)
+        made = transformers.Qwen3VLForConditionalGeneration(whole).eval()
+    else:
+        made = getattr(transformers, model)(getattr(transformers, config)(**(SIZES | more))).eval()
     with torch.no_grad():  # the library's start would hide a lost bias or norm
         for name, parameter in made.named_parameters():
             if parameter.ndim >= 2:
@@ -354,10 +361,18 @@ def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+def parameters_of(model: Any) -> dict[str, np.ndarray]:
+    """The parameters of a model's text, without a tied head."""
+    found = {name.replace("model.language_model.", "model."): tensor.numpy() for name, tensor in model.state_dict().items() if ".visual." not in name}
+    if model.config.get_text_config().tie_word_embeddings:
+        del found["lm_head.weight"]
+    return found
+
+
 def converted(case: str, model: Any, path: Path) -> None:
     """The model as GGUF in float32: names by the gguf package's table, metadata and changed values as llama.cpp's converter has them."""
     arch, _, _, more = MODELS[case]
-    config, text = model.config, SIZES | more
+    config, text = model.config.get_text_config(), SIZES | more
     writer = gguf.GGUFWriter(path, arch)
     head = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])
     header(
@@ -390,10 +405,7 @@ def converted(case: str, model: Any, path: Path) -> None:
         if "original_max_position_embeddings" in scaling:
             writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and text["tie_word_embeddings"]:
-            continue
-        values = tensor.float().numpy()
+    for name, values in parameters_of(model).items():
         if arch in ("llama", "granite", "smollm3") and ".q_proj." in name:
             values = permuted(values, config.num_attention_heads)
         if arch in ("llama", "granite", "smollm3") and ".k_proj." in name:
@@ -427,9 +439,7 @@ def test_a_model_comes_back_from_gguf(case: str, tmp_path: Path) -> None:
 
     model, path = original(case), tmp_path / "model.gguf"
     converted(case, model, path)
-    wanted = {k: v.numpy() for k, v in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
+    wanted = parameters_of(model)
     with open_weights(path) as weights:
         assert set(weights.names()) == set(wanted)
         state = {name: weights.floats(name) for name in weights.names()}
