@@ -22,7 +22,6 @@ from flashhead_edge.packed.files import FLOATS, Files
 from flashhead_edge.packed.scheme import BITS, Scheme
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-COLUMN_SLOTS = tuple(int(i) for i in np.argsort(AWQ_ORDER))  # the slot of a word in which each column lies
 A_WORD = 8  # codes
 AGAIN = "fetch the model again"
 
@@ -119,12 +118,16 @@ def _awq(files: Files, scheme: Scheme, stem: str, k: int, rows: slice) -> Coded4
     inner = slice(rows.start - words.start * A_WORD, rows.stop - words.start * A_WORD)
 
     def columns(name: str) -> np.ndarray:
-        slots = _fields(files.array(name)[:, words])
-        return slots.reshape(len(slots), -1, A_WORD)[:, :, COLUMN_SLOTS].reshape(len(slots), -1)[:, inner]
+        """Words [rows, N / 8] as the codes of each column, [N, rows] uint8: a slot of all words at a time, since these are the whole matrix."""
+        turned = np.ascontiguousarray(files.array(name)[:, words].T).view("<u4")
+        codes = np.empty((len(turned), A_WORD, turned.shape[1]), np.uint8)
+        for slot, column in enumerate(AWQ_ORDER):
+            codes[:, column] = turned >> (BITS * slot) & 15
+        return codes.reshape(-1, turned.shape[1])[inner]
 
     scales = np.ascontiguousarray(files.floats(f"{stem}.scales", (slice(None), rows)).T)
-    zeros = columns(f"{stem}.qzeros").T if f"{stem}.qzeros" in files else None
-    return _ordered(files, paired(np.ascontiguousarray(columns(f"{stem}.qweight").T)), scales, zeros, None, k)
+    zeros = columns(f"{stem}.qzeros") if f"{stem}.qzeros" in files else None
+    return _ordered(files, paired(columns(f"{stem}.qweight")), scales, zeros, None, k)
 
 
 def _mlx_shape(files: Files, scheme: Scheme, stem: str) -> tuple[int, int]:
@@ -154,7 +157,7 @@ def _ordered(files: Files, codes: np.ndarray, scales: np.ndarray, zeros: np.ndar
     zeros = None if zeros is None or bool((zeros == HALF).all()) else np.ascontiguousarray(zeros)
     order = None if index is None or index not in files else input_order(files.array(index), group, index)
     if order is not None:
-        codes = paired(unpaired(codes)[:, order])
+        codes = paired(np.take(unpaired(codes), order, 1))
     return Coded4(np.ascontiguousarray(codes), scales, zeros, None, group, order)
 
 
