@@ -136,7 +136,7 @@ def _mlx_shape(files: Files, scheme: Scheme, stem: str) -> tuple[int, int]:
     if bits != BITS:
         raise UnsupportedModelError(f"{stem}: MLX codes of {bits} bits, expected {BITS}; choose another checkpoint")
     k = words * A_WORD
-    if group <= 0 or k % group:
+    if group <= 0 or k <= 0 or k % group:
         raise CheckpointError(f"{stem}: {k} inputs in groups of {group}, expected a divisor of them; {AGAIN}")
     for part in ("scales", "biases"):
         _expect(files, f"{stem}.{part}", None, (n, k // group))
@@ -191,7 +191,7 @@ def _fields(words: np.ndarray) -> np.ndarray:
 def _group(groups: int, k: int, scheme: Scheme, stem: str) -> int:
     """The size of a matrix' groups, from their number."""
     sizes = {k if size == -1 else size for size in scheme.groups}
-    if groups <= 0 or k % groups or (sizes and k // groups not in sizes):
+    if groups <= 0 or k <= 0 or k % groups or (sizes and k // groups not in sizes):
         said = " or ".join(str(s) for s in sorted(sizes)) or "a divisor of the inputs"
         raise CheckpointError(f"{stem}: {groups} groups of scales for {k} inputs, expected groups of {said}; {AGAIN}")
     return k // groups

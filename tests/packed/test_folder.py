@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashhead_edge.errors import CheckpointError, UnsupportedModelError
+from flashhead_edge.checkpoint.tensors import ITEM_BITS
+from flashhead_edge.errors import CheckpointError, FlashHeadError, UnsupportedModelError
 from flashhead_edge.packed import Coded4, dense, open_weights
 
 N, K, GROUP = 24, 64, 32
@@ -428,6 +433,7 @@ def changed(name: str, change: Callable[[Any], Any]) -> Callable[[Parts], None]:
         (AWQ, awq, dropped("scales"), CheckpointError, "q_proj.scales: no such tensor in the files"),
         (AWQ, awq, changed("qzeros", lambda x: x[:1]), CheckpointError, r"qzeros: I32 \[1, 3\], expected I32 \[2, 3\]"),
         (AWQ, awq, changed("scales", lambda x: x[:, :8]), CheckpointError, r"scales: F16 \[2, 8\], expected floats \[2, 24\]"),
+        ({"quant_method": "awq", "bits": 4}, awq, changed("qweight", lambda x: x[:0]), CheckpointError, "2 groups of scales for 0 inputs"),
         ({**AWQ, "group_size": 64}, awq, lambda parts: None, CheckpointError, "q_proj: 2 groups of scales for 64 inputs, expected groups of 64"),
         (GPTQ, lambda: gptq(1), dropped("qzeros"), CheckpointError, "q_proj.qzeros: no such tensor in the files"),
         (GPTQ, lambda: gptq(1), changed("g_idx", lambda x: x[:32]), UnsupportedModelError, "8 words of codes for the 32 inputs of g_idx, expected 4 bits"),
@@ -465,6 +471,59 @@ def test_groups_of_unequal_size_are_refused(index: np.ndarray, tmp_path: Path) -
 def test_mlx_of_other_sizes_is_refused(change: dict[str, int], kind: type[Exception], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(kind, match=sentence):
         open_weights(write(tmp_path, layer(mlx(32)[0]), {**CONFIG, "quantization": {**MLX, **change}}))
+
+
+def parts_of(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A matrix of each format with every part that it can have, and its config."""
+    groups = np.random.default_rng(2).permutation(np.arange(K) // GROUP)
+    if kind == "mlx":
+        return mlx(32)[0], {**CONFIG, "quantization": MLX}
+    made_parts = {"compressed": lambda: hand_compressed(groups), "awq": awq, "gptq": lambda: gptq(1, groups=groups)}[kind]()[0]
+    return made_parts, quantised({"compressed": COMPRESSED, "awq": AWQ, "gptq": GPTQ}[kind])
+
+
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 24, 32, 64, 128]), max_size=3)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(["compressed", "awq", "gptq", "mlx"]),
+    nth=st.integers(0, 4),
+    shape=SHAPES,
+    dtype=st.sampled_from(sorted(ITEM_BITS)),
+    fill=st.integers(0, 255),
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # scales of any bytes may overflow
+def test_a_part_of_any_shape_and_type_is_read_or_refused_in_a_sentence(kind: str, nth: int, shape: list[int], dtype: str, fill: int, tmp_path: Path) -> None:
+    """One tensor of a matrix becomes another: of any dtype and shape, its bytes whole. Nothing else than a sentence is raised."""
+    made_parts, config = parts_of(kind)
+    names = list(made_parts)
+    write(tmp_path, layer(made_parts), config)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    changed_name = f"{LAYER}.{names[nth % len(names)]}"
+    pieces, start = [], 0
+    for name, entry in header.items():
+        piece = body[slice(*entry["data_offsets"])]
+        if name == changed_name:
+            piece = bytes([fill]) * ((math.prod(shape) * ITEM_BITS[dtype] + 7) // 8)
+            entry |= {"dtype": dtype, "shape": shape}
+        entry["data_offsets"] = [start, start + len(piece)]
+        start += len(piece)
+        pieces.append(piece)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(pieces))
+    try:
+        with open_weights(tmp_path) as weights:
+            for name in weights.names():
+                assert weights.floats(name).shape == weights.shape(name)
+    except FlashHeadError as error:
+        said = str(error)
+    else:
+        said = "read; as it is"
+    assert "; " in said and len(said.splitlines()) == 1
 
 
 def test_nothing_there(tmp_path: Path) -> None:
