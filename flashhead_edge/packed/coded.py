@@ -10,6 +10,7 @@ from flashhead_edge.errors import CheckpointError, SettingsError
 
 HALF = 8  # the zero of a symmetric code
 GROUPS = (32, 64, 128)  # inputs that share a scale in what `requantised` makes
+ZERO_ERROR = 1 / 16  # of a scale: 15 of them, each rounded by 2^-8 of itself
 TINY = np.finfo(np.float32).tiny
 BLOCK = 1 << 16  # values worked on together: what a core's cache holds
 # Ranges of a group that are tried, the largest magnitude in code -8 being 1. On made weights with long tails these eight err 25 % less than
@@ -84,6 +85,21 @@ def some_rows(coded: Coded4 | Coded8, start: int, stop: int) -> Coded4 | Coded8:
     zeros = None if coded.zeros is None else coded.zeros[start:stop]
     minima = None if coded.minima is None else coded.minima[start:stop]
     return Coded4(coded.codes[start:stop], coded.scales[start:stop], zeros, minima, coded.group, coded.order)
+
+
+def whole_zeros(coded: Coded4) -> Coded4 | None:
+    """The same matrix with zeros in place of minima, where each minimum is a whole multiple of its scale, as MLX makes them; else None.
+
+    A minimum may be up to a sixteenth of its scale off: bfloat16 has rounded both. That is the most by which a weight changes, and
+    little beside the half scale by which its code rounded it.
+    """
+    if coded.minima is None:
+        return coded
+    exact = np.divide(-coded.minima, coded.scales, out=np.where(coded.minima == 0, 0, np.inf).astype(np.float32), where=coded.scales != 0)
+    zeros = np.clip(np.rint(exact), 0, 2 * HALF - 1)
+    if bool((np.abs(exact - zeros) > ZERO_ERROR).any()):
+        return None
+    return Coded4(coded.codes, coded.scales, zeros.astype(np.uint8), None, coded.group, coded.order)
 
 
 def requantised(matrix: Coded4 | Coded8 | np.ndarray, group: int) -> Coded4:

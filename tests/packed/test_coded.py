@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from flashhead_edge.errors import CheckpointError, SettingsError
-from flashhead_edge.packed import Coded4, Coded8, dense, requantised
+from flashhead_edge.packed import Coded4, Coded8, dense, requantised, whole_zeros
 from flashhead_edge.packed.coded import paired, some_rows, unpaired
 
 N, K, GROUP = 6, 64, 16
@@ -49,6 +50,42 @@ def test_pairs_go_both_ways() -> None:
     codes = np.random.default_rng(2).integers(0, 16, (3, 8), dtype=np.uint8)
     assert np.array_equal(unpaired(paired(codes)), codes)
     assert paired(np.array([[1, 2]], np.uint8))[0, 0] == 0x21  # the first in the low nibble
+
+
+def affine(matrix: torch.Tensor, group: int) -> Coded4:
+    """As MLX quantises (mlx.core.quantize, "affine"): the end of the range that is further from 0 is moved onto a whole multiple of the scale."""
+    groups = matrix.view(len(matrix), -1, group)
+    low, high = groups.amin(-1), groups.amax(-1)
+    below = low.abs() > high.abs()
+    scale = torch.where(below, 1, -1) * (high - low).clamp(min=1e-7) / 15
+    edge = torch.where(below, low, high)
+    first = (edge / scale).round()
+    scale, bias = torch.where(first != 0, edge / first, scale), torch.where(first != 0, edge, 0)
+    codes = ((groups - bias[..., None]) / scale[..., None]).round().clamp(0, 15)
+    return Coded4(paired(codes.flatten(1).to(torch.uint8).numpy()), scale.float().numpy(), None, bias.float().numpy(), group)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_biases_of_mlx_are_zeros(dtype: torch.dtype, group: int) -> None:
+    matrix = torch.randn(40, 256, generator=torch.Generator().manual_seed(0)) + torch.linspace(0, 0.5, 40)[:, None]  # 0 at many places of the range
+    coded = affine(matrix.to(dtype), group)
+    zeroed = whole_zeros(coded)
+    assert zeroed is not None and zeroed.zeros is not None and zeroed.minima is None and len(np.unique(zeroed.zeros)) > 2
+    off = np.abs(dense(zeroed) - dense(coded)).reshape(40, -1, group).max(-1)
+    assert (off <= np.abs(coded.scales) / 16 * (1 + 1e-5)).all()  # as promised, and float32's rounding of the products
+    assert whole_zeros(zeroed) is zeroed
+
+
+def test_other_minima_are_no_zeros() -> None:
+    coded = coded4(np.random.default_rng(7), "minima")
+    assert whole_zeros(coded) is None
+    assert coded.minima is not None
+    for scale, minimum, zero in ((0.0, 0.0, 0), (0.0, 1.0, None), (-0.5, 7.5, 15), (0.5, -8.0, None), (0.5, 0.5, None)):
+        one = Coded4(np.zeros((1, 16), np.uint8), np.array([[scale]], np.float32), None, np.array([[minimum]], np.float32), 32)
+        found = whole_zeros(one)
+        assert (found is None) == (zero is None)
+        assert found is None or (found.zeros == zero).all()
 
 
 def squares(matrix: np.ndarray, coded: Coded4) -> np.ndarray:
