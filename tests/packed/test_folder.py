@@ -165,6 +165,16 @@ def test_compressed_tensors_with_zero_points_one_number_each(tmp_path: Path) -> 
     check(write(tmp_path, layer(parts), quantised(COMPRESSED)), want)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_quantize_writes(symmetric: bool, tmp_path: Path) -> None:
+    from flashhead_edge.quantize.grid import nearest, packed
+
+    coded = nearest(torch.randn(N, 256, generator=torch.Generator().manual_seed(4)), 64, symmetric, torch.bfloat16)
+    scheme = json.loads(json.dumps(COMPRESSED))
+    scheme["config_groups"]["group_0"]["weights"] |= {"symmetric": symmetric, "group_size": 64}
+    check(write(tmp_path, layer(packed(coded)), quantised(scheme)), coded.values().numpy())
+
+
 # ---- AWQ, GPTQ: the formulas of AutoAWQ's and GPTQModel's dequantisation, which llama.cpp's converter writes out too
 # (convert_hf_to_gguf.py, dequant_gptq): (code - zero) * scale, version 1 with zero = stored + 1
 
@@ -480,6 +490,19 @@ def parts_of(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return mlx(32)[0], {**CONFIG, "quantization": MLX}
     made_parts = {"compressed": lambda: hand_compressed(groups), "awq": awq, "gptq": lambda: gptq(1, groups=groups)}[kind]()[0]
     return made_parts, quantised({"compressed": COMPRESSED, "awq": AWQ, "gptq": GPTQ}[kind])
+
+
+@pytest.mark.parametrize("kind", ["compressed", "awq", "gptq"])
+def test_the_reader_with_torch_agrees(kind: str, tmp_path: Path) -> None:
+    """`checkpoint.quantised` turns the same folders into floats for torch."""
+    from flashhead_edge.checkpoint.quantised import dequantised
+
+    parts, config = parts_of(kind)
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in layer(parts).items()}
+    theirs = dict(dequantised(config["quantization_config"], set(tensors), tensors.__getitem__, torch.float32, kind))
+    with open_weights(write(tmp_path, dict(tensors), config)) as weights:
+        assert set(theirs) == set(weights.names()) == {f"{LAYER}.weight"}
+        assert np.array_equal(weights.floats(f"{LAYER}.weight"), theirs[f"{LAYER}.weight"].numpy())
 
 
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 24, 32, 64, 128]), max_size=3)
