@@ -41,7 +41,7 @@ def packed_shape(files: Files, scheme: Scheme, stem: str) -> tuple[int, int]:
     n, k = (columns * A_WORD, rows) if scheme.kind == "awq" else (columns, rows * A_WORD)
     if scheme.kind == "gptq" and n % A_WORD:
         raise UnsupportedModelError(f"{stem}: {n} outputs, expected a multiple of {A_WORD}, as zero points are packed; choose another checkpoint")
-    if f"{stem}.g_idx" in files and scheme.kind == "gptq":
+    if scheme.kind == "gptq" and (scheme.ordered or f"{stem}.g_idx" in files):
         held = files.entry(f"{stem}.g_idx")
         if held.dtype != "I32" or len(held.shape) != 1:
             raise _wrong(f"{stem}.g_idx", held.dtype, held.shape, "I32", (k,))
@@ -74,10 +74,10 @@ def _compressed_shape(files: Files, scheme: Scheme, stem: str) -> tuple[int, int
     _expect(files, f"{stem}.weight_shape", "I64", (2,))
     n, k = (int(x) for x in files.array(f"{stem}.weight_shape"))
     rows, words = _two(files, f"{stem}.weight_packed", "I32")
-    if rows != n or k <= 0 or words != -(-k // A_WORD):
-        if rows == n and k > 0 and 32 * words >= k and words != -(-k // A_WORD):
-            raise UnsupportedModelError(f"{stem}: {words} words for {k} codes, expected {BITS} bits a code; choose another checkpoint")
+    if rows != n or k <= 0:
         raise _wrong(f"{stem}.weight_packed", "I32", (rows, words), "I32", (n, -(-k // A_WORD)))
+    if words != -(-k // A_WORD):
+        raise UnsupportedModelError(f"{stem}: {words} words for {k} codes, expected {BITS} bits a code; choose another checkpoint")
     if k % A_WORD:
         raise UnsupportedModelError(f"{stem}: {k} inputs, expected a multiple of {A_WORD}; choose another checkpoint")
     group = _group(_two(files, f"{stem}.weight_scale", None)[1], k, scheme, stem)

@@ -445,6 +445,7 @@ def changed(name: str, change: Callable[[Any], Any]) -> Callable[[Parts], None]:
         (AWQ, awq, changed("scales", lambda x: x[:, :8]), CheckpointError, r"scales: F16 \[2, 8\], expected floats \[2, 24\]"),
         ({"quant_method": "awq", "bits": 4}, awq, changed("qweight", lambda x: x[:0]), CheckpointError, "2 groups of scales for 0 inputs"),
         ({**AWQ, "group_size": 64}, awq, lambda parts: None, CheckpointError, "q_proj: 2 groups of scales for 64 inputs, expected groups of 64"),
+        ({**GPTQ, "desc_act": True}, lambda: gptq(1), dropped("g_idx"), CheckpointError, "q_proj.g_idx: no such tensor in the files"),
         (GPTQ, lambda: gptq(1), dropped("qzeros"), CheckpointError, "q_proj.qzeros: no such tensor in the files"),
         (GPTQ, lambda: gptq(1), changed("g_idx", lambda x: x[:32]), UnsupportedModelError, "8 words of codes for the 32 inputs of g_idx, expected 4 bits"),
         (GPTQ, lambda: gptq(1), changed("qweight", lambda x: x[:, :20]), UnsupportedModelError, "20 outputs, expected a multiple of 8"),
