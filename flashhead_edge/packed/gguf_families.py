@@ -87,10 +87,10 @@ def family_of(values: Mapping[str, Any], name: str) -> tuple[str, Family]:
     kind = str(values.get("general.architecture"))
     if values.get("split.count") not in (None, 0, 1):
         raise UnsupportedModelError(
-            f"{name}: one of {values['split.count']} parts of a model, expected a single file; merge them with llama-gguf-split --merge"
+            f"{name}: one of {values['split.count']!r} parts of a model, expected a single file; merge them with llama-gguf-split --merge"
         )
     if kind not in FAMILIES:
-        raise UnsupportedModelError(f"{name}: a GGUF file of the architecture {kind}, expected one of {', '.join(FAMILIES)}; choose another file")
+        raise UnsupportedModelError(f"{name}: a GGUF file of the architecture {kind!r}, expected one of {', '.join(FAMILIES)}; choose another file")
     return kind, FAMILIES[kind]
 
 
@@ -202,7 +202,7 @@ def _scaling(values: Mapping[str, Any], kind: str, config: Mapping[str, Any], fa
         return {"rope_type": "linear", "factor": factor}
     if said == "yarn" and factor and original:
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    raise UnsupportedModelError(f"{name}: rotary positions stretched as {said}, expected none, linear, yarn or Llama 3's; choose another file")
+    raise UnsupportedModelError(f"{name}: rotary positions stretched as {said!r}, expected none, linear, yarn or Llama 3's; choose another file")
 
 
 def llama3_factors(theta: float, head_size: int, factor: float) -> np.ndarray:

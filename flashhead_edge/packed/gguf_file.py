@@ -84,7 +84,7 @@ def _parsed(data: memoryview) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"it begins with {magic!r}, version {version}")
     at, values = 24, dict[str, Any]()
     for _ in range(_counted(pairs, 13, data, at)):  # a pair has 13 bytes at least
-        key, at = _text(data, at)
+        key, at = _name(data, at)
         (kind,) = struct.unpack_from("<I", data, at)
         if key in values:
             raise ValueError(f"two values are named {key!r}")
@@ -94,7 +94,7 @@ def _parsed(data: memoryview) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"general.alignment is {alignment}, not a power of two")
     found = []
     for _ in range(_counted(tensors, 24, data, at)):
-        name, at = _text(data, at)
+        name, at = _name(data, at)
         (dimensions,) = struct.unpack_from("<I", data, at)
         if not 0 < dimensions <= MOST_DIMENSIONS:
             raise ValueError(f"{name} has {dimensions} dimensions")
@@ -134,6 +134,14 @@ def _text(data: memoryview, at: int) -> tuple[str, int]:
     (size,) = struct.unpack_from("<Q", data, at)
     end = at + 8 + _counted(size, 1, data, at + 8)
     return bytes(data[at + 8 : end]).decode("utf-8", errors="replace"), end
+
+
+def _name(data: memoryview, at: int) -> tuple[str, int]:
+    """A name, which messages may repeat."""
+    name, end = _text(data, at)
+    if not name.isprintable():
+        raise ValueError(f"the name {name!r} at byte {at}")
+    return name, end
 
 
 def _value(data: memoryview, at: int, kind: int) -> tuple[Any, int]:

@@ -509,7 +509,7 @@ def test_the_reader_with_torch_agrees(kind: str, tmp_path: Path) -> None:
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 24, 32, 64, 128]), max_size=3)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(["compressed", "awq", "gptq", "mlx"]),
     nth=st.integers(0, 4),
