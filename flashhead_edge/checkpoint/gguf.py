@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.checkpoint import families
+from flashhead_edge.checkpoint.gguf_families import DROPPED, FAMILIES, file_config
+from flashhead_edge.checkpoint.gguf_file import read_gguf
 from flashhead_edge.checkpoint.quiet import without_bars, without_warnings
-from flashhead_edge.errors import CheckpointError
+from flashhead_edge.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS = ("output.weight", "token_embd.weight")
 BLOCK = 8192  # rows turned into floats together
@@ -56,11 +58,32 @@ def read_config(path: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     with _reading(path):
-        config: dict[str, Any] = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+        config: dict[str, Any] = (_own_config(path) or AutoConfig.from_pretrained(path.parent, gguf_file=path.name)).to_dict()
     for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
         config.pop(key, None)
     config["architectures"] = [families.architecture(config, path.name)]
     return config
+
+
+def _own_config(path: Path) -> PretrainedConfig | None:
+    """The config as we read it, since transformers' reader drops how rotary positions are stretched; None for a family that is known to it alone.
+
+    Raises:
+        UnsupportedModelError: such a family with stretched positions.
+    """
+    from transformers import CONFIG_MAPPING
+
+    file = read_gguf(path)
+    kind = str(file.values.get("general.architecture"))
+    if kind in FAMILIES:
+        said = file_config(file, path.name)
+        return CONFIG_MAPPING[said["model_type"]](**said)
+    if any(name in file.tensors for name in DROPPED) or str(file.values.get(f"{kind}.rope.scaling.type") or "none") != "none":
+        raise UnsupportedModelError(
+            f"{path}: rotary positions of a GGUF file of the architecture {kind!r} are stretched, which its reader drops, expected one of "
+            f"{', '.join(FAMILIES)}; convert the folder of safetensors that it was made from"
+        )
+    return None
 
 
 def read_head(path: Path) -> tuple[Tensor, Tensor | None, bool, int]:
@@ -116,7 +139,7 @@ def load(path: Path, config: dict[str, Any]) -> PreTrainedModel:
         import accelerate  # noqa: F401  # whose absence transformers reports as it does a damaged file
 
         for dtype in (torch.float16, torch.bfloat16):
-            model: PreTrainedModel = cls.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+            model: PreTrainedModel = cls.from_pretrained(path.parent, gguf_file=path.name, config=_own_config(path), dtype=dtype)
             if all(bool(torch.isfinite(p).all()) for p in model.parameters()):
                 break
     weight, bias, _, _ = read_head(path)

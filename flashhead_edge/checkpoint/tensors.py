@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -121,3 +122,16 @@ def pack_arrays(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | 
     yield struct.pack("<Q", len(text)) + text
     for name in order:
         yield np.ascontiguousarray(arrays[name]).astype(arrays[name].dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def mapped(path: Path) -> np.ndarray:
+    """A file's bytes, read-only; the mapping lives as long as an array of it does.
+
+    Raises:
+        CheckpointError: the file is empty or cannot be mapped.
+    """
+    try:
+        with path.open("rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: the file cannot be mapped ({error}), expected a file of weights; fetch the model again") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,11 @@ from typing import Any
 import numpy as np
 
 from flashhead_edge.checkpoint.source import weight_map
-from flashhead_edge.checkpoint.tensors import NUMPY, Entry, read_header
+from flashhead_edge.checkpoint.tensors import NUMPY, Entry, mapped, read_header
 from flashhead_edge.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 EVERYTHING = (slice(None),)
-
-
-def mapped(path: Path) -> np.ndarray:
-    """A file's bytes, read-only; the mapping lives as long as an array of it does.
-
-    Raises:
-        CheckpointError: the file is empty or cannot be mapped.
-    """
-    try:
-        with path.open("rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: the file cannot be mapped ({error}), expected a file of weights; fetch the model again") from error
 
 
 class Files:

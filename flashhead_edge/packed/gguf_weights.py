@@ -6,15 +6,14 @@ from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
+from flashhead_edge.checkpoint.gguf_families import DROPPED, family_of, file_config, huggingface_name, row_order
+from flashhead_edge.checkpoint.gguf_file import TYPES, GgufFile, read_gguf
 from flashhead_edge.errors import CheckpointError, UnsupportedModelError
 from flashhead_edge.packed.coded import Coded4, Coded8, dense
 from flashhead_edge.packed.gguf_blocks import READERS, coded, floats
-from flashhead_edge.packed.gguf_families import DROPPED, config_of, family_of, huggingface_name, row_order
-from flashhead_edge.packed.gguf_file import TYPES, GgufFile, read_gguf
 
 READ = ", ".join(name for name, _, _ in TYPES.values())
 
@@ -42,31 +41,11 @@ class GgufWeights:
             if tensor.kind not in {known for known, _, _ in TYPES.values()}:
                 raise UnsupportedModelError(f"{self._name}: {stored} is quantised as {tensor.kind}, expected one of {READ}; choose another file")
             self._stored[name] = stored
-        self.config = self._config()
+        self.config = file_config(self._file, self._name)
         for name in self._stored:
             heads, shape = self._heads(name), self.shape(name)
             if heads and shape[0] % (2 * heads):
                 raise CheckpointError(f"{self._name}: {name} has {shape[0]} rows for {heads} heads, expected pairs of them in each; fetch the file again")
-
-    def _config(self) -> dict[str, Any]:
-        """The config, with what the tensors say of it."""
-        file = self._open()
-        embedding = self._stored.get("model.embed_tokens.weight")
-        shape = () if embedding is None else file.tensors[embedding].shape
-        if len(shape) != 2:
-            raise CheckpointError(
-                f"{self._name}: token_embd.weight has the shape {list(shape)}, expected a matrix of a whole language model; fetch the file again"
-            )
-        if any(name in file.tensors for name in DROPPED[1:]):
-            raise UnsupportedModelError(f"{self._name}: rotary positions stretched as longrope, expected none, linear, yarn or Llama 3's; choose another file")
-        factors = None
-        if DROPPED[0] in file.tensors:
-            if file.tensors[DROPPED[0]].kind != "F32":
-                raise CheckpointError(f"{self._name}: {DROPPED[0]} is {file.tensors[DROPPED[0]].kind}, expected F32; fetch the file again")
-            factors = floats(file.blocks(DROPPED[0]), "F32")[0]
-        tied, biased = "lm_head.weight" not in self._stored, "model.layers.0.self_attn.q_proj.bias" in self._stored
-        layers = {name.split(".")[2] for name in self._stored if name.startswith("model.layers.")}
-        return config_of(file.values, shape, tied, biased, factors, len(layers), self._name)
 
     def names(self) -> Iterable[str]:
         return self._stored.keys()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flashhead_edge.checkpoint.gguf_file import GgufFile
 from flashhead_edge.errors import CheckpointError, UnsupportedModelError
 
 LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -108,6 +109,30 @@ def huggingface_name(stored: str, family: Family) -> str | None:
 def row_order(rows: int, heads: int) -> np.ndarray:
     """The stored row of each row of a q or k matrix, [rows] int64: halves of a head lie side by side in the model, in pairs in the file."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
+
+
+def file_config(file: GgufFile, name: str) -> dict[str, Any]:
+    """What config.json would say, from a file's metadata and from what its tensors are. What they are quantised as does not matter.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `config_of`; a tensor that tells of the model has another shape or type.
+    """
+    _, family = family_of(file.values, name)
+    named = {huggingface_name(stored, family) for stored in file.tensors} - {None}
+    embedding = file.tensors.get("token_embd.weight")
+    shape = () if embedding is None else embedding.shape
+    if len(shape) != 2:
+        raise CheckpointError(f"{name}: token_embd.weight has the shape {list(shape)}, expected a matrix of a whole language model; fetch the file again")
+    if any(tensor in file.tensors for tensor in DROPPED[1:]):
+        raise UnsupportedModelError(f"{name}: rotary positions stretched as longrope, expected none, linear, yarn or Llama 3's; choose another file")
+    factors = None
+    if DROPPED[0] in file.tensors:
+        if file.tensors[DROPPED[0]].kind != "F32":
+            raise CheckpointError(f"{name}: {DROPPED[0]} is {file.tensors[DROPPED[0]].kind}, expected F32; fetch the file again")
+        factors = file.blocks(DROPPED[0]).reshape(-1).view("<f4")
+    layers = {str(parameter).split(".")[2] for parameter in named if str(parameter).startswith("model.layers.")}
+    biased = "model.layers.0.self_attn.q_proj.bias" in named
+    return config_of(file.values, shape, "lm_head.weight" not in named, biased, factors, len(layers), name)
 
 
 def config_of(

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from flashhead_edge.checkpoint.tensors import mapped
 from flashhead_edge.errors import CheckpointError
-from flashhead_edge.packed.files import mapped
 
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # of the tensors, where general.alignment names no other
