@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from flashhead_edge.errors import EngineError
 from flashhead_edge.jetson.driver import DeviceFacts
@@ -62,7 +62,7 @@ class DrawSettings(ctypes.Structure):
 class Advance(ctypes.Structure):
     """`FlashHeadAdvance` of advance.h."""
 
-    _fields_: Fields = [
+    _fields_: ClassVar[Fields] = [
         *[(n, P) for n in ("token", "counts", "capped", "logprob", "ids", "lengths", "step", "number", "mail")],
         *[(n, I) for n in ("rows", "counted", "slots", "slot_words")],
     ]

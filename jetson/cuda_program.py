@@ -309,7 +309,9 @@ def _attention(m: Model, node: Node, run: Run) -> None:
     row = 2 * which.kv_heads * m.program.context * which.head_size
     key, value = (m.block(f"cache.{layer}.{part}", run.first * row) for part in ("key", "value"))
     q, norms = m.block("queries"), (m.weight(a["q_norm"]), m.weight(a["k_norm"]))
-    m.put("fh_attention_rope_write", shape, m.value(node.inputs[0]), m.weight(a["rotations"]), *norms, a["norm_offset"], a["epsilon"], run.lengths, q, key, value)
+    m.put(
+        "fh_attention_rope_write", shape, m.value(node.inputs[0]), m.weight(a["rotations"]), *norms, a["norm_offset"], a["epsilon"], run.lengths, q, key, value
+    )
     m.put("fh_attention_decode", shape, plan, q, key, value, run.lengths, m.value(node.outputs[0]), m.block("partials"), m.block("arrivals"))
 
 
@@ -568,7 +570,9 @@ def read_mail(m: Model, number: int, rows: int) -> Mail:
     start = (number % SLOTS) * slot_words(m)
     while not native.library().fh_wait(m.mail.pointer + 4 * start, number % 2**32, WAIT_SECONDS):
         if m.stream.done() and not native.library().fh_wait(m.mail.pointer + 4 * start, number % 2**32, 0.1):
-            raise DeviceError(f"GPU: step {number} is done and its results did not arrive, expected them in pinned memory; report this with the driver's version")
+            raise DeviceError(
+                f"GPU: step {number} is done and its results did not arrive, expected them in pinned memory; report this with the driver's version"
+            )
     width = native.MAIL_ROW + m.head.counted
     first = start + native.MAIL_HEAD
     words = m.mail.array.view(np.uint32)[first : first + rows * width].copy().reshape(rows, width)

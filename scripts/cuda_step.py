@@ -1,6 +1,6 @@
 """Time the decode step of the torch-free CUDA backend over made models, on this machine's GPU; numpy alone.
 
-    python scripts/cuda_step.py OUT.json [--rows 1,4] [--precision bfloat16] [--no-overlap] [SHAPE ...]
+python scripts/cuda_step.py OUT.json [--rows 1,4] [--precision bfloat16] [--no-overlap] [SHAPE ...]
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main() -> None:
     given.out.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
     for r in records:
         alone = ", ".join(f"{kind} {f['microseconds']}" for kind, f in r["alone"].items())
-        print(f"{r['model']}, {r['rows']} rows: {r['greedy']['microseconds']} us {r['greedy']['spread']}, {r['tokens_per_second']:.0f} tokens/s; alone: {alone}")
+        print(
+            f"{r['model']}, {r['rows']} rows: {r['greedy']['microseconds']} us {r['greedy']['spread']}, {r['tokens_per_second']:.0f} tokens/s; alone: {alone}"
+        )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": MIDDLE | {"report", "caps", "export", "jetson"},
     "doctor": {"package", "jetson"} | LEAVES,
     "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "program", "jetson"},
-    "jetson": {"package"} | DATA | {"program", "decoding", "evaluation", "checkpoint", "generation", "exact"},
+    "jetson": {"package"} | DATA | {"kernels", "program", "decoding", "evaluation", "checkpoint", "generation", "exact"},
     "package": {"errors", "integrations"},
     "cli": MIDDLE | {"package", "report", "bench", "inspection", "doctor", "export", "jetson"},
     "__main__": {"cli"},
