@@ -109,9 +109,7 @@ class Truth:
             c, s = table[positions, None, :, 0], table[positions, None, :, 1]
             first, second = np.split(x, 2, -1)
             turned.append(self.rounded(np.concatenate([first * c - second * s, second * c + first * s], -1)))
-        keys, values = (
-            self.caches.setdefault(name, np.full((CONTEXT, kv, size), np.nan, np.float32)) for name in (f"{node.name}.k", f"{node.name}.v")
-        )
+        keys, values = (self.caches.setdefault(name, np.full((CONTEXT, kv, size), np.nan, np.float32)) for name in (f"{node.name}.k", f"{node.name}.v"))
         keys[positions], values[positions] = turned[1], v
         out = np.empty((new, heads, size), np.float32)
         for i, position in enumerate(positions):
