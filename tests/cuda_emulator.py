@@ -97,7 +97,8 @@ def fh_w4a16_linear(w: native.Linear, x: int, y: int, m: int) -> None:
 
 
 def fh_attention_rope_write(
-    s: native.AttentionShape, qkv: int, rotations: int, q_norm: int | None, k_norm: int | None, offset: float, epsilon: float, lengths: int, q: int, k: int, v: int
+    s: native.AttentionShape, qkv: int, rotations: int, q_norm: int | None, k_norm: int | None, offset: float, epsilon: float, lengths: int, q: int, k: int,
+    v: int,
 ) -> None:  # fmt: skip
     half = Half(s.dtype)
     table = at(rotations, np.float32, s.max_length, s.head_size // 2, 2)

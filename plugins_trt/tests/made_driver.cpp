@@ -134,18 +134,24 @@ MADE CUresult cuCtxGetDevice(CUdevice* device) { return *device = 0, CUDA_SUCCES
 MADE CUresult cuCtxGetId(CUcontext of, unsigned long long* number) { return *number = reinterpret_cast<uintptr_t>(of), CUDA_SUCCESS; }
 MADE CUresult cuMemAlloc_v2(CUdeviceptr* data, size_t bytes) {
   note("alloc %zu", bytes);
-  if (answer("cuMemAlloc_v2") == CUDA_SUCCESS) *data = reinterpret_cast<CUdeviceptr>(malloc(bytes)), ++left[DEVICE];
-  return answer("cuMemAlloc_v2");
+  const CUresult error = answer("cuMemAlloc_v2");
+  if (error == CUDA_SUCCESS) *data = reinterpret_cast<CUdeviceptr>(malloc(bytes)), ++left[DEVICE];
+  return error;
 }
 MADE CUresult cuMemFree_v2(CUdeviceptr data) {
   note("free in %llu", (unsigned long long)(context));
   free(reinterpret_cast<void*>(data)), --left[DEVICE];
   return CUDA_SUCCESS;
 }
-MADE CUresult cuMemAllocHost_v2(void** data, size_t bytes) { return *data = malloc(bytes), ++left[PINNED], CUDA_SUCCESS; }
+MADE CUresult cuMemAllocHost_v2(void** data, size_t bytes) {
+  const CUresult error = answer("cuMemAllocHost_v2");
+  if (error == CUDA_SUCCESS) *data = malloc(bytes), ++left[PINNED];
+  return error;
+}
 MADE CUresult cuMemHostAlloc(void** data, size_t bytes, unsigned) {
-  if (answer("cuMemHostAlloc") == CUDA_SUCCESS) *data = malloc(bytes), ++left[PINNED];
-  return answer("cuMemHostAlloc");
+  const CUresult error = answer("cuMemHostAlloc");
+  if (error == CUDA_SUCCESS) *data = malloc(bytes), ++left[PINNED];
+  return error;
 }
 MADE CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr* there, void* here, unsigned) {
   *there = reinterpret_cast<CUdeviceptr>(here);
