@@ -169,7 +169,11 @@ def test_whatever_fails_while_a_model_opens_nothing_is_left(opened) -> None:
     """The first, the second, ... call of each function that allocates, until none is left to fail."""
     said = opened("""
 said = []
-for function in (b"cuMemAddressReserve", b"cuMemCreate", b"cuMemMap", b"cuMemSetAccess", b"cuMemHostAlloc", b"cuMemHostGetDevicePointer_v2", b"cuMemAllocHost_v2"):
+names = (
+    b"cuMemAddressReserve", b"cuMemCreate", b"cuMemMap", b"cuMemSetAccess", b"cuMemHostAlloc", b"cuMemHostGetDevicePointer_v2",
+    b"cuMemAllocHost_v2",
+)
+for function in names:
     for calls in range(10):
         made.made_fail_after(function, 2, calls)
         m = []
