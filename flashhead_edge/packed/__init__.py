@@ -1,0 +1,1 @@
+"""Bodies in 4 bits as people have them, read without torch. numpy only."""
