@@ -5,17 +5,17 @@ Nothing is read whole: a matrix is looked at when it is recorded, and read again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import numpy as np
 
-from flashhead_edge.checkpoint.families import SOFTCAPS, logit_rule
+from flashhead_edge.checkpoint.families import SOFTCAPS, logit_rule, text_config
 from flashhead_edge.errors import CheckpointError, ExportError, SettingsError, UnsupportedModelError
 from flashhead_edge.index import HeadIndex
-from flashhead_edge.packed.layout import Weights
+from flashhead_edge.packed.coded import GROUPS, Coded4, Coded8
 from flashhead_edge.program.families import Layout, describe, rotations
 from flashhead_edge.program.head import Device, HeadPart, head_part
 from flashhead_edge.program.nodes import Attention, Decoder, HeadNorm
@@ -24,7 +24,21 @@ from flashhead_edge.program.weights import BLOCK_ROWS, PRECISIONS, STORED, Item,
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head"
 UNREAD = ("rotary_emb.inv_freq",)  # tables that older checkpoints store, which the config says too
-Part = Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray | None]]
+Neutral = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+class Weights(Protocol):
+    """The parameters of an opened checkpoint, by the names of a text model of transformers (`model.layers.0.self_attn.q_proj.weight`)."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def linear(self, name: str) -> Coded4 | Coded8 | np.ndarray: ...  # without ".weight"; [N, K] float32 where it is not packed
+
+    def floats(self, name: str) -> np.ndarray: ...  # float32
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray: ...  # some rows of a large matrix, float32
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +51,16 @@ class Built:
     notices: tuple[str, ...]  # what is not in it as the checkpoint has it, a sentence each
 
 
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """A linear layer that has its place in a stack."""
+
+    name: str
+    form: Form
+    group: int
+    rows: np.ndarray | None  # the order of its rows
+
+
 @dataclass(eq=False)
 class _Work:
     """A program in the making."""
@@ -46,7 +70,7 @@ class _Work:
     decoder: Decoder
     group: int
     stem: str  # of the names: "model."
-    read: Callable[[str], Any]  # a linear layer as it is stored, the last ones kept
+    coded: Callable[[_Stored], Neutral]  # a linear layer for the kernels, the last ones kept: each is asked for its codes, its scales and its zeros
     left: set[str]  # parameters that nothing has taken yet
     anew: dict[str, list[str]] = field(default_factory=dict)  # layers that are coded anew, by the reason
 
@@ -96,7 +120,12 @@ def build_program(
     stem = _stem(names)
     decoder = Decoder(precision, context)
     left = {n for n in names if n.startswith(f"{stem}layers.") and not n.endswith(UNREAD)} | {f"{stem}norm.weight"} & names
-    w = _Work(weights, layout, decoder, group, stem, lru_cache(maxsize=3)(weights.linear), left)
+
+    @lru_cache(maxsize=3)  # as many as a stack has
+    def coded(stored: _Stored) -> Neutral:
+        return recoded(weights.linear(stored.name), stored.form, stored.group, stored.rows)
+
+    w = _Work(weights, layout, decoder, group, stem, coded, left)
     embedding, exact, bias = _vocabulary(w, names)
     _record(w, embedding)
     if w.left:
@@ -109,15 +138,9 @@ def build_program(
             f"head index: it is for a head [{index.vocab_size}, {index.hidden_size}], expected one for {list(exact.shape)}; run flashhead convert again"
         )
     # a config that leaves a cap out has none in these families
-    scale, softcap = logit_rule(dict.fromkeys(SOFTCAPS) | dict(_text(config)), layout.family)
+    scale, softcap = logit_rule(dict.fromkeys(SOFTCAPS) | dict(text_config(config)), layout.family)
     head = head_part(index, exact, bias, device, batch, precision, scale, softcap)
     return Built(decoder, head, layout, tuple(_notices(w.anew)))
-
-
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    from flashhead_edge.checkpoint.families import text_config
-
-    return text_config(config)
 
 
 def _check(layout: Layout, precision: str, context: int, group: int) -> None:
@@ -126,7 +149,7 @@ def _check(layout: Layout, precision: str, context: int, group: int) -> None:
             raise SettingsError(f"program: {what} is {found}, expected {expected}; choose another")
 
     want(precision in PRECISIONS, "the precision", precision, " or ".join(PRECISIONS))
-    want(group in (32, 64, 128), "the group", group, "32, 64 or 128")
+    want(group in GROUPS, "the group", group, f"one of {', '.join(map(str, GROUPS))}")
     want(2 <= context <= layout.positions, "the context", f"{context:,}", f"2 to the model's {layout.positions:,} positions")
 
 
@@ -246,7 +269,7 @@ def _form(w: _Work, name: str, n: int, k: int) -> Form:
     if f"{name}.weight" not in w.left:
         raise CheckpointError(f"{name}.weight: it is not among the weights, expected the parameter of a {w.layout.family} model; fetch the model again")
     w.left.discard(f"{name}.weight")
-    form = form_of(w.read(name), w.group)
+    form = form_of(w.weights.linear(name), w.group)
     if (form.n, form.k) != (n, k):
         raise CheckpointError(f"{name}.weight: its shape is {[form.n, form.k]}, expected {[n, k]} as config.json says; fetch the model again")
     return form
@@ -270,10 +293,8 @@ def _stack(w: _Work, x: str, out: str, owner: str, parts: Sequence[tuple[str, Fo
             if form.k % group and form.reason != MINIMA:
                 raise ExportError(f"{owner}.{name}: {form.k} inputs to be coded in groups of {group}, expected a multiple of it; pass a smaller --group")
 
-    def part(name: str, form: Form, rows: np.ndarray | None) -> Part:
-        return lambda: recoded(w.read(name), form, group, rows)
-
-    made = [_once(part(f"{owner}.{name}", form, rows)) for name, form, rows in parts]
+    stored = [_Stored(f"{owner}.{name}", form, group, rows) for name, form, rows in parts]
+    made = [partial(w.coded, one) for one in stored]
     matrix = Matrix(out, sum(f.n for _, f, _ in parts), parts[0][1].k, group, all(f.symmetric for _, f, _ in parts), made)
     found = w.decoder.linear(x, matrix, out)
     if not any(name in w.layout.biases for name, _, _ in parts):
@@ -285,10 +306,6 @@ def _stack(w: _Work, x: str, out: str, owner: str, parts: Sequence[tuple[str, Fo
 def _bias(w: _Work, name: str, n: int, rows: np.ndarray | None) -> np.ndarray:
     bias = w.floats(f"{name}.bias", n)
     return bias if rows is None else bias[rows]
-
-
-def _once(part: Part) -> Part:
-    return part
 
 
 def _notices(reasons: Mapping[str, Sequence[str]]) -> Iterator[str]:

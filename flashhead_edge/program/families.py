@@ -118,7 +118,9 @@ def describe(config: Mapping[str, Any]) -> Layout:
     try:
         return _layout(kind, family, said, config)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"config.json: a size of {kind!r} is missing or is none ({error!r}), expected those of its family; fetch the model again") from error
+        raise CheckpointError(
+            f"config.json: a size of {kind!r} is missing or is none ({error!r}), expected those of its family; fetch the model again"
+        ) from error
 
 
 def _layout(kind: str, family: Family, said: Mapping[str, Any], config: Mapping[str, Any]) -> Layout:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flashhead_edge.packed.layout import Coded4, Coded8, dense, nibbles, requantised
+from flashhead_edge.packed.coded import GROUPS, Coded4, Coded8, paired, requantised, unpaired
 
-GROUPS = (128, 64, 32)
 FLOATS = "stored as floats, coded in 4 bits here to the nearest (flashhead quantize codes them better)"
 EIGHT = "stored in 8 bits, coded in 4 bits here to the nearest"
 MINIMA = "with a minimum for each group, coded anew with whole zero points"
@@ -42,7 +41,7 @@ def form_of(matrix: Coded4 | Coded8 | np.ndarray, group: int) -> Form:
     if isinstance(matrix, Coded8):
         return Form(*matrix.codes.shape, group, True, EIGHT, None)
     n, k = len(matrix.codes), 2 * matrix.codes.shape[1]
-    kept = next((g for g in GROUPS if matrix.group % g == 0), None)
+    kept = next((g for g in sorted(GROUPS, reverse=True) if matrix.group % g == 0), None)
     if kept is None:
         return Form(n, k, group, True, GROUP, None)
     order = None if matrix.order is None or np.array_equal(matrix.order, np.arange(k)) else matrix.order
@@ -63,7 +62,7 @@ def recoded(matrix: Coded4 | Coded8 | np.ndarray, form: Form, group: int, rows: 
         rows: the order in which its rows shall stand; None: as they are.
     """
     if form.reason is not None and form.reason != MINIMA:
-        found = requantised(matrix if isinstance(matrix, np.ndarray) else dense(matrix), group)
+        found = requantised(matrix, group)
     else:
         assert isinstance(matrix, Coded4)
         found = matrix if matrix.minima is None else with_whole_zeros(matrix)
@@ -84,7 +83,7 @@ def with_whole_zeros(coded: Coded4) -> Coded4:
     """
     assert coded.minima is not None
     n, groups = coded.scales.shape
-    values = (nibbles(coded.codes).reshape(n, groups, -1) * coded.scales[..., None] + coded.minima[..., None]).astype(np.float32)
+    values = (unpaired(coded.codes).reshape(n, groups, -1) * coded.scales[..., None] + coded.minima[..., None]).astype(np.float32)
     low, high = values.min(-1), values.max(-1)
     step = np.where(coded.scales == 0, np.float32(1), coded.scales)
     exact = np.clip(-coded.minima / step, 0, 15)
@@ -103,5 +102,4 @@ def with_whole_zeros(coded: Coded4) -> Coded4:
             best = np.where(better, error, best)
             scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros).astype(np.uint8)
             codes = np.where(better[..., None], found, codes).astype(np.uint8)
-    flat = codes.reshape(n, -1)
-    return Coded4(flat[:, ::2] | flat[:, 1::2] << 4, scales, zeros, None, coded.group, coded.order)
+    return Coded4(paired(codes.reshape(n, -1)), scales, zeros, None, coded.group, coded.order)

@@ -1,1 +1,0 @@
-"""Bodies in 4 bits as people have them, read without torch. numpy only."""
