@@ -24,7 +24,7 @@ LEAVES = {"errors", "progress", "intervals"}
 DATA = LEAVES | {"index", "codes", "head", "costs"}
 HEADS = DATA | {"coding", "reference", "decoding", "clustering", "cases"}
 CALIBRATION = {"capture", "fitting", "devices", "search", "caps", "calibration", "conversion"}
-MIDDLE = HEADS | CALIBRATION | {"checkpoint", "evaluation", "quantize", "kernels", "program", "integrations", "generation", "exact"}
+MIDDLE = HEADS | CALIBRATION | {"checkpoint", "evaluation", "quantize", "kernels", "program", "packed", "integrations", "generation", "exact"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quantize": DATA | {"checkpoint", "capture"},
     "kernels": DATA | {"reference"},
     "program": DATA | {"kernels"},
+    "packed": LEAVES | {"checkpoint"},
     "integrations": HEADS | {"checkpoint", "kernels"},
     "exact": LEAVES,
     "generation": HEADS | {"checkpoint", "capture", "integrations", "exact", "kernels"},
@@ -94,6 +95,7 @@ MAY_NEED: dict[str, set[str]] = {
     "quantize": TORCH | {"safetensors"},
     "kernels": TORCH,
     "program": NUMPY,
+    "packed": NUMPY,
     "integrations": TORCH | {"transformers", "vllm"},
     "exact": set(),
     "generation": TORCH,
