@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversion": HEADS | {"checkpoint", "capture", "fitting", "devices", "calibration"},
     "quantize": DATA | {"checkpoint", "capture"},
     "kernels": DATA | {"reference"},
-    "program": DATA | {"kernels"},
+    "program": DATA | {"kernels", "packed", "checkpoint"},
     "packed": LEAVES | {"checkpoint"},
     "integrations": HEADS | {"checkpoint", "kernels"},
     "exact": LEAVES,

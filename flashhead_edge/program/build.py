@@ -5,17 +5,18 @@ Nothing is read whole: a matrix is looked at when it is recorded, and read again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from flashhead_edge.checkpoint.families import SOFTCAPS, logit_rule, text_config
 from flashhead_edge.errors import CheckpointError, ExportError, SettingsError, UnsupportedModelError
 from flashhead_edge.index import HeadIndex
-from flashhead_edge.packed.coded import GROUPS, Coded4, Coded8
+from flashhead_edge.packed import Weights
+from flashhead_edge.packed.coded import GROUPS
 from flashhead_edge.program.families import Layout, describe, rotations
 from flashhead_edge.program.head import Device, HeadPart, head_part
 from flashhead_edge.program.nodes import Attention, Decoder, HeadNorm
@@ -25,20 +26,6 @@ from flashhead_edge.program.weights import BLOCK_ROWS, PRECISIONS, STORED, Item,
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head"
 UNREAD = ("rotary_emb.inv_freq",)  # tables that older checkpoints store, which the config says too
 Neutral = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-
-
-class Weights(Protocol):
-    """The parameters of an opened checkpoint, by the names of a text model of transformers (`model.layers.0.self_attn.q_proj.weight`)."""
-
-    def names(self) -> Iterable[str]: ...
-
-    def linear(self, name: str) -> Coded4 | Coded8 | np.ndarray: ...  # without ".weight"; [N, K] float32 where it is not packed
-
-    def floats(self, name: str) -> np.ndarray: ...  # float32
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray: ...  # some rows of a large matrix, float32
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import flashhead_edge
 from flashhead_edge.checkpoint.atomic import replacing, write_file
 from flashhead_edge.checkpoint.tensors import read_header
 from flashhead_edge.errors import CheckpointError, ExportError
@@ -19,11 +18,12 @@ from flashhead_edge.program.build import Built
 from flashhead_edge.program.fingerprint import fnv1a
 from flashhead_edge.program.head import Device, HeadPart, decoder_graph, settings_of
 from flashhead_edge.program.nodes import Attention, Attribute, Constant, Decoder, Node, Stored, Tensor
+from flashhead_edge.program.weights import FORMAT as WEIGHTS_FORMAT
 from flashhead_edge.program.weights import STORED, Item, write_weights
 from flashhead_edge.progress import Progress, silent
 
 log = logging.getLogger(__name__)
-FORMAT = 1  # of program.json
+FORMAT = 1  # of program.json; to be raised too when a checkpoint's program becomes another one: kept ones are known by it
 PROGRAM, WEIGHTS = "program.json", "weights.safetensors"
 AGAIN = "write the program again"
 SPARE = 8 << 20  # bytes for program.json
@@ -90,7 +90,6 @@ def write_program(folder: str | Path, built: Built, device: Device, about: Mappi
         written = write_weights(new / WEIGHTS, items, h.index.fingerprint, progress)
         document = {
             "format": FORMAT,
-            "version": flashhead_edge.__version__,
             "fingerprint": h.index.fingerprint,
             "weights_fingerprint": written.fingerprint,
             "weights_bytes": written.size,
@@ -228,7 +227,7 @@ def cached_program(
 
 def program_key(checkpoint: Path, settings: Mapping[str, Any]) -> str:
     """32 hex digits that change with the checkpoint's files (their names, sizes, times and first bytes), the settings and the layout."""
-    digest = hashlib.sha256(json.dumps([FORMAT, flashhead_edge.__version__, settings], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, WEIGHTS_FORMAT, settings], sort_keys=True).encode())
     files = [checkpoint] if checkpoint.is_file() else sorted(p for pattern in ("**/*.safetensors", "*.gguf", "*.json") for p in checkpoint.glob(pattern))
     for path in files:
         about = path.stat()

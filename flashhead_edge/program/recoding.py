@@ -37,9 +37,11 @@ def form_of(matrix: Coded4 | Coded8 | np.ndarray, group: int) -> Form:
         group: of matrices that are coded anew.
     """
     if isinstance(matrix, np.ndarray):
-        return Form(*matrix.shape, group, True, FLOATS, None)
+        n, k = matrix.shape
+        return Form(n, k, group, True, FLOATS, None)
     if isinstance(matrix, Coded8):
-        return Form(*matrix.codes.shape, group, True, EIGHT, None)
+        n, k = matrix.codes.shape
+        return Form(n, k, group, True, EIGHT, None)
     n, k = len(matrix.codes), 2 * matrix.codes.shape[1]
     kept = next((g for g in sorted(GROUPS, reverse=True) if matrix.group % g == 0), None)
     if kept is None:

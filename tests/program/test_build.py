@@ -27,5 +27,4 @@ def error_of(folder: Path, model: Any, weights: Any, **options: Any) -> float:
 def test_family_has_transformers_states(family: str, tmp_path: Path) -> None:
     model, weights = small_model(family)
     error = error_of(tmp_path, model, weights)
-    print(error)
     assert error < ROUNDING
