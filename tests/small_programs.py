@@ -140,10 +140,10 @@ def put_codes(model: Any, coded: Mapping[str, Coded4 | Coded8 | np.ndarray]) -> 
         put(parameters[f"{name}.weight"], code if isinstance(code, np.ndarray) else dense(code))
 
 
-def built(model: Any, weights: MadeWeights, *, precision: str = "float16", group: int = 64, batch: int = 2) -> Built:
-    head = weights.arrays.get("lm_head.weight", weights.arrays["model.embed_tokens.weight"])
+def built(model: Any, weights: MadeWeights, *, precision: str = "float16", group: int = 64, batch: int = 2, context: int = CONTEXT) -> Built:
+    head = next(weights.arrays[name] for name in ("lm_head.weight", "model.embed_tokens.weight") if name in weights.arrays)
     return build_program(
-        weights, model.config.to_dict(), everything_open(torch.from_numpy(head)), precision=precision, context=CONTEXT, group=group, device=ORIN, batch=batch
+        weights, model.config.to_dict(), everything_open(torch.from_numpy(head)), precision=precision, context=context, group=group, device=ORIN, batch=batch
     )  # fmt: skip
 
 
