@@ -197,7 +197,7 @@ def _record(w: _Work, embedding: Item) -> None:
         branch = after(_attention(w, i, state), f"{at}.post_attention_layernorm")
         state = norm(f"{at}.{before}", f"{at}.{before}")
         branch = after(_mlp(w, i, state), f"{at}.post_feedforward_layernorm")
-    d.rename(norm("norm", f"layers.{m.layers}.final_norm"), "hidden_states")
+    d.rename(norm("norm", f"layers.{m.layers}.final_norm_layernorm"), "hidden_states")
 
 
 def _attention(w: _Work, i: int, state: str) -> str:
