@@ -10,8 +10,11 @@ from flashhead_edge.errors import CheckpointError, SettingsError
 
 HALF = 8  # the zero of a symmetric code
 GROUPS = (32, 64, 128)  # inputs that share a scale in what `requantised` makes
-ROWS = 1024  # of a matrix, worked on together: what bounds the memory of a large one
-RATIOS = np.linspace(0.65, 1.1, 19, dtype=np.float32)  # of the range of a group that are tried, the largest magnitude in code -8 being 1
+TINY = np.finfo(np.float32).tiny
+BLOCK = 1 << 16  # values worked on together: what a core's cache holds
+# Ranges of a group that are tried, the largest magnitude in code -8 being 1. On made weights with long tails these eight err 25 % less than
+# round-to-nearest by the largest magnitude (over 7.5); twice as many, and with the largest magnitude in code 8 as well, gain 0.2 % more.
+RATIOS = np.linspace(0.68, 1.02, 8, dtype=np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +89,9 @@ def some_rows(coded: Coded4 | Coded8, start: int, stop: int) -> Coded4 | Coded8:
 def requantised(matrix: Coded4 | Coded8 | np.ndarray, group: int) -> Coded4:
     """A matrix in symmetric 4 bits, in its own order of inputs: each group with the scale that errs least, weights rounded to nearest.
 
-    Scales of both signs and of the ranges `RATIOS` are tried; each is then fitted to its codes by least squares, and the weights
-    are rounded once more. The error of a group is the sum of its squared differences.
+    Scales of the ranges `RATIOS` are tried, each fitted to its codes by least squares; with the best the weights
+    are rounded and fitted once more. The error of a group is the sum of its squared differences. Symmetric codes in order, of this
+    group or multiples of it, stay as they are.
 
     Args:
         matrix: codes, or [N, K] floats of any kind.
@@ -96,42 +100,47 @@ def requantised(matrix: Coded4 | Coded8 | np.ndarray, group: int) -> Coded4:
         SettingsError: another group, or one that does not divide K.
         CheckpointError: a value is not finite.
     """
-    coded = not isinstance(matrix, np.ndarray)
     n, k = matrix.shape if isinstance(matrix, np.ndarray) else (len(matrix.codes), matrix.scales.shape[1] * matrix.group)
     if group not in GROUPS or k % group:
         raise SettingsError(f"group: {group} for a matrix [{n}, {k}], expected 32, 64 or 128 and a divisor of {k}; pass another group")
+    if isinstance(matrix, Coded4) and matrix.zeros is matrix.minima is matrix.order is None and matrix.group % group == 0:
+        return Coded4(matrix.codes, matrix.scales.repeat(matrix.group // group, 1), None, None, group)
     codes, scales = np.empty((n, k // 2), np.uint8), np.empty((n, k // group), np.float32)
-    for start in range(0, n, ROWS):
-        stop = min(n, start + ROWS)
-        values = dense(some_rows(matrix, start, stop)) if coded else np.asarray(matrix[start:stop], np.float32)  # type: ignore[arg-type]
+    step = max(1, BLOCK // k)
+    for start in range(0, n, step):
+        stop = min(n, start + step)
+        values = np.asarray(matrix[start:stop], np.float32) if isinstance(matrix, np.ndarray) else dense(some_rows(matrix, start, stop))
         if not np.isfinite(values).all():
             raise CheckpointError(f"the matrix [{n}, {k}] has a value that is not finite in rows {start} to {stop}, expected floats; fetch the model again")
-        found, scales[start:stop] = _nearest(values.reshape(stop - start, k // group, group))
+        found, fitted = _nearest(values.reshape(-1, group))
+        scales[start:stop] = fitted.reshape(stop - start, k // group)
         codes[start:stop] = paired((found + HALF).astype(np.uint8).reshape(stop - start, k))
     return Coded4(codes, scales, None, None, group)
 
 
 def _nearest(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes -8 to 7 [rows, groups, group] and scales [rows, groups] of float32 values, by the least squared error tried."""
-    most = np.take_along_axis(values, np.abs(values).argmax(-1)[..., None], -1)[..., 0]
-    best = np.full(most.shape, np.inf, np.float32)
-    scales = np.zeros_like(most)
-    for ratio in np.concatenate([RATIOS, -RATIOS]):
-        scale = _fitted(values, _rounded(values, -most * ratio / HALF))
-        error = np.square(values - _rounded(values, scale) * scale[..., None]).sum(-1)
-        better = error < best
-        best = np.where(better, error, best)
-        scales = np.where(better, scale, scales)
+    """Codes -8 to 7 [n, group] and scales [n] of groups of float32 values, by the least squared error tried.
+
+    With the scale fitted to codes c the error is |w|^2 - (w c)^2 / |c|^2: the best codes have the largest gain (w c)^2 / |c|^2.
+    """
+    most = np.take_along_axis(values, np.abs(values).argmax(-1)[:, None], -1)[:, 0]
+    gain, scales = np.full(most.shape, -1.0, np.float32), np.zeros_like(most)
+    for ratio in RATIOS:
+        found, fitted = _fit(values, _rounded(values, most * (-ratio / HALF)))
+        scales = np.where(found > gain, fitted, scales)
+        gain = np.maximum(gain, found)
+    scales = _fit(values, _rounded(values, scales))[1]
     return _rounded(values, scales), scales
 
 
-def _rounded(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The codes nearest to values; 0 where the scale is 0."""
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    return np.clip(np.rint(values * inverse[..., None]), -HALF, HALF - 1)
+def _rounded(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The codes nearest to values, as float32; 0 where the scale is, or is too small to divide by."""
+    codes = values * np.divide(1, scales, out=np.zeros_like(scales), where=np.abs(scales) > TINY)[:, None]
+    return np.clip(np.rint(codes, out=codes), -HALF, HALF - 1, out=codes)
 
 
-def _fitted(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """The scale of each group by least squares: sum of value * code, divided by the sum of squared codes; 0 where all codes are."""
-    squares = np.square(codes).sum(-1)
-    return np.divide((values * codes).sum(-1), squares, out=np.zeros_like(squares), where=squares > 0)
+def _fit(values: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gain and scale of each group by least squares; 0 where all codes are."""
+    products, squares = np.einsum("ng,ng->n", values, codes), np.einsum("ng,ng->n", codes, codes)
+    scales = np.divide(products, squares, out=np.zeros_like(squares), where=squares > 0)
+    return products * scales, scales

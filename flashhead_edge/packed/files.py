@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ class Files:
         """
         self._where = weight_map(folder)
         self._headers: dict[Path, dict[str, Entry]] = {file: read_header(file) for file in set(self._where.values())}
-        self._maps: dict[Path, np.ndarray] = {}
+        self._maps: dict[Path, np.ndarray] | None = {}  # None: closed
 
-    def __iter__(self) -> Iterable[str]:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
     def __contains__(self, name: object) -> bool:
@@ -65,6 +65,8 @@ class Files:
         dtype = np.uint16 if entry.dtype == "BF16" else NUMPY.get(entry.dtype)
         if dtype is None:
             raise CheckpointError(f"{file}: {name} has dtype {entry.dtype}, expected one of {', '.join([*NUMPY, 'BF16'])}; choose another checkpoint")
+        if self._maps is None:
+            raise CheckpointError(f"{file.parent}: the files have been closed, expected open ones; open the model again")
         if file not in self._maps:
             self._maps[file] = mapped(file)
         return self._maps[file][entry.start : entry.end].view(np.dtype(dtype).newbyteorder("<")).reshape(entry.shape)
@@ -85,4 +87,4 @@ class Files:
 
     def close(self) -> None:
         """Let the mappings go; arrays that were given stay valid."""
-        self._maps.clear()
+        self._maps = None

@@ -63,7 +63,7 @@ class FolderWeights:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         stored, shape = self._find(name), self.shape(name)
-        if not shape or not 0 <= start <= stop <= shape[0]:
+        if not shape or not 0 <= start < stop <= shape[0]:
             raise CheckpointError(f"{self._name}: rows {start} to {stop} of {name} {list(shape)}, expected rows within it; pass others")
         return dense(self._coded(stored, start, stop)) if self._packed(stored) else self._files.floats(stored, (slice(start, stop),))
 

@@ -14,6 +14,8 @@ runs of 32 bytes in the same way. Source: https://github.com/ggml-org/ggml, src/
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from flashhead_edge.packed.coded import Coded4, Coded8, paired
@@ -54,8 +56,7 @@ def _q4_k(rows: int, data: np.ndarray) -> Coded4:
     scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], -1)
     minima = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], -1)
     codes = _runs(block[..., 16:].reshape(rows, -1, 4, 32), rows)
-    wide = lambda unit, six: (unit[..., None] * six).reshape(rows, -1).astype(np.float32, copy=False)  # noqa: E731
-    return Coded4(codes, wide(d, scales), None, -wide(least, minima), 32)
+    return Coded4(codes, (d[..., None] * scales).reshape(rows, -1), None, (-least[..., None] * minima).reshape(rows, -1), 32)
 
 
 def _q6_k(rows: int, data: np.ndarray) -> Coded8:
@@ -68,7 +69,7 @@ def _q6_k(rows: int, data: np.ndarray) -> Coded8:
     return Coded8(codes.reshape(rows, -1), (d[..., None] * np.ascontiguousarray(scales).view(np.int8)).reshape(rows, -1), 16)
 
 
-READERS = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q6_K": _q6_k}
+READERS: dict[str, Callable[[int, np.ndarray], Coded4 | Coded8]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q6_K": _q6_k}
 
 
 def _runs(codes: np.ndarray, rows: int) -> np.ndarray:

@@ -40,6 +40,7 @@ KEYS = {
     "attention.scale": "attention_multiplier", "logit_scale": "logits_scaling",
 }  # fmt: skip
 TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+COUNTS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "max_position_embeddings")
 GELU = "gelu_pytorch_tanh"
 THETA = 10000.0  # of rotary positions, where the file names none, as llama.cpp takes it
@@ -83,7 +84,7 @@ def family_of(values: Mapping[str, Any], name: str) -> tuple[str, Family]:
         UnsupportedModelError: one that is not known here, or a part of a model.
     """
     kind = str(values.get("general.architecture"))
-    if int(values.get("split.count") or 1) > 1:
+    if values.get("split.count") not in (None, 0, 1):
         raise UnsupportedModelError(
             f"{name}: one of {values['split.count']} parts of a model, expected a single file; merge them with llama-gguf-split --merge"
         )
@@ -108,47 +109,64 @@ def row_order(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
 
 
-def config_of(values: Mapping[str, Any], vocab_size: int, tied: bool, biased: bool, factors: np.ndarray | None, name: str) -> dict[str, Any]:
+def config_of(
+    values: Mapping[str, Any], embedding: tuple[int, ...], tied: bool, biased: bool, factors: np.ndarray | None, layers: int, name: str
+) -> dict[str, Any]:
     """What config.json would say.
 
     Args:
         values: the file's metadata.
-        vocab_size: rows of its embedding.
+        embedding: its shape, [tokens, hidden size].
         tied: it has no head of its own.
         biased: q, k and v have biases.
         factors: of its rotary frequencies, [head size / 2], where it has them.
+        layers: how many its tensors are of.
     Raises:
         CheckpointError: a value is missing or of another kind.
         UnsupportedModelError: positions or layers that are not told by a config here.
     """
     kind, family = family_of(values, name)
-    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type, "vocab_size": vocab_size}
-    for key, ours in KEYS.items():
-        value = values.get(f"{kind}.{key}")
-        if isinstance(value, np.ndarray):
-            if not len(value) or (value != value[0]).any():
-                raise UnsupportedModelError(f"{name}: {kind}.{key} differs from layer to layer, expected one number; choose another file")
-            value = value[0].item()
-        if value is not None:
-            if not isinstance(value, (int, float)):
-                raise CheckpointError(f"{name}: {kind}.{key} is {value!r}, expected a number; fetch the file again")
-            config[ours] = value
-    missing = [key for key in NEEDED if not config.get(key)]
+    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type, "vocab_size": embedding[0]}
+    found = {ours: _number(values, f"{kind}.{key}", name) for key, ours in KEYS.items()}
+    config |= {ours: value for ours, value in found.items() if value}  # 0, as of a sliding window, says that there is none
+    missing = [key for key in NEEDED if key not in config]
     if missing:
         raise CheckpointError(f"{name}: the header does not say {', '.join(missing)}, expected a whole language model; fetch the file again")
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    config.setdefault("num_key_value_heads", heads)
-    config.setdefault("head_dim", width // heads)
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config.setdefault("rope_theta", THETA)
+    wrong = next((key for key in COUNTS if not isinstance(config[key], int) or config[key] <= 0), None)
+    if wrong is not None:
+        raise CheckpointError(f"{name}: {wrong} is {config[wrong]}, expected a count; fetch the file again")
+    if config["num_hidden_layers"] != layers:
+        raise CheckpointError(f"{name}: tensors of {layers} layers, expected {config['num_hidden_layers']} as the header says; fetch the file again")
+    if config["hidden_size"] != embedding[1]:
+        raise CheckpointError(f"{name}: an embedding of {embedding[1]} columns, expected {config['hidden_size']} as the header says; fetch the file again")
     config |= {"tie_word_embeddings": tied, "hidden_act": family.activation, "attention_bias": biased, "mlp_bias": False}
-    if family.model_type.startswith("gemma"):
-        config["hidden_activation"] = family.activation
-    config |= {ours: values[f"tokenizer.ggml.{key}"] for key, ours in TOKENS.items() if f"tokenizer.ggml.{key}" in values}
+    if family.raised:
+        config["hidden_activation"] = family.activation  # Gemma's name for it
+    tokens = {ours: values.get(f"tokenizer.ggml.{key}") for key, ours in TOKENS.items()}
+    config |= {ours: value for ours, value in tokens.items() if isinstance(value, int)}
+    turned = _number(values, f"{kind}.rope.dimension_count", name) or config["head_dim"]
+    if turned != config["head_dim"]:
+        config["partial_rotary_factor"] = turned / config["head_dim"]
     config |= _layers(family, config)
     scaling = _scaling(values, kind, config, factors, name)
     if scaling is not None:
         config["rope_scaling"] = scaling
     return config
+
+
+def _number(values: Mapping[str, Any], key: str, name: str) -> int | float | None:
+    """A number of the metadata, or one that all layers have in common; None where there is none."""
+    value = values.get(key)
+    if isinstance(value, np.ndarray):
+        if not len(value) or bool((value != value[0]).any()):
+            raise UnsupportedModelError(f"{name}: {key} differs from layer to layer, expected one number; choose another file")
+        value = value[0].item()
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+        raise CheckpointError(f"{name}: {key} is {value!r}, expected a number; fetch the file again")
+    return value
 
 
 def _layers(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,25 +177,26 @@ def _layers(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     if family.full_every:
         more["layer_types"] = ["full_attention" if (i + 1) % family.full_every == 0 else "sliding_attention" for i in range(count)]
         more["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"] if count == family.averaged else config["head_dim"]
+    if family.model_type == "gemma3_text":
         more["rope_local_base_freq"] = config.get("rope_local_base_freq", THETA)
     return more
 
 
 def _scaling(values: Mapping[str, Any], kind: str, config: Mapping[str, Any], factors: np.ndarray | None, name: str) -> dict[str, Any] | None:
     """How rotary positions are stretched, or None."""
-    said, factor = str(values.get(f"{kind}.rope.scaling.type") or "none"), values.get(f"{kind}.rope.scaling.factor")
     if factors is not None:
         largest = float(factors.max())
-        wanted = llama3_factors(config["rope_theta"], config["head_dim"], largest)
-        if factors.shape != wanted.shape or not np.allclose(factors, wanted, rtol=FACTOR_ERROR, atol=0):
+        known = factors.shape == (config["head_dim"] // 2,) and 1 <= largest < math.inf
+        if not known or not np.allclose(factors, llama3_factors(config["rope_theta"], config["head_dim"], largest), rtol=FACTOR_ERROR, atol=0):
             raise UnsupportedModelError(
                 f"{name}: rotary frequencies divided by factors {float(factors.min()):.4g} to {largest:.4g}, "
                 f"expected Llama 3's ({', '.join(f'{k} {v:g}' for k, v in LLAMA3.items())}); choose another file"
             )
         return None if largest == 1 else {"rope_type": "llama3", "factor": largest, **LLAMA3}
-    if said == "none" or (said == "linear" and factor in (None, 1)):
+    said = str(values.get(f"{kind}.rope.scaling.type") or "none")
+    factor, original = (_number(values, f"{kind}.rope.scaling.{key}", name) for key in ("factor", "original_context_length"))
+    if said == "none" or (said == "linear" and factor in (None, 0, 1)):
         return None
-    original = values.get(f"{kind}.rope.scaling.original_context_length")
     if said == "linear":
         return {"rope_type": "linear", "factor": factor}
     if said == "yarn" and factor and original:

@@ -70,7 +70,7 @@ def read_gguf(path: Path) -> GgufFile:
     """
     data = mapped(path)
     try:
-        values, tensors = _parsed(memoryview(data))
+        values, tensors = _parsed(data.data)
     except (ValueError, KeyError, IndexError, struct.error, OverflowError) as error:
         raise CheckpointError(
             f"{path}: no GGUF file that can be read ({type(error).__name__}: {error}), expected version 2 or 3; fetch the file again"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -41,29 +42,31 @@ class GgufWeights:
             if tensor.kind not in {known for known, _, _ in TYPES.values()}:
                 raise UnsupportedModelError(f"{self._name}: {stored} is quantised as {tensor.kind}, expected one of {READ}; choose another file")
             self._stored[name] = stored
-        embedding = "model.embed_tokens.weight"
-        if embedding not in self._stored or len(self.shape(embedding)) != 2:
-            raise CheckpointError(f"{self._name}: no matrix token_embd.weight, expected a whole language model; fetch the file again")
-        if any(long in tensors for long in DROPPED[1:]):
+        self.config = self._config()
+        for name in self._stored:
+            heads, shape = self._heads(name), self.shape(name)
+            if heads and shape[0] % (2 * heads):
+                raise CheckpointError(f"{self._name}: {name} has {shape[0]} rows for {heads} heads, expected pairs of them in each; fetch the file again")
+
+    def _config(self) -> dict[str, Any]:
+        """The config, with what the tensors say of it."""
+        file = self._open()
+        embedding = self._stored.get("model.embed_tokens.weight")
+        shape = () if embedding is None else file.tensors[embedding].shape
+        if len(shape) != 2:
+            raise CheckpointError(
+                f"{self._name}: token_embd.weight has the shape {list(shape)}, expected a matrix of a whole language model; fetch the file again"
+            )
+        if any(name in file.tensors for name in DROPPED[1:]):
             raise UnsupportedModelError(f"{self._name}: rotary positions stretched as longrope, expected none, linear, yarn or Llama 3's; choose another file")
         factors = None
-        if DROPPED[0] in tensors:
-            if tensors[DROPPED[0]].kind != "F32":
-                raise CheckpointError(f"{self._name}: {DROPPED[0]} is {tensors[DROPPED[0]].kind}, expected F32; fetch the file again")
-            factors = floats(self._file.blocks(DROPPED[0]), "F32")[0]
-        self.config = config_of(
-            values,
-            self.shape(embedding)[0],
-            "lm_head.weight" not in self._stored,
-            "model.layers.0.self_attn.q_proj.bias" in self._stored,
-            factors,
-            self._name,
-        )
-        for name in self._stored:
-            if self._heads(name) and self.shape(name)[0] % (2 * self._heads(name)):
-                raise CheckpointError(
-                    f"{self._name}: {name} has {self.shape(name)[0]} rows for {self._heads(name)} heads, expected pairs in each; fetch it again"
-                )
+        if DROPPED[0] in file.tensors:
+            if file.tensors[DROPPED[0]].kind != "F32":
+                raise CheckpointError(f"{self._name}: {DROPPED[0]} is {file.tensors[DROPPED[0]].kind}, expected F32; fetch the file again")
+            factors = floats(file.blocks(DROPPED[0]), "F32")[0]
+        tied, biased = "lm_head.weight" not in self._stored, "model.layers.0.self_attn.q_proj.bias" in self._stored
+        layers = {name.split(".")[2] for name in self._stored if name.startswith("model.layers.")}
+        return config_of(file.values, shape, tied, biased, factors, len(layers), self._name)
 
     def names(self) -> Iterable[str]:
         return self._stored.keys()
@@ -89,7 +92,7 @@ class GgufWeights:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         shape = self.shape(name)
-        if len(shape) != 2 or not 0 <= start <= stop <= shape[0]:
+        if len(shape) != 2 or not 0 <= start < stop <= shape[0]:
             raise CheckpointError(f"{self._name}: rows {start} to {stop} of {name} {list(shape)}, expected rows within a matrix; pass others")
         read = self._read(name, start, stop)
         return read if isinstance(read, np.ndarray) else dense(read)

@@ -155,7 +155,7 @@ def _ordered(files: Files, codes: np.ndarray, scales: np.ndarray, zeros: np.ndar
     order = None if index is None or index not in files else input_order(files.array(index), group, index)
     if order is not None:
         codes = paired(unpaired(codes)[:, order])
-    return Coded4(codes, scales, zeros, None, group, order)
+    return Coded4(np.ascontiguousarray(codes), scales, zeros, None, group, order)
 
 
 def input_order(groups: np.ndarray, size: int, name: str) -> np.ndarray | None:

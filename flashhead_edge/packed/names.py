@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-# Where multimodal models keep their text part (Qwen3-VL, Gemma 3, LLaVA as transformers 5 and earlier ones write them; mlx-vlm).
+# Where multimodal models keep their text part (Qwen3-VL, Gemma 3, LLaVA, SmolVLM as transformers 5 and earlier ones write them; mlx-vlm).
 PREFIXES = (
     ("model.language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
+    ("model.text_model.", "model."),
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )

@@ -44,7 +44,7 @@ class Weights(Protocol):
         ...
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop of a matrix, [stop - start, K] float32; the others are not read."""
+        """Rows start to stop (one at least) of a matrix, [stop - start, K] float32; the others are not read."""
         ...
 
     def close(self) -> None:
