@@ -24,7 +24,7 @@ LEAVES = {"errors", "progress", "intervals"}
 DATA = LEAVES | {"index", "codes", "head", "costs"}
 HEADS = DATA | {"coding", "reference", "decoding", "clustering", "cases"}
 CALIBRATION = {"capture", "fitting", "devices", "search", "caps", "calibration", "conversion"}
-MIDDLE = HEADS | CALIBRATION | {"checkpoint", "evaluation", "quantize", "kernels", "program", "integrations", "generation", "exact"}
+MIDDLE = HEADS | CALIBRATION | {"checkpoint", "evaluation", "quantize", "kernels", "program", "packed", "integrations", "generation", "exact"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
@@ -50,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversion": HEADS | {"checkpoint", "capture", "fitting", "devices", "calibration"},
     "quantize": DATA | {"checkpoint", "capture"},
     "kernels": DATA | {"reference"},
-    "program": DATA | {"kernels"},
+    "program": DATA | {"kernels", "packed", "checkpoint"},
+    "packed": LEAVES | {"checkpoint"},
     "integrations": HEADS | {"checkpoint", "kernels"},
     "exact": LEAVES,
     "generation": HEADS | {"checkpoint", "capture", "integrations", "exact", "kernels"},
@@ -94,6 +95,7 @@ MAY_NEED: dict[str, set[str]] = {
     "quantize": TORCH | {"safetensors"},
     "kernels": TORCH,
     "program": NUMPY,
+    "packed": NUMPY,
     "integrations": TORCH | {"transformers", "vllm"},
     "exact": set(),
     "generation": TORCH,
@@ -200,7 +202,7 @@ def help_of(*arguments: str) -> str:
     return f"from flashhead_edge.cli import main\ntry:\n    main({[*arguments, '--help']})\nexcept SystemExit as e:\n    assert e.code == 0"
 
 
-NUMPY_ROOMS = "import flashhead_edge.index, flashhead_edge.costs, flashhead_edge.decoding, flashhead_edge.head, flashhead_edge.checkpoint"
+NUMPY_ROOMS = "import flashhead_edge.index, flashhead_edge.costs, flashhead_edge.decoding, flashhead_edge.head, flashhead_edge.checkpoint, flashhead_edge.packed"
 
 
 @pytest.mark.parametrize(
