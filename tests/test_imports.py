@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": MIDDLE | {"report", "caps", "export", "jetson"},
     "doctor": {"package", "jetson"} | LEAVES,
     "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "program", "jetson"},
-    "jetson": {"package"} | DATA | {"kernels", "program", "decoding", "evaluation", "checkpoint", "generation", "exact"},
+    "jetson": {"package"} | DATA | {"kernels", "packed", "program", "decoding", "evaluation", "checkpoint", "generation", "exact"},
     "package": {"errors", "integrations"},
     "cli": MIDDLE | {"package", "report", "bench", "inspection", "doctor", "export", "jetson"},
     "__main__": {"cli"},
@@ -202,7 +202,9 @@ def help_of(*arguments: str) -> str:
     return f"from flashhead_edge.cli import main\ntry:\n    main({[*arguments, '--help']})\nexcept SystemExit as e:\n    assert e.code == 0"
 
 
-NUMPY_ROOMS = "import flashhead_edge.index, flashhead_edge.costs, flashhead_edge.decoding, flashhead_edge.head, flashhead_edge.checkpoint, flashhead_edge.packed"
+NUMPY_ROOMS = (
+    "import flashhead_edge.index, flashhead_edge.costs, flashhead_edge.decoding, flashhead_edge.head, flashhead_edge.checkpoint, flashhead_edge.packed"
+)
 
 
 @pytest.mark.parametrize(
