@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,5 +180,6 @@ def write_cached(path: Path, code: bytes) -> None:
         partial.write_bytes(hashlib.sha256(code).digest() + code)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise EngineError(f"{path}: compiled kernels cannot be kept ({error.strerror}), expected a folder that can be written; set XDG_CACHE_HOME") from error
