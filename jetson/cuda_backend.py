@@ -139,7 +139,8 @@ class Cuda:
             for mail in cuda.decode(m, prompts, steps):
                 yield mail.token
         finally:
-            sample(m, Sampling(), [0] * m.program.batch)
+            if m.device is not None and m.device.open:  # else the host's block is gone with all else
+                sample(m, Sampling(), [0] * m.program.batch)
 
     def _use(self) -> None:
         assert self.model.device is not None

@@ -542,6 +542,14 @@ def step_graph(m: Model, rows: int, drawn: bool) -> Graph:
     return m.graphs[key]
 
 
+def take_number(m: Model) -> None:
+    """Ask the device how many steps it has made: a measurement replays graphs without counting."""
+    assert m.stream is not None and m.results is not None
+    m.stream.to_host(m.results.pointer, m.block("number"), 4)
+    m.stream.wait()
+    m.number = int(m.results.array[:4].view(np.uint32)[0])
+
+
 def launch_step(m: Model, graph: Graph) -> int:
     """Put a step into the stream: its number in the mailbox."""
     assert m.stream is not None
@@ -624,6 +632,7 @@ def decode(m: Model, prompts: Sequence[Sequence[int]], steps: int) -> Iterator[M
     assert m.stream is not None
     rows, drawn = len(prompts), bool((setting(m, "temperature")[: len(prompts)] > 0).any())
     graph = step_graph(m, rows, drawn) if steps > 1 else None
+    take_number(m)
     setting(m, "lengths")[:rows] = [len(p) for p in prompts]
     setting(m, "step")[:rows] = 0
     send_settings(m)

@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from flashhead_edge.bench.cuda import bench_cuda
 
@@ -22,17 +23,27 @@ def main() -> None:
     parser.add_argument("--precision", default="float16")
     parser.add_argument("--no-overlap", action="store_true")
     given = parser.parse_args()
-    rows = [int(n) for n in given.rows.split(",")]
-    with tempfile.TemporaryDirectory(prefix="flashhead-cuda-") as work:
-        records = bench_cuda(
-            Path(work), given.shapes, rows, given.precision, False if given.no_overlap else None, lambda text, _: print(text, file=sys.stderr, flush=True)
-        )  # fmt: skip
-    given.out.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
-    for r in records:
-        alone = ", ".join(f"{kind} {f['microseconds']}" for kind, f in r["alone"].items())
+    rows, records = [int(n) for n in given.rows.split(",")], []
+
+    def took(record: dict[str, Any]) -> None:
+        """Keep what there is: a run may be cut short."""
+        records.append(record)
+        given.out.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
+        alone, left = (", ".join(f"{kind} {f['microseconds']}" for kind, f in record[part].items()) for part in ("alone", "without"))
+        print(f"{record['model']}, {record['rows']} rows: greedy {record['greedy']}, drawn {record['drawn']}, {record['tokens_per_second']:.0f} tokens/s")
+        print(f"  alone: {alone}\n  without: {left}")
         print(
-            f"{r['model']}, {r['rows']} rows: {r['greedy']['microseconds']} us {r['greedy']['spread']}, {r['tokens_per_second']:.0f} tokens/s; alone: {alone}"
+            f"  opened in {record['opening_seconds']:.1f} s, {record['compiled']} of {record['kernels']} kernels compiled in "
+            f"{record['compiling_seconds']:.1f} s, {record['graph_nodes']} nodes, {record['device_bytes']:,} bytes, overlap {record['overlap']}, "
+            f"tokens {record['tokens'][:6]}",
+            flush=True,
         )
+
+    def progress(text: str, share: float | None) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="flashhead-cuda-") as work:
+        bench_cuda(Path(work), given.shapes, rows, given.precision, False if given.no_overlap else None, progress, took)
 
 
 if __name__ == "__main__":
