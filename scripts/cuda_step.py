@@ -30,7 +30,8 @@ def main() -> None:
         records.append(record)
         given.out.write_text(json.dumps({"records": records}, indent=1) + "\n", encoding="utf-8")
         alone, left = (", ".join(f"{kind} {f['microseconds']}" for kind, f in record[part].items()) for part in ("alone", "without"))
-        print(f"{record['model']}, {record['rows']} rows: greedy {record['greedy']}, drawn {record['drawn']}, {record['tokens_per_second']:.0f} tokens/s")
+        print(f"{record['model']}, {record['rows']} rows: greedy {record['greedy']}, {record['tokens_per_second']:.0f} tokens/s")
+        print(f"  drawn {record['drawn']}, four steps a graph {record['four_a_graph']}")
         print(f"  alone: {alone}\n  without: {left}")
         print(
             f"  opened in {record['opening_seconds']:.1f} s, {record['compiled']} of {record['kernels']} kernels compiled in "

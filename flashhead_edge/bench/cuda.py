@@ -22,7 +22,6 @@ CACHED = 512  # tokens in the cache of a timed step
 CONTEXT = 1024
 ROUNDS, REPLAYS = 7, 100
 WARM_SECONDS = 0.2
-REPEATS = 20  # of a launch in a graph that times it alone
 KINDS = ("TokenEmbedding", "RmsNorm", "W4A16Linear", "GatedProduct", "DecodeAttention", "FlashHead", "Advance")
 
 
@@ -125,12 +124,13 @@ def rewind(m: Any, length: int) -> None:
     m.stream.wait()
 
 
-def step_times(m: Any, rows: int, drawn: bool = False, without: Collection[str] = (), only: str | None = None) -> np.ndarray:
+def step_times(m: Any, rows: int, drawn: bool = False, without: Collection[str] = (), only: str | None = None, together: int = 1) -> np.ndarray:
     """Microseconds of a step of some rows, one figure a round.
 
     Args:
         without: kinds of nodes that are left out: what they cost among the others is the difference.
         only: one kind, its launches alone, one after the other.
+        together: steps in one graph, whose launch they share.
     """
     from flashhead_edge.jetson.cuda_program import put_step
 
@@ -141,9 +141,10 @@ def step_times(m: Any, rows: int, drawn: bool = False, without: Collection[str] 
     put_step(m, rows, drawn, left_out)
     m.stream.wait()
     with m.stream.captured() as graph:
-        put_step(m, rows, drawn, left_out)
+        for _ in range(together):
+            put_step(m, rows, drawn, left_out)
     try:
-        return step_microseconds(m, graph)
+        return step_microseconds(m, graph, replays=REPLAYS // together) / together
     finally:
         graph.close()
 
@@ -201,6 +202,7 @@ def bench_cuda(
                 }  # fmt: skip
                 for drawn in (False, True):
                     record["drawn" if drawn else "greedy"] = _figures(step_times(m, rows, drawn))
+                record["four_a_graph"] = _figures(step_times(m, rows, together=4))
                 record["without"] = {kind: _figures(step_times(m, rows, without=(kind,))) for kind in KINDS}
                 record["alone"] = {kind: _figures(step_times(m, rows, only=kind)) for kind in KINDS}
                 record["tokens_per_second"] = tokens_a_second(m, rows)

@@ -17,6 +17,7 @@
 
 #include "../kernels/advance.h"
 
+#undef cuEventElapsedTime  // which newer headers rename
 #define MADE extern "C" __attribute__((visibility("default")))
 
 namespace {
