@@ -17,6 +17,7 @@ from cuda_truth import CHUNK, ORIN, unpacked
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.jetson import cuda_library as native
 from flashhead_edge.jetson import cuda_program as cuda
+from flashhead_edge.jetson.cuda_kernels import Readied
 from flashhead_edge.jetson.driver import DeviceFacts
 from flashhead_edge.program.weights import rounded, widened
 
@@ -238,6 +239,7 @@ def emulated(program: Any, chunk: int = CHUNK) -> Iterator[tuple[cuda.Model, lis
         ctypes.memmove(m.base + m.plan.weights[name], data.ctypes.data + offset, size)
     m.stream, m.memory = HostStream(), SimpleNamespace(virtual=True, close=lambda: None)  # type: ignore[assignment]
     m.device = SimpleNamespace(open=True, use=lambda: None, close=lambda: None)  # type: ignore[assignment]
+    m.readied = Readied(0, 0, 0.0, "13.0")
     m.mail = host_bytes(4 * cuda.SLOTS * cuda.slot_words(m))
     m.mail_address = m.mail.device
     m.settings = host_bytes(cuda.settings_bytes(m))
