@@ -18,8 +18,9 @@ import numpy as np
 from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
 from flashhead_edge.head import Step
-from flashhead_edge.jetson import cuda_program as cuda
-from flashhead_edge.jetson.cuda_program import Model, Program, setting
+from flashhead_edge.jetson import cuda_session
+from flashhead_edge.jetson.cuda_program import Model, Program, put_head
+from flashhead_edge.jetson.cuda_session import setting
 from flashhead_edge.jetson.driver import Memory, Pinned
 from flashhead_edge.jetson.folder import ExportSettings
 from flashhead_edge.jetson.steps import joined, logits_by_rows, step_of
@@ -82,11 +83,11 @@ class Cuda:
     def step(self, token: int, length: int) -> tuple[np.ndarray, Step]:
         """One token of row 0 at the end of `length` positions, it included: hidden state [1, d] float32, and the head's step."""
         m = self.model
-        graph = cuda.step_graph(m, 1, False)
+        graph = cuda_session.step_graph(m, 1, False)
         setting(m, "ids")[0] = token
         setting(m, "lengths")[0] = length
-        cuda.send_settings(m)
-        cuda.launch_step(m, graph)
+        cuda_session.send_settings(m)
+        cuda_session.launch_step(m, graph)
         return self._taken(m.value(m.head.node.inputs[0]))
 
     def read(self, ids: Sequence[int], length: int) -> tuple[np.ndarray, Step]:
@@ -102,12 +103,12 @@ class Cuda:
             raise EngineError(
                 f"body: the text has {length + len(ids):,} tokens, expected at most the program's {room:,} positions; shorten it, or give it a larger context"
             )
-        state = cuda.put_prompt(m, ids, length, 0)
-        cuda.put_head(m, state, 1, 0)
+        state = cuda_session.put_prompt(m, ids, length, 0)
+        put_head(m, state, 1, 0)
         return self._taken(state)
 
     def _taken(self, state: int) -> tuple[np.ndarray, Step]:
-        found = cuda.fetch(self.model, 1, state)
+        found = cuda_session.fetch(self.model, 1, state)
         return to_float32(found["hidden_states"], self.model.program.precision), step_from(found)
 
     # ---- many texts at once
@@ -136,7 +137,7 @@ class Cuda:
         self._use()
         sample(m, s, [s.seed + row for row in range(rows)])
         try:
-            for mail in cuda.decode(m, prompts, steps):
+            for mail in cuda_session.decode(m, prompts, steps):
                 yield mail.token
         finally:
             if m.device is not None and m.device.open:  # else the host's block is gone with all else
@@ -250,7 +251,7 @@ class CudaHead:
         b, m = self.backend, self.backend.model
         b._use()
         assert m.stream is not None and m.results is not None
-        states, room = to_half(hidden, m.program.precision), cuda.results_extent(m)[1]
+        states, room = to_half(hidden, m.program.precision), cuda_session.results_extent(m)[1]
         m.results.array[room : room + states.nbytes] = np.ascontiguousarray(states).reshape(-1).view(np.uint8)
         m.stream.to_device(m.block("states"), m.results.pointer + room, states.nbytes)
         target = None
@@ -258,17 +259,17 @@ class CudaHead:
             size = 4 * m.program.batch * m.head.vocab
             b.wide = b.wide or (Memory(size), Pinned(size))
             target = b.wide[0].pointer
-        cuda.put_head(m, m.block("states"), len(hidden), 0, target)
+        put_head(m, m.block("states"), len(hidden), 0, target)
         count = 4 * len(hidden) * m.head.vocab
         if b.wide is not None and wide:
             m.stream.to_host(b.wide[1].pointer, b.wide[0].pointer, count)
-        found = cuda.fetch(m, len(hidden), None)
+        found = cuda_session.fetch(m, len(hidden), None)
         logits = None if b.wide is None or not wide else b.wide[1].array[:count].view(np.float32).reshape(len(hidden), -1).copy()
         return step_from(found), logits
 
 
 def open_program(
-    program: Program, settings: dict[str, Any], fingerprint: str, stream: int | None = None, *, chunk: int = cuda.CHUNK, progress: Progress = silent
+    program: Program, settings: dict[str, Any], fingerprint: str, stream: int | None = None, *, chunk: int = cuda_session.CHUNK, progress: Progress = silent
 ) -> Cuda:
     """Open a program on this machine's GPU.
 
@@ -281,9 +282,9 @@ def open_program(
         DeviceError: no GPU, or too little memory.
         EngineError: the installation has no library of launchers, or the program is another GPU's, or a kernel does not compile.
     """
-    model = cuda.open_model(program, chunk=chunk, stream=stream, progress=progress)
+    model = cuda_session.open_model(program, chunk=chunk, stream=stream, progress=progress)
     try:
-        cuda.step_graph(model, 1, False)  # now, since its first run writes into the cache
+        cuda_session.step_graph(model, 1, False)  # now, since its first run writes into the cache
     except BaseException:
         model.close()
         raise

@@ -17,6 +17,7 @@ from cuda_truth import CHUNK, ORIN, unpacked
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.jetson import cuda_library as native
 from flashhead_edge.jetson import cuda_program as cuda
+from flashhead_edge.jetson import cuda_session as session
 from flashhead_edge.jetson.cuda_kernels import Readied
 from flashhead_edge.jetson.driver import DeviceFacts
 from flashhead_edge.program.weights import rounded, widened
@@ -242,10 +243,10 @@ def emulated(program: Any, chunk: int = CHUNK) -> Iterator[tuple[cuda.Model, lis
     m.readied = Readied(0, 0, 0.0, "13.0")
     m.mail = host_bytes(4 * cuda.SLOTS * cuda.slot_words(m))
     m.mail_address = m.mail.device
-    m.settings = host_bytes(cuda.settings_bytes(m))
+    m.settings = host_bytes(session.settings_bytes(m))
     m.prompts = host_bytes(4 * program.batch * (program.context + -(-program.context // chunk) + 1))
-    m.results = host_bytes(cuda.results_extent(m)[1] + 2 * head.hidden * program.batch)
-    cuda.setting(m, "top_p")[:] = 1
+    m.results = host_bytes(session.results_extent(m)[1] + 2 * head.hidden * program.batch)
+    session.setting(m, "top_p")[:] = 1
     called: list[str] = []
 
     def launch(function: str, *arguments: Any, device: Any, stream: int) -> None:
@@ -259,6 +260,6 @@ def emulated(program: Any, chunk: int = CHUNK) -> Iterator[tuple[cuda.Model, lis
     _matrices.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "launch", launch)
-        patch.setattr(cuda, "step_graph", step_graph)
+        patch.setattr(session, "step_graph", step_graph)
         yield m, called
     del memory

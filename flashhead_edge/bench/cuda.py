@@ -115,7 +115,7 @@ def step_microseconds(m: Any, graph: Any, rounds: int = ROUNDS, replays: int = R
 
 def rewind(m: Any, length: int) -> None:
     """All rows at a token that is the last of `length`."""
-    from flashhead_edge.jetson.cuda_program import send_settings, setting
+    from flashhead_edge.jetson.cuda_session import send_settings, setting
 
     setting(m, "ids")[:] = 1
     setting(m, "lengths")[:] = length
@@ -171,7 +171,7 @@ def bench_cuda(
     """
     import shutil
 
-    from flashhead_edge.jetson.cuda_program import decode, open_model, step_graph
+    from flashhead_edge.jetson.cuda_session import decode, open_model, step_graph
     from flashhead_edge.jetson.driver import device_facts
     from flashhead_edge.program.head import Device
 
@@ -220,7 +220,7 @@ def _figures(times: np.ndarray) -> dict[str, Any]:
 
 def tokens_a_second(m: Any, rows: int, tokens: int = 256) -> float:
     """Of texts that are decoded together, read by the host one step behind."""
-    from flashhead_edge.jetson.cuda_program import decode
+    from flashhead_edge.jetson.cuda_session import decode
 
     steps = decode(m, [[1 + row, 2, 3, 4, 5, 6, 7, 8] for row in range(rows)], tokens)
     next(steps)

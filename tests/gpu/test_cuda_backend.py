@@ -13,7 +13,7 @@ from cuda_truth import CHUNK, CONTEXT, MODELS, Truth, small_program
 
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import EngineError, SettingsError
-from flashhead_edge.jetson import cuda_program
+from flashhead_edge.jetson import cuda_session
 from flashhead_edge.jetson.cuda_backend import open_program, sample
 from flashhead_edge.jetson.driver import device_facts
 from flashhead_edge.program.head import Device
@@ -116,9 +116,9 @@ def test_rows_of_a_batch_are_what_they_are_alone(llama):
 def test_overlapping_launches_change_nothing(programs, llama):
     """Not a bit: only when launches begin."""
     want = [np.stack(list(llama.decode(PROMPTS[:rows], 30))) for rows in (1, 4)]
-    m = cuda_program.open_model(programs("llama"), chunk=CHUNK, overlap=False)
+    m = cuda_session.open_model(programs("llama"), chunk=CHUNK, overlap=False)
     try:
-        found = [np.stack([mail.token for mail in cuda_program.decode(m, PROMPTS[:rows], 30)]) for rows in (1, 4)]
+        found = [np.stack([mail.token for mail in cuda_session.decode(m, PROMPTS[:rows], 30)]) for rows in (1, 4)]
     finally:
         m.close()
     assert all(np.array_equal(a, b) for a, b in zip(want, found))
@@ -136,7 +136,7 @@ def test_draws_are_those_of_the_definition(llama, settings):  # of settings that
             step = llama.head.step(hidden)
             assert token == choose(step.ids, step.logits, s, [number], None, None, 1.0, None)[0]
             hidden = body.feed([token])
-    assert (cuda_program.setting(m, "temperature") == 0).all()
+    assert (cuda_session.setting(m, "temperature") == 0).all()
     drawn = [[int(t[0]) for t in llama.decode([PROMPTS[0]], 30, Sampling(temperature=1.0, seed=seed))] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     together = np.stack(list(llama.decode([PROMPTS[0]] * 2, 2, Sampling(temperature=1.0, seed=1))))
@@ -227,6 +227,6 @@ def test_draw_settings_of_a_row_are_its_own(llama):
     m = llama.model
     sample(m, Sampling(temperature=1.0), [5, 6])
     try:
-        assert cuda_program.setting(m, "seed")[:2].tolist() == [5, 6] and (cuda_program.setting(m, "temperature")[:2] == 1).all()
+        assert cuda_session.setting(m, "seed")[:2].tolist() == [5, 6] and (cuda_session.setting(m, "temperature")[:2] == 1).all()
     finally:
         sample(m, Sampling(), [0] * m.program.batch)

@@ -19,7 +19,7 @@ import ctypes, json, sys
 from pathlib import Path
 import numpy as np
 from flashhead_edge.errors import FlashHeadError
-from flashhead_edge.jetson import cuda_memory, cuda_program, driver
+from flashhead_edge.jetson import cuda_memory, cuda_session, driver
 from flashhead_edge.jetson.cuda_memory import Fence, Mailbox, Range, fill, laid_out
 from flashhead_edge.jetson.driver import Device, Memory, Pinned, Stream
 made = ctypes.CDLL("libcuda.so.1")
@@ -144,15 +144,15 @@ said = [[*equal, short.endswith("the file ends within c, expected 80 bytes more;
 
 def test_what_a_model_opens_it_closes(opened) -> None:
     open_, captured, closed, again = opened("""
-m = cuda_program.open_model(program, chunk=CHUNK)
+m = cuda_session.open_model(program, chunk=CHUNK)
 open_ = left()
-tokens = [[mail.token.tolist() for mail in cuda_program.decode(m, [[1, 2, 3], [7]], 5)] for _ in range(3)]
+tokens = [[mail.token.tolist() for mail in cuda_session.decode(m, [[1, 2, 3], [7]], 5)] for _ in range(3)]
 captured = [left(), m.captures, tokens]
 for _ in range(2):
     m.close()
 closed = left()
-m = cuda_program.open_model(program, chunk=CHUNK)
-text = cuda_program.decode(m, [[5]], 100)
+m = cuda_session.open_model(program, chunk=CHUNK)
+text = cuda_session.decode(m, [[5]], 100)
 next(text)
 m.close()
 text.close()
@@ -177,7 +177,7 @@ for function in names:
     for calls in range(10):
         made.made_fail_after(function, 2, calls)
         m = []
-        why = error(lambda: m.append(cuda_program.open_model(program, chunk=CHUNK)))
+        why = error(lambda: m.append(cuda_session.open_model(program, chunk=CHUNK)))
         if why is None:
             m[0].close()
             break
@@ -193,9 +193,9 @@ for function in names:
 def test_launches_of_a_step_are_the_programs(opened) -> None:
     """In a graph, each node's kernels in their order, then the head's and the end of the step; nothing is copied."""
     names, nodes = opened("""
-m = cuda_program.open_model(program, chunk=CHUNK)
+m = cuda_session.open_model(program, chunk=CHUNK)
 notes()
-graph = cuda_program.step_graph(m, 2, True)
+graph = cuda_session.step_graph(m, 2, True)
 seen = notes()
 names = [note.split(" ")[0] for note in seen[seen.index("begin 1") + 1 :] if not note.startswith("attribute")]
 said = [names, graph.nodes]
@@ -219,9 +219,9 @@ m.close()
 
 def test_a_step_that_fails_is_the_launchers_sentence(opened) -> None:
     said = opened("""
-m = cuda_program.open_model(program, chunk=CHUNK)
+m = cuda_session.open_model(program, chunk=CHUNK)
 made.made_fail_after(b"cuLaunchKernelEx", 2, 3)
-said = [error(cuda_program.step_graph, m, 1, False)]
+said = [error(cuda_session.step_graph, m, 1, False)]
 made.made_fail(b"cuStreamQuery", 700)
 said.append(error(m.stream.done))
 made.made_fail(b"", 0)

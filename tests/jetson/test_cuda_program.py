@@ -12,7 +12,7 @@ from cuda_truth import CHUNK, CONTEXT, MODELS, VOCAB, Truth, small_program
 
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import EngineError, SettingsError
-from flashhead_edge.jetson import cuda_backend, cuda_library, cuda_program
+from flashhead_edge.jetson import cuda_backend, cuda_library, cuda_program, cuda_session
 from flashhead_edge.jetson.cuda_backend import Cuda
 from flashhead_edge.program.nodes import Node
 
@@ -98,26 +98,26 @@ def test_draws_are_those_of_the_definition(programs):
             step = b.head.step(hidden)
             assert token == choose(step.ids, step.logits, s, [number], None, None, 1.0, None)[0]
             hidden = body.feed([token])
-        assert (cuda_program.setting(m, "temperature") == 0).all()
+        assert (cuda_session.setting(m, "temperature") == 0).all()
 
 
 def test_a_step_runs_before_the_one_before_it_is_read_and_one_more_where_the_caller_stops(programs):
     with emulated(programs("llama")) as (m, called):
-        text = cuda_program.decode(m, [PROMPTS[0]], 50)
+        text = cuda_session.decode(m, [PROMPTS[0]], 50)
         next(text)
         assert called.count("fh_advance") == 2
         mail = next(text)
         assert called.count("fh_advance") == 3 and mail.counts.shape == (1, m.head.counted) and mail.capped.tolist() == [0]
         text.close()
         assert called.count("fh_advance") == 3
-        assert len(list(cuda_program.decode(m, [PROMPTS[0]], 4))) == 4 and called.count("fh_advance") == 7  # none beyond the last
+        assert len(list(cuda_session.decode(m, [PROMPTS[0]], 4))) == 4 and called.count("fh_advance") == 7  # none beyond the last
 
 
 def test_the_mailbox_goes_round(programs):
     with emulated(programs("llama")) as (m, _):
         steps = 2 * cuda_program.SLOTS + 5
-        tokens = [int(mail.token[0]) for mail in cuda_program.decode(m, [PROMPTS[1]], steps)]
-        assert tokens[:20] == [int(mail.token[0]) for mail in cuda_program.decode(m, [PROMPTS[1]], 20)] and m.number == steps + 20
+        tokens = [int(mail.token[0]) for mail in cuda_session.decode(m, [PROMPTS[1]], steps)]
+        assert tokens[:20] == [int(mail.token[0]) for mail in cuda_session.decode(m, [PROMPTS[1]], 20)] and m.number == steps + 20
 
 
 def test_a_head_alone_takes_states_of_any_number(programs):
@@ -198,17 +198,17 @@ def test_a_program_for_another_gpu_is_refused(programs):
 
     program = programs("llama")
     head = cuda_program.head_of(program)
-    cuda_program.check_program(program, head, FACTS)
+    cuda_session.check_program(program, head, FACTS)
     for changed, match in (
         ({"multiprocessors": 8}, "planned for 16 multiprocessors"),
         ({"shared_bytes": 1000}, "this GPU has 16 and 1,000"),
         ({"capability": 75}, "capability 7.5, expected 8.0 or more"),
     ):
         with pytest.raises(EngineError, match=match):
-            cuda_program.check_program(program, head, dataclasses.replace(FACTS, **changed))
+            cuda_session.check_program(program, head, dataclasses.replace(FACTS, **changed))
     strange = dataclasses.replace(program, nodes=(Node("Conv", "x/Conv", ("a",), ("x",), {}), *program.nodes))
     with pytest.raises(EngineError, match="nodes of kind Conv"):
-        cuda_program.check_program(strange, head, FACTS)
+        cuda_session.check_program(strange, head, FACTS)
     with pytest.raises(EngineError, match="the last node is"):
         cuda_program.head_of(dataclasses.replace(program, nodes=program.nodes[:-1]))
 
