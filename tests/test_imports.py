@@ -202,7 +202,9 @@ def help_of(*arguments: str) -> str:
     return f"from flashhead_edge.cli import main\ntry:\n    main({[*arguments, '--help']})\nexcept SystemExit as e:\n    assert e.code == 0"
 
 
-NUMPY_ROOMS = "import flashhead_edge.index, flashhead_edge.costs, flashhead_edge.decoding, flashhead_edge.head, flashhead_edge.checkpoint, flashhead_edge.packed"
+NUMPY_ROOMS = (
+    "import flashhead_edge.index, flashhead_edge.costs, flashhead_edge.decoding, flashhead_edge.head, flashhead_edge.checkpoint, flashhead_edge.packed"
+)
 
 
 @pytest.mark.parametrize(
