@@ -20,6 +20,7 @@ from small_programs import CONTEXT, MODELS, ORIN
 
 from flashhead_edge.checkpoint import read_head
 from flashhead_edge.errors import CheckpointError, FlashHeadError
+from flashhead_edge.index import HeadIndex
 from flashhead_edge.program import weights as weights_file
 from flashhead_edge.program.file import Program
 from flashhead_edge.program.kept import cached_program, head_fingerprint, program_key, programs_folder
@@ -38,9 +39,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     MODELS["qwen3"](transformers).to(torch.bfloat16).save_pretrained(folder / "model")
     save_tokenizer(folder / "model")
-    return write_with_index(
-        folder / "model", folder / "checkpoint", lambda weight, **about: everything_open(weight, vocab_size=127, **about)
-    )  # as many as its tokenizer names
+
+    def index_of(weight: torch.Tensor, fingerprint: str) -> HeadIndex:
+        return everything_open(weight, vocab_size=127, fingerprint=fingerprint)  # as many as the tokenizer names
+
+    return write_with_index(folder / "model", folder / "checkpoint", index_of)
 
 
 @pytest.fixture
