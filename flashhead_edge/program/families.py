@@ -108,8 +108,8 @@ def describe(config: Mapping[str, Any]) -> Layout:
         UnsupportedModelError: another family, or something in it that the kernels do not have. CheckpointError: a size is missing or is no number.
     """
     text = text_config(config)
-    outer = str(config.get("model_type"))
-    kind = str(text.get("model_type") or WITHIN.get(outer, outer))
+    outer = str(config.get("model_type")).removeprefix("flash_head_")  # as older released checkpoints have it
+    kind = str(text.get("model_type") or WITHIN.get(outer, outer)).removeprefix("flash_head_")
     kind = WITHIN.get(kind, kind)
     family = FAMILIES.get(kind)
     if family is None:

@@ -1,12 +1,9 @@
-"""A program on disk: weights.safetensors and program.json, whole or absent, and where they are kept between runs. numpy only."""
+"""A program on disk: weights.safetensors and program.json, whole or absent. numpy only."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +15,13 @@ from flashhead_edge.program.build import Built
 from flashhead_edge.program.fingerprint import fnv1a
 from flashhead_edge.program.head import Device, HeadPart, decoder_graph, settings_of
 from flashhead_edge.program.nodes import Attention, Attribute, Constant, Decoder, Node, Stored, Tensor
-from flashhead_edge.program.weights import FORMAT as WEIGHTS_FORMAT
 from flashhead_edge.program.weights import STORED, Item, write_weights
 from flashhead_edge.progress import Progress, silent
 
-log = logging.getLogger(__name__)
 FORMAT = 1  # of program.json; to be raised too when a checkpoint's program becomes another one: kept ones are known by it
 PROGRAM, WEIGHTS = "program.json", "weights.safetensors"
 AGAIN = "write the program again"
 SPARE = 8 << 20  # bytes for program.json
-LOOKED_AT = 1 << 20  # bytes of a file of weights that make its key: a header, or its beginning
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,52 +179,3 @@ def _places(path: Path, fingerprint: object) -> dict[str, tuple[int, int]]:
     if found != fingerprint:
         raise CheckpointError(f"{path}: the weights have fingerprint {found}, expected {fingerprint}: another program's; {AGAIN}")
     return {name: (entry.start, entry.end - entry.start) for name, entry in header.items()}
-
-
-# ---- programs that are kept between runs
-
-
-def programs_folder() -> Path:
-    """Where programs are kept: under the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flashhead-edge" / "programs"
-
-
-def cached_program(
-    checkpoint: str | Path,
-    build: Callable[[], Built],
-    *,
-    precision: str,
-    context: int,
-    group: int,
-    batch: int,
-    device: Device,
-    progress: Progress = silent,
-) -> Program:
-    """The program of a checkpoint: the one that is kept, or what `build` makes of it, kept from then on.
-
-    Args:
-        checkpoint: a folder, or a .gguf file.
-        build: called where none is kept; with the settings that are named here, which are part of the key.
-    Raises:
-        What `build` raises. FlashHeadError: the disk is full or refuses; nothing is left half-written.
-    """
-    settings = {"precision": precision, "context": context, "group": group, "batch": batch, "device": asdict(device)}
-    folder = programs_folder() / program_key(Path(checkpoint), settings)
-    if folder.exists():
-        try:
-            return read_program(folder)
-        except CheckpointError as error:
-            log.warning("%s; it is written again", error)
-    return write_program(folder, build(), device, {"checkpoint": str(checkpoint)} | settings, progress)
-
-
-def program_key(checkpoint: Path, settings: Mapping[str, Any]) -> str:
-    """32 hex digits that change with the checkpoint's files (their names, sizes, times and first bytes), the settings and the layout."""
-    digest = hashlib.sha256(json.dumps([FORMAT, WEIGHTS_FORMAT, settings], sort_keys=True).encode())
-    files = [checkpoint] if checkpoint.is_file() else sorted(p for pattern in ("**/*.safetensors", "*.gguf", "*.json") for p in checkpoint.glob(pattern))
-    for path in files:
-        about = path.stat()
-        with path.open("rb") as file:
-            digest.update(f"{path.relative_to(checkpoint)} {about.st_size} {about.st_mtime_ns} ".encode() + file.read(LOOKED_AT))
-    return digest.hexdigest()[:32]

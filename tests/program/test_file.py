@@ -1,4 +1,4 @@
-"""A program's folder: what is written is what is read, whole or absent, and kept between runs as long as its checkpoint stays the same."""
+"""A program's folder: what is written is what is read, whole or absent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,10 @@ from small_programs import CONTEXT, ORIN, ProgramInterpreter, built, program_of,
 
 from flashhead_edge.checkpoint import atomic
 from flashhead_edge.errors import CheckpointError, FlashHeadError
-from flashhead_edge.program import weights as weights_file
 from flashhead_edge.program.build import Built
-from flashhead_edge.program.file import PROGRAM, WEIGHTS, Program, cached_program, program_key, programs_folder, read_program, write_program
+from flashhead_edge.program.file import PROGRAM, WEIGHTS, read_program, write_program
 from flashhead_edge.program.head import decoder_graph
 from flashhead_edge.program.nodes import Stored
-
-SETTINGS: dict[str, Any] = {"precision": "float16", "context": CONTEXT, "group": 64, "batch": 2, "device": ORIN}
 
 
 @pytest.fixture(scope="module")
@@ -166,83 +162,3 @@ def test_a_value_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FlashHeadError, match=r"model.embed_tokens.weight: values up to 7e\+04, expected at most 65504"):
         program_of(tmp_path / "program", model, weights)
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- programs that are kept
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what a key is made of, and a cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "checkpoint"
-    (folder / "flash_head_assets").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "flash_head_assets/index.safetensors"):
-        (folder / name).write_bytes(b"some bytes")
-    return folder
-
-
-def kept_of(checkpoint: Path, made: Built, **changes: Any) -> tuple[Program, bool]:
-    """The program, and whether it had to be built."""
-    calls: list[int] = []
-
-    def build() -> Built:
-        calls.append(1)
-        return made
-
-    return cached_program(checkpoint, build, **SETTINGS | changes), bool(calls)
-
-
-def test_program_is_built_once(checkpoint: Path, made: Built) -> None:
-    first, fresh = kept_of(checkpoint, made)
-    assert fresh and first.folder.parent == programs_folder() and first.document["about"]["checkpoint"] == str(checkpoint)
-    again, fresh = kept_of(checkpoint, made)
-    assert not fresh and again.folder == first.folder and again.places == first.places
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"precision": "bfloat16"}, {"context": 32}, {"group": 32}, {"batch": 1}, {"device": replace(ORIN, multiprocessors=14)},
-        {"device": replace(ORIN, capability=90)},
-    ],
-)  # fmt: skip
-def test_another_setting_is_another_program(checkpoint: Path, made: Built, change: dict[str, Any]) -> None:
-    first, _ = kept_of(checkpoint, made)
-    other, fresh = kept_of(checkpoint, made, **change)
-    assert fresh and other.folder != first.folder
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "flash_head_assets/index.safetensors", "model-2.safetensors"])
-def test_another_file_is_another_program(checkpoint: Path, made: Built, name: str) -> None:
-    """Other bytes of the same size and time, another time, a file more."""
-    times = os.stat(checkpoint / "config.json")
-    keys = [program_key(checkpoint, {})]
-    (checkpoint / name).write_bytes(b"SOME bytes")
-    os.utime(checkpoint / name, ns=(times.st_atime_ns, times.st_mtime_ns))
-    keys.append(program_key(checkpoint, {}))
-    os.utime(checkpoint / name, ns=(1, 1))
-    keys.append(program_key(checkpoint, {}))
-    assert len(set(keys)) == 3
-
-
-def test_single_file_has_a_key_of_its_own(checkpoint: Path) -> None:
-    assert program_key(checkpoint / "model.safetensors", {}) != program_key(checkpoint / "config.json", {})
-
-
-def test_damaged_program_is_written_again(checkpoint: Path, made: Built, caplog: pytest.LogCaptureFixture) -> None:
-    first, _ = kept_of(checkpoint, made)
-    _cut(first.folder)
-    again, fresh = kept_of(checkpoint, made)
-    assert fresh and again.folder == first.folder and read_program(first.folder).places == again.places
-    assert "weights.safetensors: the file has" in caplog.text and "it is written again" in caplog.text
-
-
-def test_failing_build_keeps_nothing(checkpoint: Path, made: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(weights_file.os, "fsync", full)
-    with pytest.raises(FlashHeadError, match="the disk is full"):
-        kept_of(checkpoint, made)
-    assert not programs_folder().exists()
