@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from flashhead_edge.checkpoint.assets import read_index
 from flashhead_edge.checkpoint.families import text_config
+from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.jetson.cuda_backend import Cuda, open_program
 from flashhead_edge.jetson.driver import device_facts
-from flashhead_edge.packed import open_weights
-from flashhead_edge.program.build import Built, build_program
 from flashhead_edge.program.families import describe
-from flashhead_edge.program.file import PROGRAM, Program, cached_program, read_program
+from flashhead_edge.program.file import PROGRAM, Program, read_program
 from flashhead_edge.program.head import Device
+from flashhead_edge.program.kept import cached_program
 from flashhead_edge.program.weights import PRECISIONS
 from flashhead_edge.progress import Progress, silent
 
@@ -46,24 +44,15 @@ def open_folder(
     """
     if (folder / PROGRAM).is_file():
         return _opened(read_program(folder), stream, progress)
-    facts = device_facts()
-    with ExitStack() as opened:
-        weights = opened.enter_context(open_weights(folder))
-        most = describe(weights.config).positions
-        context = min(CONTEXT, most or CONTEXT) if context is None else context
-        if not 2 <= context <= (most or context):
-            raise SettingsError(f"cuda backend: the context is {context:,}, expected 2 to the model's {most:,} positions; choose another")
-        precision = precision_of(weights.config) if precision is None else precision
-        device = Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
-        group = _group(weights.config)
-
-        def build() -> Built:
-            index = read_index(folder)
-            return build_program(weights, weights.config, index, precision=precision, context=context, group=group, device=device, batch=batch)
-
-        program = cached_program(
-            folder, build, precision=precision, context=context, group=group, batch=batch, device=device, progress=progress
-        )  # fmt: skip
+    facts, config = device_facts(), read_json(folder / "config.json")
+    most = describe(config).positions
+    context = min(CONTEXT, most or CONTEXT) if context is None else context
+    if not 2 <= context <= (most or context):
+        raise SettingsError(f"cuda backend: the context is {context:,}, expected 2 to the model's {most:,} positions; choose another")
+    program = cached_program(
+        folder, precision=precision or precision_of(config), context=context, group=_group(config), batch=batch,
+        device=Device(facts.multiprocessors, facts.shared_bytes, facts.capability), progress=progress,
+    )  # fmt: skip
     return _opened(program, stream, progress)
 
 

@@ -69,7 +69,8 @@ def launched_by(dry: Callable[[], None]) -> list[str]:
 
 def kernel_sources() -> dict[str, str]:
     """The CUDA source of every kernel of the library, by its name in a cubin."""
-    found, source, all_ = library(), ctypes.c_char_p(), {}
+    found, source = library(), ctypes.c_char_p()
+    all_: dict[str, str] = {}
     while (name := found.fh_kernel(len(all_), ctypes.byref(source))) is not None:
         all_[name.decode()] = (source.value or b"").decode()
     return all_
@@ -112,8 +113,8 @@ def ready(dry: Callable[[], None], facts: DeviceFacts, progress: Progress = sile
         try:
             for done, job in enumerate(as_completed(jobs), 1):
                 name = jobs[job]
-                codes[name] = code = job.result()
-                write_cached(files[name], code)
+                codes[name] = job.result()
+                write_cached(files[name], job.result())
                 progress(f"compiling for {architecture}: {plain(expression(name))}", done / len(jobs))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)

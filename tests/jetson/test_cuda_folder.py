@@ -13,7 +13,7 @@ from small_heads import everything_open
 from flashhead_edge.errors import EngineError, SettingsError
 from flashhead_edge.generation import stream
 from flashhead_edge.jetson import cuda_backend, cuda_folder, cuda_library, driver, open_engine
-from flashhead_edge.program import file as programs
+from flashhead_edge.program import kept as programs
 
 try:
     cuda_library.library()
@@ -57,7 +57,7 @@ def test_an_engine_over_a_checkpoint_decodes(checkpoint: Path, gpu, monkeypatch:
     assert len(by_loop) > 1 and by_loop == on_device[: len(by_loop)]
     (kept,) = programs.programs_folder().iterdir()
     assert gpu[0].folder == kept and engine.backend.about["backend"] == "cuda"
-    monkeypatch.setattr(cuda_folder, "build_program", None)
+    monkeypatch.setattr(programs, "build_program", None)
     for folder in (checkpoint, kept):
         cuda_folder.open_folder(folder)
     assert [p.folder for p in gpu] == [kept] * 3
