@@ -25,6 +25,7 @@ ATTRIBUTES = {"multiprocessors": 16, "major": 75, "minor": 76, "shared_bytes": 9
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+NOT_READY = 600  # CUDA_ERROR_NOT_READY
 
 
 @functools.cache
@@ -175,8 +176,12 @@ class Pinned:
 
     def __init__(self, size: int) -> None:
         pointer = ctypes.c_void_p()
+        self.pointer = 0
         call("cuMemAllocHost_v2", ctypes.byref(pointer), ctypes.c_size_t(max(1, size)))
-        self.pointer, self.size = pointer.value or 0, size
+        self._adopt(pointer.value or 0, size)
+
+    def _adopt(self, pointer: int, size: int) -> None:
+        self.pointer, self.size = pointer, size
         self.array = np.frombuffer((ctypes.c_ubyte * max(1, size)).from_address(self.pointer), np.uint8)[:size]
         self.array[:] = 0
 
@@ -208,6 +213,21 @@ class Stream:
     def wait(self) -> None:
         """Until all work in it is done."""
         call("cuStreamSynchronize", self.value)
+
+    def finish(self) -> None:
+        """As `wait`, where it no longer matters whether the work failed."""
+        library().cuStreamSynchronize(self.value)
+
+    def done(self) -> bool:
+        """Whether all work in it is done.
+
+        Raises:
+            DeviceError: some of it failed.
+        """
+        code = library().cuStreamQuery(self.value)
+        if code not in (0, NOT_READY):
+            raise DeviceError(f"GPU: cuStreamQuery gives {name_of(library(), code)}, expected work without errors; look at nvidia-smi, and report this")
+        return code == 0
 
     def to_device(self, target: int, source: int, size: int) -> None:
         call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_void_p(source), ctypes.c_size_t(size), self.value)

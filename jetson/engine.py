@@ -18,8 +18,9 @@ from flashhead_edge.jetson.backend import Backend
 from flashhead_edge.jetson.folder import AGAIN, is_exported
 from flashhead_edge.jetson.tensorrt_folder import is_tensorrt
 from flashhead_edge.jetson.tokenizer import load_chat_tokenizer
+from flashhead_edge.progress import Progress, silent
 
-BACKENDS = ("auto", "onnxruntime", "tensorrt")
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "cuda")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,19 +80,20 @@ class ExportedEngine:
 
 
 def open_engine(
-    folder: str | Path, backend: str = "auto", threads: int | None = None, *, native: bool = True, plugin: Path | None = None
+    folder: str | Path, backend: str = "auto", threads: int | None = None, *, native: bool = True, plugin: Path | None = None, progress: Progress = silent
 ) -> ExportedEngine:  # fmt: skip
-    """Open a folder that `flashhead export` wrote, for decoding without torch.
+    """Open a folder that `flashhead export` wrote, or with the cuda backend a checkpoint, for decoding without torch.
 
     Args:
-        backend: what computes: onnxruntime, tensorrt, or what the folder was exported for.
+        backend: what computes: onnxruntime, tensorrt, cuda, or what the folder was exported for.
         threads: None is one for each physical core that this process may use.
         native: take our own operators where the folder and this installation have them.
         plugin: TensorRT's plugin library; None: the one in the cache.
+        progress: of what the cuda backend makes when it sees a checkpoint for the first time.
     Raises:
         CheckpointError: no exported folder, or a damaged one, or parts that do not belong together.
         EngineError: the backend is not installed, too old for the model, or not the one that engines were built with.
-        DeviceError: TensorRT's engines and no GPU, or too little memory.
+        DeviceError: TensorRT's engines or the cuda backend and no GPU, or too little memory.
         SettingsError: `backend` or `threads` is out of range.
     """
     if backend not in BACKENDS:
@@ -100,7 +102,12 @@ def open_engine(
     if backend == "auto":
         backend = "tensorrt" if is_tensorrt(folder) else "onnxruntime"
     opened: Backend
-    if backend == "tensorrt":
+    if backend == "cuda":
+        from flashhead_edge.jetson import cuda_folder
+
+        opened = cuda_folder.open_folder(folder, progress=progress)
+        config = read_json(folder / "config.json")
+    elif backend == "tensorrt":
         from flashhead_edge.jetson import tensorrt_backend
 
         if not is_tensorrt(folder):

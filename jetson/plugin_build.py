@@ -147,7 +147,7 @@ def build(
                 f"-I{s.kernels}",
                 *(w for folder in (*cuda, trt) for w in ("-isystem", str(folder))),
             ]
-            launchers, others = [s.kernels / f"{stem}.cu" for stem in LAUNCHERS], sorted([*s.plugins.glob("*.cpp"), *s.nvrtc.glob("*.cpp")])
+            launchers, others = [s.kernels / f"{stem}.cu" for stem in LAUNCHERS], [*sorted(s.plugins.glob("*.cpp")), s.nvrtc / "runtime.cpp"]
             make_library(made, launchers, others, s.plugins / "exports.map", flags, nvrtc, "sm_90a" if capability == 90 else f"sm_{capability}", progress)
             said = f"{__version__} tensorrt {'.'.join(map(str, version))}" if for_another_machine() else plugins.version(made)
             os.replace(made, target)

@@ -30,6 +30,7 @@ from flashhead_edge.jetson.driver import Device, Graph, Memory, Pinned, Stream, 
 from flashhead_edge.jetson.folder import ExportSettings
 from flashhead_edge.jetson.plan import check_fits, free_gpu
 from flashhead_edge.jetson.plan_sources import tensorrt_need
+from flashhead_edge.jetson.steps import joined, logits_by_rows, step_of
 from flashhead_edge.jetson.tensorrt_engine import Context, Engine, Runtime, load_tensorrt, to_float32, to_half
 from flashhead_edge.jetson.tensorrt_folder import WEIGHTS, Manifest, check_files, check_machine, read_manifest
 
@@ -39,7 +40,6 @@ SETTINGS: dict[str, tuple[type, int]] = {  # what a step reads of each row besid
     "lengths": (np.int32, 1), "temperature": (np.float32, 1), "top_p": (np.float32, 1), "min_p": (np.float32, 1), "top_k": (np.int32, 1),
     "seed": (np.uint64, 1), "step": (np.int32, 1),
 }  # fmt: skip
-ROWS_AT_ONCE = 8192  # of the model's own matrix that exact logits widen to float32
 
 
 @dataclass(frozen=True)
@@ -417,11 +417,7 @@ class TensorRTHead:
     def exact_logits(self, hidden: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """On the host, by the rows in the folder's file: for few tokens, or where time does not matter."""
         rows, bias = self.backend.rows or self._open_rows()
-        precision, h = self.backend.manifest.precision, np.ascontiguousarray(hidden, np.float32)
-        parts = np.array_split(np.asarray(tokens, np.int64), max(1, -(-len(tokens) // ROWS_AT_ONCE)))
-        found = [h @ to_float32(np.asarray(rows[part]), precision).T for part in parts]
-        logits = np.concatenate(found, 1)
-        return logits if bias is None else logits + to_float32(np.asarray(bias[tokens]), precision)
+        return logits_by_rows(hidden, tokens, rows, bias, self.backend.manifest.precision)
 
     def _open_rows(self) -> tuple[np.ndarray, np.ndarray | None]:
         path = self.backend.manifest.folder / WEIGHTS
@@ -440,18 +436,8 @@ class TensorRTHead:
 
     def _run(self, part: str, hidden: np.ndarray) -> tuple[Step, np.ndarray | None]:
         found = [self._once(part, hidden[at : at + self.backend.manifest.max_batch]) for at in range(0, len(hidden), self.backend.manifest.max_batch)]
-        if len(found) == 1:
-            return found[0]
         steps, logits = zip(*found)
-        width = max(s.ids.shape[1] for s in steps)
-
-        def wide(values: np.ndarray, fill: float) -> np.ndarray:
-            return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=fill)
-
-        step = Step(
-            np.concatenate([s.token for s in steps]), np.concatenate([wide(s.ids, -1) for s in steps]),
-            np.concatenate([wide(s.logits, -np.inf) for s in steps]), np.concatenate([s.counts for s in steps]), np.concatenate([s.capped for s in steps]),
-        )  # fmt: skip
+        step = steps[0] if len(steps) == 1 else joined(steps)
         return step, None if part == "head" else np.concatenate(logits)
 
     def _once(self, part: str, hidden: np.ndarray) -> tuple[Step, np.ndarray | None]:
@@ -482,17 +468,6 @@ class TensorRTHead:
 
         step = step_of(*(read(name) for name in ("token", "candidate_ids", "candidate_logits", "counts", "capped")))
         return step, read("logits").copy() if "logits" in places else None
-
-
-def step_of(token: np.ndarray, ids: np.ndarray, logits: np.ndarray, counts: np.ndarray, capped: np.ndarray) -> Step:
-    """What the plugin wrote as callers see it: candidates in the order of their ids, copies all of them."""
-    width = int(counts[:, -1].max())
-    there = np.arange(width) < counts[:, -1:]
-    found = np.where(there, ids[:, :width], np.iinfo(np.int32).max).astype(np.int64)
-    order = found.argsort(1, kind="stable")
-    found = np.where(np.take_along_axis(there, order, 1), np.take_along_axis(found, order, 1), -1)
-    values = np.where(found >= 0, np.take_along_axis(logits[:, :width], order, 1), -np.inf).astype(np.float32)
-    return Step(token.astype(np.int64), found, values, counts.astype(np.int64), capped != 0)
 
 
 def open_folder(folder: Path, plugin: Path | None = None, stream: int | None = None, *, check: bool = False) -> TensorRT:

@@ -51,11 +51,23 @@ def libraries(wheel: Path) -> list[str]:
 
 @pytest.mark.skipif(os.name == "nt" or shutil.which("cc") is None, reason="no C compiler is called cc here")
 def test_wheel_carries_the_operators_of_onnx_runtime_for_every_python(wheel: Path, tmp_path: Path) -> None:
-    assert libraries(wheel) == ["flashhead_edge/jetson/_native.abi3.so"]
+    assert "flashhead_edge/jetson/_native.abi3.so" in libraries(wheel)
     assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
     python = environment(tmp_path / "venv", wheel)
     said = run(python, "-c", "import flashhead_edge.jetson._native as native; print(native.__doc__, native.vector_unit)", cwd=tmp_path)
     assert "Operators for ONNX Runtime" in said and said.split()[-1] in ("plain", "avx2", "avx512vnni")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++")
+def test_wheel_carries_the_launchers_of_the_cuda_kernels(wheel: Path, tmp_path: Path) -> None:
+    """Made by a C++ compiler without CUDA; it loads where there is no GPU, and nothing of it but its own interface is seen from outside."""
+    assert libraries(wheel) == ["flashhead_edge/jetson/_cuda.abi3.so", "flashhead_edge/jetson/_native.abi3.so"]
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract("flashhead_edge/jetson/_cuda.abi3.so", tmp_path)
+    code = "import ctypes, sys; l = ctypes.CDLL(sys.argv[1]); l.fh_kernel.restype = ctypes.c_char_p; print(l.fh_kernel(0, ctypes.byref(ctypes.c_char_p())))"
+    assert "flashhead_advance" in run(sys.executable, "-c", code, library, cwd=tmp_path)
+    seen = [line.split() for line in run("nm", "-D", "--defined-only", library, cwd=tmp_path).splitlines()]
+    assert {name for *_, name in seen if not name.startswith("fh_")} == set()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the name of the compiler cannot be set there")
@@ -94,7 +106,8 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path, source: Path) ->
     assert {n for n in names if n.endswith(".py")} == want
     assert "flashhead_edge/py.typed" in names
     rooms = {"sources": "kernels", "plugins": "plugins", "nvrtc": "nvrtc"}
-    sources = {f"flashhead_edge/kernels/{name}/{p.name}" for name, room in rooms.items() for p in (source / "plugins_trt" / room).iterdir()}
+    folders = {name: source / "plugins_trt" / room for name, room in rooms.items()}
+    sources = {f"flashhead_edge/kernels/{name}/{p.relative_to(f).as_posix()}" for name, f in folders.items() for p in f.rglob("*") if p.is_file()}
     assert sources and {n for n in names if n.endswith((".cu", ".cuh", ".h", ".cpp", ".map"))} == sources
     assert {n.split("/")[0].split("-")[0].removesuffix(".dist") for n in names} == {"flashhead_edge"}
 

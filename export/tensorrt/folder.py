@@ -10,9 +10,8 @@ from typing import Any
 import flashhead_edge
 from flashhead_edge.errors import ExportError
 from flashhead_edge.export.tensorrt.graph import write_graph
-from flashhead_edge.export.tensorrt.manifest import settings_of
 from flashhead_edge.jetson.tensorrt_folder import WEIGHTS
-from flashhead_edge.program.head import HeadPart, decoder_graph, dense_graph, head_graph
+from flashhead_edge.program.head import HeadPart, decoder_graph, dense_graph, head_graph, settings_of
 from flashhead_edge.program.nodes import Decoder
 from flashhead_edge.program.weights import Item, write_weights
 from flashhead_edge.progress import Progress, silent

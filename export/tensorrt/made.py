@@ -21,8 +21,6 @@ from flashhead_edge.cases import FEW_CODES, SHAPES, Settings, case_of, made_inde
 from flashhead_edge.checkpoint.atomic import replacing, write_file
 from flashhead_edge.codes import Coded
 from flashhead_edge.errors import SettingsError
-from flashhead_edge.export.tensorrt.folder import SPARE, stored_items, write_parts
-from flashhead_edge.export.tensorrt.manifest import write_manifest
 from flashhead_edge.index import Gate, HeadIndex, own_error
 from flashhead_edge.kernels.packing import fields
 from flashhead_edge.program.head import Device, head_part
@@ -48,6 +46,9 @@ class Model:
     head_size: int
     head_norms: bool
     theta: float
+    activation: int = SILU
+    post_norms: bool = False  # of attention's and the products' outputs too, as Gemma 3 has them
+    window: int = 0  # of all layers but each sixth
 
 
 MODELS = {
@@ -85,6 +86,9 @@ def made_folder(
     """
     if name not in MODELS:
         raise SettingsError(f"made model: {name}, expected one of {', '.join(MODELS)}; name one of them")
+    from flashhead_edge.export.tensorrt.folder import SPARE, stored_items, write_parts  # the onnx package
+    from flashhead_edge.export.tensorrt.manifest import write_manifest
+
     m, path = MODELS[name], Path(out).expanduser().resolve()
     vocab, d = SHAPES[name]
     rows = Item("embedding", STORED[precision], (vocab, d), lambda: _rows(vocab, d, seed, precision))
@@ -110,7 +114,6 @@ def record_layers(decoder: Decoder, m: Model, rows: Item, layers: int, group: in
     one, branch = np.ones(m.hidden, np.float32), ""
     angles = np.arange(decoder.context)[:, None] * m.theta ** (-np.arange(0, m.head_size, 2) / m.head_size)
     table = decoder.table(np.cos(angles), np.sin(angles), m.head_size)
-    attention = Attention(m.q_heads, m.kv_heads, m.head_size, 0, m.head_size**-0.5)
     width = m.q_heads * m.head_size
 
     def norm(name: str) -> str:
@@ -121,16 +124,22 @@ def record_layers(decoder: Decoder, m: Model, rows: Item, layers: int, group: in
         x = f"{name}.sum"
         return out
 
+    def after(value: str, name: str) -> str:
+        return decoder.norm(value, None, name, one, 1e-5, f"{name}.out")
+
     def linear(value: str, name: str, n: int, k: int) -> str:
         return decoder.linear(value, made_matrix(name, n, k, group, seed), name)
 
     for layer in range(layers):
         at = f"layers.{layer}"
         norms = [HeadNorm(f"{at}.attn.{part}_norm", np.ones(m.head_size, np.float32), 1e-6) if m.head_norms else None for part in "qk"]
+        attention = Attention(m.q_heads, m.kv_heads, m.head_size, m.window if (layer + 1) % 6 else 0, m.head_size**-0.5)
         qkv = linear(norm(f"{at}.input_layernorm"), f"{at}.qkv", width + 2 * m.kv_heads * m.head_size, m.hidden)
         branch = linear(decoder.attention(qkv, attention, table, norms[0], norms[1], f"{at}.attention"), f"{at}.o", m.hidden, width)
+        branch = after(branch, f"{at}.post_attention_norm") if m.post_norms else branch
         both = linear(norm(f"{at}.post_attention_layernorm"), f"{at}.gate_up", 2 * m.intermediate, m.hidden)
-        branch = linear(decoder.gated(both, SILU, f"{at}.gated"), f"{at}.down", m.hidden, m.intermediate)
+        branch = linear(decoder.gated(both, m.activation, f"{at}.gated"), f"{at}.down", m.hidden, m.intermediate)
+        branch = after(branch, f"{at}.post_feedforward_norm") if m.post_norms else branch
     decoder.rename(norm(f"layers.{layers}.final_norm"), "hidden_states")
 
 

@@ -9,28 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_edge.checkpoint.atomic import write_file
-from flashhead_edge.codes import row_bytes
-from flashhead_edge.costs import ERROR_BYTES, TOKEN_BYTES, fixed_bytes
-from flashhead_edge.index import HeadIndex
 from flashhead_edge.jetson.tensorrt_folder import FORMAT, MANIFEST
 
 BUILT = ("tensorrt", "runtime", "cuda_driver", "driver", "gpu", "plugin_library", "plugin_sha256", "peak_host_bytes", "memory_cap_mib")  # null without engines
 CHUNK = 1 << 24
-
-
-def settings_of(index: HeadIndex, scale: float, softcap: float | None, context_length: int | None, embedding_rows: int) -> dict[str, Any]:
-    """What a runtime must know of the head, and what a step of it reads."""
-    return {
-        "vocab_size": index.vocab_size,
-        "hidden_size": index.hidden_size,
-        "stages": len(index.stages),
-        "scale": scale,
-        "softcap": softcap,
-        "context_length": context_length,
-        "embedding_rows": embedding_rows,
-        "fixed_bytes": fixed_bytes(index),
-        "item_bytes": [row_bytes(s.rows) + ERROR_BYTES for s in index.stages] + [2 * index.hidden_size + TOKEN_BYTES],
-    }
 
 
 def sha256_of(path: Path) -> str:

@@ -17,8 +17,8 @@ from flashhead_edge.export.onnx import CONTRACT, metadata
 from flashhead_edge.export.parts import head_model, whole_decoder
 from flashhead_edge.export.passes.attention import attention_nodes
 from flashhead_edge.export.storage import bytes_of, write_models
-from flashhead_edge.export.tensorrt.manifest import settings_of
 from flashhead_edge.index import HeadIndex
+from flashhead_edge.program.head import settings_of
 
 
 def native_parts(

@@ -12,8 +12,13 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 TORCH = "--torch-device or --trust-remote-code"
-RUN_BY = {"torch": "a checkpoint", "onnxruntime": "a folder of flashhead export onnx", "tensorrt": "a folder of flashhead export tensorrt"}
-HOW = {"torch": "give the checkpoint", "onnxruntime": "run flashhead export onnx", "tensorrt": "run flashhead export tensorrt"}
+RUN_BY = {
+    "torch": "a checkpoint",
+    "onnxruntime": "a folder of flashhead export onnx",
+    "tensorrt": "a folder of flashhead export tensorrt",
+    "cuda": "a checkpoint",
+}
+HOW = {"torch": "give the checkpoint", "onnxruntime": "run flashhead export onnx", "tensorrt": "run flashhead export tensorrt", "cuda": "give the checkpoint"}
 
 NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 OPTIONS = (
@@ -30,10 +35,11 @@ OPTIONS = (
     click.option("--exact", is_flag=True, help="The dense head's greedy text, token for token, verified in blocks."),
     click.option(
         "--backend",
-        type=click.Choice(["auto", "torch", "onnxruntime", "tensorrt"]),
+        type=click.Choice(["auto", "torch", "onnxruntime", "tensorrt", "cuda"]),
         default="auto",
         show_default=True,
-        help="torch for a checkpoint, onnxruntime and tensorrt for a folder that flashhead export wrote for them; auto sees which it is.",
+        help="torch or cuda (our kernels alone, no torch) for a checkpoint, onnxruntime and tensorrt for a folder that flashhead export wrote for them; "
+        "auto sees which it is.",
     ),
     click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT's plugin library.  [default: the one that `flashhead plugin build` made]"),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one for each core]"),
@@ -68,6 +74,8 @@ def open_engine(out: Path, options: dict[str, Any]) -> Any:
     backend, threads, device, trust = (options.pop(name) for name in ("backend", "threads", "torch_device", "trust_remote_code"))
     standard, plugin = options.pop("standard_operators"), options.pop("plugin")
     found = "tensorrt" if is_tensorrt(out) else "onnxruntime" if is_exported(out) else "torch"
+    if backend == "cuda" and found == "torch":
+        found = backend
     if backend not in ("auto", found):
         raise click.UsageError(f"{out} is not {RUN_BY[backend]}, which --backend {backend} runs: {HOW[backend]}, or leave --backend out.")
     for given, flag, kind in ((standard, "--standard-operators", "onnxruntime"), (plugin, "--plugin", "tensorrt"), (device or trust, TORCH, "torch")):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashhead_edge.errors import DeviceError, SettingsError
 from flashhead_edge.kernels.build import Prepared, capability_of, function, launch, prepare
-from flashhead_edge.kernels.packing import THREADS, Arguments, Layout, Widen, layout_of
+from flashhead_edge.kernels.packing import THREADS, Arguments, DecodeArguments, Layout, Widen, layout_of
 
 HALVES = (torch.float16, torch.bfloat16)
 DENSE_ROWS, DENSE_THREADS, DENSE_WORKSPACE = 32, 512, 8 * 33  # dense_head.h: states of a launch, threads, bytes
@@ -212,15 +212,6 @@ def check_dense(hidden: Tensor, codes: Tensor, scales: Tensor, workspace: Tensor
         want(aligned, name, f"strides {tensor.stride()} at {tensor.data_ptr():#x}", "contiguous and 16-byte aligned")
         if tensor.device != hidden.device:
             raise DeviceError(f"dense_head: {name} is on {tensor.device}, expected {hidden.device}; move it there")
-
-
-class DecodeArguments(ctypes.Structure):
-    """FlashHeadDecode of plugins_trt/kernels/decode.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("ids", "logits", "count", *DECODE_SETTINGS, "token", "logprob", "best_ids", "best_logprobs")),
-        *((name, ctypes.c_int) for name in ("rows", "width", "count_stride", "best")),
-    ]
 
 
 @torch.library.custom_op("flashhead::decode", mutates_args=(), device_types="cuda")

@@ -92,6 +92,16 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class DecodeArguments(ctypes.Structure):
+    """`FlashHeadDecode` of decode.h."""
+
+    _fields_: ClassVar[Fields] = [
+        *[(n, ctypes.c_void_p) for n in ("ids", "logits", "count", "temperature", "top_p", "min_p", "top_k", "seed", "step")],
+        *[(n, ctypes.c_void_p) for n in ("token", "logprob", "best_ids", "best_logprobs")],
+        *[(n, I) for n in ("rows", "width", "count_stride", "best")],
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """An index for the kernel, before a launch plan."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from flashhead_edge.codes import row_bytes
+from flashhead_edge.costs import ERROR_BYTES, TOKEN_BYTES, fixed_bytes
 from flashhead_edge.errors import ExportError
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.kernels.packing import STATIC_SHARED, Packed, pack, plans, words_of
@@ -150,3 +153,18 @@ def _plain(op: str, inputs: Sequence[str], out: str, **attributes: int) -> Node:
 
 def _states(d: Decoder) -> list[Tensor]:
     return [Tensor("hidden_states", d.precision, ("batch", "sequence", d.widths["hidden_states"]))]
+
+
+def settings_of(index: HeadIndex, scale: float, softcap: float | None, context_length: int | None, embedding_rows: int) -> dict[str, Any]:
+    """What a runtime must know of the head, and what a step of it reads."""
+    return {
+        "vocab_size": index.vocab_size,
+        "hidden_size": index.hidden_size,
+        "stages": len(index.stages),
+        "scale": scale,
+        "softcap": softcap,
+        "context_length": context_length,
+        "embedding_rows": embedding_rows,
+        "fixed_bytes": fixed_bytes(index),
+        "item_bytes": [row_bytes(s.rows) + ERROR_BYTES for s in index.stages] + [2 * index.hidden_size + TOKEN_BYTES],
+    }

@@ -1,4 +1,5 @@
-// runtime.cpp: what plugins and launchers call of CUDA's runtime, over the driver alone, for the library that `flashhead plugin build` makes with g++.
+// runtime.cpp: what plugins and launchers call of CUDA's runtime, over the driver alone, for the libraries that g++ makes: the plugins' (`flashhead plugin
+// build`), and the launchers' of the torch-free backend (setup.py).
 //
 // A kernel is no function of the host here. `flashhead_kernels`, which the build writes, has for each of them the address that stands for it on the host,
 // its name in a cubin, and that cubin, which is loaded into a context when the first of its kernels is asked for there. Errors of the driver are the
@@ -11,14 +12,9 @@
 #include <map>
 #include <mutex>
 
-extern "C" {
-struct FlashHeadKernel {
-  const void* host;
-  const char* name;
-  const void* code;
-};
-extern const FlashHeadKernel flashhead_kernels[];  // the last has no host
-}
+#include "kernels.h"
+
+bool (*flashhead_asked)(const FlashHeadKernel&) = nullptr;
 
 namespace {
 
@@ -102,6 +98,17 @@ cudaError_t in_context(Body body) {
   return cudaError_t(error == CUDA_SUCCESS ? body(driver()) : error);
 }
 
+const FlashHeadKernel* entry(const void* host) {
+  const FlashHeadKernel* kernel = flashhead_kernels;
+  while (kernel->host && kernel->host != host) ++kernel;
+  return kernel->host ? kernel : nullptr;
+}
+
+bool taken(const void* host) {
+  const FlashHeadKernel* kernel = flashhead_asked ? entry(host) : nullptr;
+  return kernel && flashhead_asked(*kernel);
+}
+
 CUresult find(const void* host, CUfunction* function) {
   const Driver& d = driver();
   CUcontext context = nullptr;
@@ -112,9 +119,8 @@ CUresult find(const void* host, CUfunction* function) {
   const std::lock_guard<std::mutex> lock(guard);
   const auto known = held().functions.find({number, host});
   if (known != held().functions.end()) return *function = known->second, CUDA_SUCCESS;
-  const FlashHeadKernel* kernel = flashhead_kernels;
-  while (kernel->host && kernel->host != host) ++kernel;
-  if (!kernel->host) return CUresult(cudaErrorInvalidDeviceFunction);
+  const FlashHeadKernel* kernel = entry(host);
+  if (!kernel || !kernel->code) return CUresult(cudaErrorInvalidDeviceFunction);
   CUmodule& module = held().modules[{number, kernel->code}];
   if (!module) {
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;  // loading code is no part of a graph that may be captured meanwhile
@@ -231,6 +237,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   memset(attributes, 0, sizeof *attributes);
+  if (taken(kernel)) return attributes->sharedSizeBytes = 1, cudaSuccess;  // of a kernel that is not empty
   CUfunction function = nullptr;
   CUresult error = find(kernel, &function);
   int bytes = 0;
@@ -241,12 +248,14 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
+  if (taken(kernel)) return cudaSuccess;
   CUfunction function = nullptr;
   const CUresult error = find(kernel, &function);
   return cudaError_t(error == CUDA_SUCCESS ? driver().cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, value) : error);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* grid, const void* kernel, void** arguments) {
+  if (taken(kernel)) return cudaSuccess;
   CUfunction function = nullptr;
   const CUresult error = find(kernel, &function);
   if (error != CUDA_SUCCESS) return cudaError_t(error);

@@ -177,7 +177,9 @@ def test_folder_with_one_file(file: Path, tmp_path: Path) -> None:
 def test_truncated_file(keep: int, file: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"cut\.gguf: (no GGUF file that can be read .*; fetch the file|the file cannot be mapped .*; fetch the model) again"):
+    with pytest.raises(
+        CheckpointError, match=r"cut\.gguf: (no GGUF file that can be read .*; fetch the file|the file cannot be mapped .*; fetch the model) again"
+    ):
         read_head(open_source(path))
 
 

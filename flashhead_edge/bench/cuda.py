@@ -1,0 +1,229 @@
+"""Time decode steps of the torch-free CUDA backend on a GPU: made models in the shapes of real ones, W4A16 with FlashHead, whole and kind by kind.
+
+Without a checkpoint the weights are random; the head opens as many clusters as a calibrated one (export.tensorrt.made). numpy alone. A step is its CUDA
+graph, replayed: what is timed is what the device does from a token to the next, launches included, the host's reading not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashhead_edge.cases import FEW_CODES, Case, made_index
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.progress import Progress, silent
+
+CACHED = 512  # tokens in the cache of a timed step
+CONTEXT = 1024
+ROUNDS, REPLAYS = 7, 100
+WARM_SECONDS = 0.2
+KINDS = ("TokenEmbedding", "RmsNorm", "W4A16Linear", "GatedProduct", "DecodeAttention", "FlashHead", "Advance")
+
+
+@dataclass(frozen=True, eq=False)
+class MadeProgram:
+    """A program of random weights: what jetson.cuda_program asks of one, and the decoder that it was made from."""
+
+    nodes: Sequence[Any]
+    constants: Mapping[str, str]
+    widths: Mapping[str, int]
+    places: Mapping[str, tuple[int, int]]
+    weights: Path
+    precision: str
+    context: int
+    batch: int
+    decoder: Any
+    head: Any
+    settings: Mapping[str, Any]
+
+
+def models() -> dict[str, tuple[Any, int, int]]:
+    """The decoders that are made, with their vocabularies and the group of their codes."""
+    from flashhead_edge.export.tensorrt.made import Model
+    from flashhead_edge.program.nodes import GELU_TANH
+
+    return {
+        "Llama-3.2-1B": (Model(2048, 8192, 16, 32, 8, 64, False, 5e5), 128_256, 128),
+        "Qwen3-1.7B": (Model(2048, 6144, 28, 16, 8, 128, True, 1e6), 151_936, 128),
+        "Qwen3-0.6B": (Model(1024, 3072, 28, 16, 8, 128, True, 1e6), 151_936, 128),
+        "Gemma-3-270M": (Model(640, 2048, 18, 4, 1, 256, True, 1e6, GELU_TANH, True, 512), 262_144, 128),
+        "SmolLM2-135M": (Model(576, 1536, 30, 9, 3, 64, False, 1e5), 49_152, 64),
+    }
+
+
+def made_program(
+    folder: Path, model: Any, vocab: int, device: Any, *, group: int = 128, precision: str = "float16", context: int = CONTEXT, batch: int = 1,
+    layers: int | None = None, seed: int = 0,
+) -> MadeProgram:  # fmt: skip
+    """Write the weights of a made model into a new folder.
+
+    Args:
+        model: its sizes (export.tensorrt.made.Model).
+        device: that the head is planned for (program.head.Device).
+    """
+    from flashhead_edge.export.tensorrt.made import ROW, record_layers, with_margins
+    from flashhead_edge.program.head import decoder_graph, head_part
+    from flashhead_edge.program.nodes import Decoder
+    from flashhead_edge.program.weights import BLOCK_ROWS, STORED, Item, rounded, write_weights
+
+    def rows() -> Any:
+        for start in range(0, vocab, BLOCK_ROWS):
+            random = np.random.default_rng([seed, start])
+            yield rounded(random.standard_normal((min(BLOCK_ROWS, vocab - start), model.hidden), np.float32) * np.float32(ROW), precision, "embedding")
+
+    s = FEW_CODES
+    embedding = Item("embedding", STORED[precision], (vocab, model.hidden), rows)
+    decoder = Decoder(precision, context)
+    record_layers(decoder, model, embedding, model.layers if layers is None else layers, group, seed)
+    case = Case("made", vocab, model.hidden, s.cluster_size, s.rows, s.centroids, s.mean, s.caps, coordinates=s.coordinates)
+    head = head_part(with_margins(made_index(case, seed), s, seed), embedding, None, device, batch, precision)
+    folder.mkdir(parents=True)
+    path = folder / "weights.safetensors"
+    places = write_weights(path, [*decoder.items.values(), *head.items], head.index.fingerprint).places
+    settings = {
+        "vocab_size": vocab, "hidden_size": model.hidden, "stages": len(head.index.stages), "scale": 1.0, "softcap": None, "context_length": context,
+        "embedding_rows": vocab, "fixed_bytes": 0, "item_bytes": [0] * (1 + len(head.index.stages)), "body_parameters": decoder.parameters,
+        "head_size": model.head_size, "kv_heads": model.kv_heads, "layers": len(decoder.attentions),
+    }  # fmt: skip
+    nodes = decoder_graph(decoder, head).nodes
+    return MadeProgram(nodes, {}, dict(decoder.widths), places, path, precision, context, batch, decoder, head, settings)
+
+
+def step_microseconds(m: Any, graph: Any, rounds: int = ROUNDS, replays: int = REPLAYS) -> np.ndarray:
+    """Of a graph, one figure a round."""
+    from flashhead_edge.jetson.driver import Timer
+
+    timer, begun = Timer(), time.perf_counter()
+    while time.perf_counter() - begun < WARM_SECONDS:
+        graph.launch(m.stream)
+        m.stream.wait()
+    found = []
+    for _ in range(rounds):
+        rewind(m, CACHED - REPLAYS // 2)  # each step makes the text one longer
+        timer.mark(m.stream, 0)
+        for _ in range(replays):
+            graph.launch(m.stream)
+        timer.mark(m.stream, 1)
+        found.append(timer.microseconds() / replays)
+    return np.array(found)
+
+
+def rewind(m: Any, length: int) -> None:
+    """All rows at a token that is the last of `length`."""
+    from flashhead_edge.jetson.cuda_session import send_settings, setting
+
+    setting(m, "ids")[:] = 1
+    setting(m, "lengths")[:] = length
+    setting(m, "step")[:] = 0
+    send_settings(m)
+    m.stream.wait()
+
+
+def step_times(m: Any, rows: int, drawn: bool = False, without: Collection[str] = (), only: str | None = None, together: int = 1) -> np.ndarray:
+    """Microseconds of a step of some rows, one figure a round.
+
+    Args:
+        without: kinds of nodes that are left out: what they cost among the others is the difference.
+        only: one kind, its launches alone, one after the other.
+        together: steps in one graph, whose launch they share.
+    """
+    from flashhead_edge.jetson.cuda_program import put_step
+
+    left_out = [kind for kind in (*KINDS, "Draw") if kind != only] if only else without
+    rewind(m, CACHED)
+    put_step(m, rows, drawn)  # what the head reads is a state that it could meet
+    m.stream.wait()
+    put_step(m, rows, drawn, left_out)
+    m.stream.wait()
+    with m.stream.captured() as graph:
+        for _ in range(together):
+            put_step(m, rows, drawn, left_out)
+    try:
+        return step_microseconds(m, graph, replays=REPLAYS // together) / together
+    finally:
+        graph.close()
+
+
+def bench_cuda(
+    work: Path,
+    shapes: Sequence[str],
+    batches: Sequence[int] = (1,),
+    precision: str = "float16",
+    overlap: bool | None = None,
+    progress: Progress = silent,
+    took: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> list[dict[str, Any]]:
+    """Time made models.
+
+    Args:
+        work: a folder for their weights; each is removed when it has been timed.
+        took: called with each record as soon as it is there.
+        shapes: of `models()`; none is all.
+    Returns:
+        A record for each model and batch: microseconds of the whole step with its spread, of the step without each kind of node, of each kind alone.
+    Raises:
+        SettingsError: a shape is not known. DeviceError: no GPU.
+    """
+    import shutil
+
+    from flashhead_edge.jetson.cuda_session import decode, open_model, step_graph
+    from flashhead_edge.jetson.driver import device_facts
+    from flashhead_edge.program.head import Device
+
+    known, facts, records = models(), device_facts(), []
+    if unknown := [name for name in shapes if name not in known]:
+        raise SettingsError(f"bench cuda: {unknown[0]} is not known, expected one of {', '.join(known)}; name one of them")
+    for name in shapes or known:
+        model, vocab, group = known[name]
+        progress(f"{name}: making weights", None)
+        device = Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
+        begun = time.perf_counter()
+        program = made_program(work / name, model, vocab, device, group=group, precision=precision, batch=max(batches))
+        making = time.perf_counter() - begun
+        begun = time.perf_counter()
+        m = open_model(program, overlap=overlap, progress=progress)
+        try:
+            opening = time.perf_counter() - begun
+            for rows in batches:
+                progress(f"{name}: timing {rows} rows", None)
+                prompts = [[1 + row, 2, 3, 4, 5, 6, 7, 8] for row in range(rows)]
+                tokens = [mail.token.tolist() for mail in decode(m, prompts, 16)]
+                assert m.readied is not None and m.memory is not None
+                record: dict[str, Any] = {
+                    "model": name, "rows": rows, "device": facts.name, "precision": precision, "group": group, "cached": CACHED, "context": program.context,
+                    "overlap": bool(m.limits.overlap), "making_seconds": making, "opening_seconds": opening, "kernels": m.readied.kernels,
+                    "compiled": m.readied.compiled, "compiling_seconds": m.readied.seconds, "device_bytes": m.plan.size, "weight_bytes": m.plan.weight_bytes,
+                    "cache_bytes": m.plan.cache_bytes, "virtual_memory": m.memory.virtual, "graph_nodes": step_graph(m, rows, False).nodes, "tokens": tokens,
+                }  # fmt: skip
+                for drawn in (False, True):
+                    record["drawn" if drawn else "greedy"] = _figures(step_times(m, rows, drawn))
+                record["four_a_graph"] = _figures(step_times(m, rows, together=4))
+                record["without"] = {kind: _figures(step_times(m, rows, without=(kind,))) for kind in KINDS}
+                record["alone"] = {kind: _figures(step_times(m, rows, only=kind)) for kind in KINDS}
+                record["tokens_per_second"] = tokens_a_second(m, rows)
+                records.append(record)
+                took(record)
+        finally:
+            m.close()
+            shutil.rmtree(work / name)
+    return records
+
+
+def _figures(times: np.ndarray) -> dict[str, Any]:
+    return {"microseconds": round(float(np.median(times)), 2), "spread": [round(float(times.min()), 2), round(float(times.max()), 2)]}
+
+
+def tokens_a_second(m: Any, rows: int, tokens: int = 256) -> float:
+    """Of texts that are decoded together, read by the host one step behind."""
+    from flashhead_edge.jetson.cuda_session import decode
+
+    steps = decode(m, [[1 + row, 2, 3, 4, 5, 6, 7, 8] for row in range(rows)], tokens)
+    next(steps)
+    begun = time.perf_counter()
+    count = sum(1 for _ in steps)
+    return count * rows / (time.perf_counter() - begun)

@@ -1,0 +1,74 @@
+"""A checkpoint for the CUDA backend: its program, from the user's cache or made here (flashhead_edge.program), opened on the GPU. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flashhead_edge.checkpoint.families import text_config
+from flashhead_edge.checkpoint.jsonfiles import read_json
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.jetson.cuda_backend import Cuda, open_program
+from flashhead_edge.jetson.driver import device_facts
+from flashhead_edge.program.families import describe
+from flashhead_edge.program.file import PROGRAM, Program, read_program
+from flashhead_edge.program.head import Device
+from flashhead_edge.program.kept import cached_program
+from flashhead_edge.program.weights import PRECISIONS
+from flashhead_edge.progress import Progress, silent
+
+CONTEXT = 4096  # positions of the cache, at most, where nobody says
+GROUP = 128  # weights that share a scale where a matrix is coded here
+
+
+def open_folder(
+    folder: Path,
+    stream: int | None = None,
+    *,
+    precision: str | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    progress: Progress = silent,
+) -> Cuda:
+    """Open a FlashHead checkpoint, or a program that was written of one.
+
+    Args:
+        stream: the handle of a stream to work in, such as pycuda's; None: one of its own.
+        precision: of activations, float16 or bfloat16; None: the checkpoint's, float16 where that is float32.
+        context: positions of the cache; None: the model's, 4,096 at most.
+        batch: texts at once, at most.
+    Raises:
+        CheckpointError: no such folder, or a damaged one. UnsupportedModelError: a family without a program.
+        ExportError: a size without a kernel. SettingsError: a setting is out of range.
+        DeviceError: no GPU, or too little memory. EngineError: a kernel does not compile, or a program is another GPU's.
+    """
+    if (folder / PROGRAM).is_file():
+        return _opened(read_program(folder), stream, progress)
+    facts, config = device_facts(), read_json(folder / "config.json")
+    most = describe(config).positions
+    context = min(CONTEXT, most or CONTEXT) if context is None else context
+    if not 2 <= context <= (most or context):
+        raise SettingsError(f"cuda backend: the context is {context:,}, expected 2 to the model's {most:,} positions; choose another")
+    program = cached_program(
+        folder, precision=precision or precision_of(config), context=context, group=_group(config), batch=batch,
+        device=Device(facts.multiprocessors, facts.shared_bytes, facts.capability), progress=progress,
+    )  # fmt: skip
+    return _opened(program, stream, progress)
+
+
+def _opened(program: Program, stream: int | None, progress: Progress) -> Cuda:
+    return open_program(program, dict(program.settings), program.fingerprint, stream, progress=progress)
+
+
+def precision_of(config: Any) -> str:
+    """What a checkpoint's floats are."""
+    inner = text_config(dict(config))
+    named = str(inner.get("dtype") or inner.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype") or "")
+    return named if named in PRECISIONS else "float16"
+
+
+def _group(config: Any) -> int:
+    """The largest group that the widths of a decoder's matrices are multiples of."""
+    layout = describe(config)
+    widths = (layout.hidden, layout.intermediate, layout.q_heads * layout.head_size)
+    return next((g for g in (GROUP, 64, 32) if all(w % g == 0 for w in widths)), 32)

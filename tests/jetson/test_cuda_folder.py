@@ -1,0 +1,94 @@
+"""A checkpoint through the CUDA backend: its program made once, its engine over an emulated GPU, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from cuda_emulator import FACTS, emulated
+from small_exports import write_exportable, write_with_index
+from small_heads import everything_open
+
+from flashhead_edge.errors import EngineError, SettingsError
+from flashhead_edge.generation import stream
+from flashhead_edge.jetson import cuda_backend, cuda_folder, cuda_library, driver, open_engine
+from flashhead_edge.program import kept as programs
+
+try:
+    cuda_library.library()
+except EngineError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = write_exportable(folder / "model", **SIZES)
+    return write_with_index(model, folder / "out", lambda w, fingerprint: everything_open(w, fingerprint=fingerprint))
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An emulated GPU and an empty cache: the programs that have been opened."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    opened: list = []
+    with ExitStack() as held:
+
+        def open_program(program, settings, fingerprint, stream=None, **options):
+            opened.append(program)
+            m, _ = held.enter_context(emulated(program))
+            return cuda_backend.Cuda(m, cuda_backend.export_settings(program, settings, fingerprint))
+
+        monkeypatch.setattr(cuda_folder, "device_facts", lambda: FACTS)
+        monkeypatch.setattr(cuda_folder, "open_program", open_program)
+        yield opened
+
+
+def test_an_engine_over_a_checkpoint_decodes(checkpoint: Path, gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's text is the device's; the program is made once, and opened as it lies the second time."""
+    engine = open_engine(checkpoint, "cuda")
+    assert engine.context_length == cuda_folder.CONTEXT and engine.vocab_size == 256 and engine.stop_ids == {255}
+    prompt = engine.tokenizer("Once upon a time")["input_ids"]
+    by_loop = [token.id for token in stream(engine, prompt, 12)]
+    on_device = [int(t[0]) for t in engine.backend.decode([prompt], 12)]
+    assert len(by_loop) > 1 and by_loop == on_device[: len(by_loop)]
+    (kept,) = programs.programs_folder().iterdir()
+    assert gpu[0].folder == kept and engine.backend.about["backend"] == "cuda"
+    monkeypatch.setattr(programs, "build_program", None)
+    for folder in (checkpoint, kept):
+        cuda_folder.open_folder(folder)
+    assert [p.folder for p in gpu] == [kept] * 3
+    assert [p.name for p in programs.programs_folder().iterdir()] == [kept.name]
+
+
+def test_settings_make_a_program_of_their_own(checkpoint: Path, gpu) -> None:
+    cuda_folder.open_folder(checkpoint, precision="bfloat16", context=64, batch=3)
+    assert (gpu[0].precision, gpu[0].context, gpu[0].batch) == ("bfloat16", 64, 3)
+    for context in (1, 8193):
+        with pytest.raises(SettingsError, match=f"cuda backend: the context is {context:,}, expected 2 to the model's 8,192 positions"):
+            cuda_folder.open_folder(checkpoint, context=context)
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "float16"}, "float16"), ({"dtype": "float32"}, "float16"), ({}, "float16")],
+)
+def test_activations_are_of_the_checkpoints_type(config: dict, precision: str) -> None:
+    assert cuda_folder.precision_of(config) == precision
+
+
+def test_verbs_say_what_is_missing(checkpoint: Path, exported, flashhead, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "LIBRARY", "libno-such-driver.so.1")
+    driver.library.cache_clear()
+    try:
+        code, out, err = flashhead("generate", checkpoint, "--backend", "cuda", "--prompt", "x")
+        assert (code, out) == (1, "") and "GPU: libno-such-driver.so.1 cannot be loaded" in err
+    finally:
+        driver.library.cache_clear()
+    code, out, err = flashhead("generate", exported(), "--backend", "cuda", "--prompt", "x")
+    assert code == 2 and "is not a checkpoint, which --backend cuda runs: give the checkpoint" in err
+    code, out, err = flashhead("generate", checkpoint, "--backend", "cuda", "--plugin", "x.so", "--prompt", "x")
+    assert code == 2 and "--plugin:" in err

@@ -1,0 +1,220 @@
+"""The CUDA backend's executor over an emulated GPU (tests/cuda_emulator.py): states, caches, batches, draws, the mailbox. On a real one: tests/gpu."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_emulator import emulated
+from cuda_truth import CHUNK, CONTEXT, MODELS, VOCAB, Truth, small_program
+
+from flashhead_edge.decoding import Sampling, choose
+from flashhead_edge.errors import EngineError, SettingsError
+from flashhead_edge.jetson import cuda_backend, cuda_library, cuda_program, cuda_session
+from flashhead_edge.jetson.cuda_backend import Cuda
+from flashhead_edge.program.nodes import Node
+
+try:
+    cuda_library.library()
+except EngineError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+PROMPTS = [[1, 5, 9, 200, 31, 77, 1024, 8], [3, 17], [400, 12, 12, 12, 90, 7, 7, 300, 21, 55, 1000, 2], [8] * 70]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = small_program(tmp_path_factory.mktemp("programs") / name, name)
+        return made[name]
+
+    return make
+
+
+def opened(m) -> Cuda:
+    return Cuda(m, cuda_backend.export_settings(m.program, dict(m.program.settings), "made"))
+
+
+def near(found, want, precision):
+    """Sums of other orders (as many rows at once) round some values of each node to the neighbour: a few steps of the type."""
+    step = 2.0**-8 if precision == "bfloat16" else 2.0**-11
+    return np.abs(found - want).max() <= 16 * step * np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_states_are_the_truths(name, programs):
+    """A prompt of several chunks, and tokens after it, past a window: every value lies where its readers look, and lives as long as they do."""
+    program = programs(name)
+    ids = [int(t) for t in np.random.default_rng(0).integers(0, VOCAB, 150)]
+    with emulated(program) as (m, _):
+        b = opened(m)
+        body, truth = b.body(), Truth(program)
+        assert near(body.feed(ids[:144])[0], truth.feed(ids[:144])[-1], program.precision)
+        for token in ids[144:]:
+            hidden = body.feed([token])
+            assert near(hidden[0], truth.feed([token])[-1], program.precision)
+            step = b.head.step(hidden)
+            assert step.token[0] == step.ids[0, step.logits[0].argmax()]
+            exact = b.head.exact_logits(hidden, step.ids[0])
+            assert np.abs(exact - step.logits).max() <= 1e-5 * np.abs(exact).max()  # the same products in another order
+
+
+def test_texts_of_a_batch_are_what_each_is_alone(programs):
+    """Prompts of any lengths; each row keeps its own cache, length and draws."""
+    with emulated(programs("llama")) as (m, _):
+        b = opened(m)
+        for s in (None, Sampling(temperature=0.75, top_k=20, seed=7)):
+            together = np.stack(list(b.decode(PROMPTS, 8, s))).T
+            for row, prompt in enumerate(PROMPTS):
+                one = None if s is None else dataclasses.replace(s, seed=7 + row)
+                assert together[row].tolist() == [int(t[0]) for t in b.decode([prompt], 8, one)]
+
+
+def test_the_loop_and_the_device_decode_the_same_text(programs):
+    with emulated(programs("qwen")) as (m, _):
+        b = opened(m)
+        on_device = [int(t[0]) for t in b.decode([PROMPTS[3]], 10)]
+        body = b.body()
+        hidden, by_loop = body.feed(PROMPTS[3]), []
+        for _ in range(10):
+            by_loop.append(int(b.head.step(hidden).token[0]))
+            hidden = body.feed(by_loop[-1:])
+        assert by_loop == on_device
+
+
+def test_draws_are_those_of_the_definition(programs):
+    with emulated(programs("llama")) as (m, _):
+        b = opened(m)
+        s = Sampling(temperature=1.25, top_p=0.875, seed=2**63 + 5)
+        found = [int(t[0]) for t in b.decode([PROMPTS[0]], 6, s)]
+        body = b.body()
+        hidden = body.feed(PROMPTS[0])
+        for number, token in enumerate(found):
+            step = b.head.step(hidden)
+            assert token == choose(step.ids, step.logits, s, [number], None, None, 1.0, None)[0]
+            hidden = body.feed([token])
+        assert (cuda_session.setting(m, "temperature") == 0).all()
+
+
+def test_a_step_runs_before_the_one_before_it_is_read_and_one_more_where_the_caller_stops(programs):
+    with emulated(programs("llama")) as (m, called):
+        text = cuda_session.decode(m, [PROMPTS[0]], 50)
+        next(text)
+        assert called.count("fh_advance") == 2
+        mail = next(text)
+        assert called.count("fh_advance") == 3 and mail.counts.shape == (1, m.head.counted) and mail.capped.tolist() == [0]
+        text.close()
+        assert called.count("fh_advance") == 3
+        assert len(list(cuda_session.decode(m, [PROMPTS[0]], 4))) == 4 and called.count("fh_advance") == 7  # none beyond the last
+
+
+def test_the_mailbox_goes_round(programs):
+    with emulated(programs("llama")) as (m, _):
+        steps = 2 * cuda_program.SLOTS + 5
+        tokens = [int(mail.token[0]) for mail in cuda_session.decode(m, [PROMPTS[1]], steps)]
+        assert tokens[:20] == [int(mail.token[0]) for mail in cuda_session.decode(m, [PROMPTS[1]], 20)] and m.number == steps + 20
+
+
+def test_a_head_alone_takes_states_of_any_number(programs):
+    with emulated(programs("llama")) as (m, _):
+        head = opened(m).head
+        states = np.random.default_rng(1).standard_normal((m.program.batch + 3, m.head.hidden)).astype(np.float32)
+        step = head.step(states)
+        assert len(step.token) == len(states)
+        exact = head.exact_logits(states.astype(np.float16).astype(np.float32), np.arange(VOCAB))
+        assert (exact.argmax(1) == step.token).all()
+
+
+def test_sums_and_products_with_constants_and_values(programs):
+    """Biases, as Qwen2 has them, are nodes of ONNX's own."""
+    program = programs("llama")
+    at = next(i for i, n in enumerate(program.nodes) if n.op == "GatedProduct")
+    gated = program.nodes[at]
+    width, offset = program.widths[gated.outputs[0]], program.places["embedding"][0]  # whose first values serve as a bias
+    extra = Node("Add", "one/Add", (gated.outputs[0], "bias"), ("one",), {}, ""), Node("Mul", "two/Mul", ("one", "one"), ("two",), {}, "")
+    after = [dataclasses.replace(n, inputs=tuple("two" if i == gated.outputs[0] else i for i in n.inputs)) for n in program.nodes[at + 1 :]]
+    changed = dataclasses.replace(
+        program, nodes=(*program.nodes[: at + 1], *extra, *after), constants={"bias": "bias"}, widths=dict(program.widths) | {"one": width, "two": width},
+        places=dict(program.places) | {"bias": (offset, 2 * width)},
+    )  # fmt: skip
+
+    class Biased(Truth):
+        def GatedProduct(self, node, a, x):
+            y = super().GatedProduct(node, a, x)
+            if node is not gated:
+                return y
+            row = self.data[offset : offset + 2 * width].view(np.float16).astype(np.float32)
+            return self.rounded(self.rounded(y + row) ** 2)
+
+    with emulated(changed) as (m, called):
+        hidden = opened(m).body().feed(PROMPTS[0])
+        assert called.count("fh_combine") == 2
+    assert near(hidden[0], Biased(program).feed(PROMPTS[0])[-1], program.precision)
+
+
+def test_no_two_living_values_share_bytes(programs):
+    for name in MODELS:
+        program = programs(name)
+        places, size = cuda_program.placed_values(program, CHUNK)
+        sizes = cuda_program.value_sizes(program, CHUNK)
+        born = {o: i for i, n in enumerate(program.nodes) for o in n.outputs}
+        dies = {v: i for i, n in enumerate(program.nodes) for v in (*n.outputs, *n.inputs)}
+        names = list(places)
+        assert max(places[n] + sizes[n] for n in names) <= size < 0.5 * sum(sizes.values())
+        for i, a in enumerate(names):
+            for b in names[i + 1 :]:
+                together = born[a] <= dies[b] and born[b] <= dies[a]
+                apart = places[a] + sizes[a] <= places[b] or places[b] + sizes[b] <= places[a]
+                assert apart or not together, (a, b)
+
+
+def test_what_does_not_fit_is_a_sentence(programs):
+    with emulated(programs("llama")) as (m, called):
+        b = opened(m)
+        with pytest.raises(EngineError, match=f"expected at most the program's {CONTEXT} positions"):
+            b.body().feed([1] * (CONTEXT + 1))
+        with pytest.raises(SettingsError, match="decode: 5 texts, expected 1 to 4"):
+            next(b.decode([[1]] * 5, 2))
+        with pytest.raises(EngineError, match=f"expected at most the program's {CONTEXT} positions; ask for fewer"):
+            next(b.decode([[1]], CONTEXT + 1))
+        with pytest.raises(EngineError, match="a text without a token"):
+            next(b.decode([[1], []], 2))
+        with pytest.raises(SettingsError, match="penalties"):
+            next(b.decode([[1]], 2, Sampling(repetition_penalty=1.5)))
+        older = b.body()
+        b.body()
+        with pytest.raises(EngineError, match="another text has taken over the cache"):
+            older.feed([4])
+        assert not called
+
+
+def test_a_program_for_another_gpu_is_refused(programs):
+    from cuda_emulator import FACTS
+
+    program = programs("llama")
+    head = cuda_program.head_of(program)
+    cuda_session.check_program(program, head, FACTS)
+    for changed, match in (
+        ({"multiprocessors": 8}, "planned for 16 multiprocessors"),
+        ({"shared_bytes": 1000}, "this GPU has 16 and 1,000"),
+        ({"capability": 75}, "capability 7.5, expected 8.0 or more"),
+    ):
+        with pytest.raises(EngineError, match=match):
+            cuda_session.check_program(program, head, dataclasses.replace(FACTS, **changed))
+    strange = dataclasses.replace(program, nodes=(Node("Conv", "x/Conv", ("a",), ("x",), {}), *program.nodes))
+    with pytest.raises(EngineError, match="nodes of kind Conv"):
+        cuda_session.check_program(strange, head, FACTS)
+    with pytest.raises(EngineError, match="the last node is"):
+        cuda_program.head_of(dataclasses.replace(program, nodes=program.nodes[:-1]))
+
+
+def test_the_emulator_covers_every_launcher():
+    import cuda_emulator
+
+    assert all(hasattr(cuda_emulator, name) for name in cuda_library.LAUNCHERS)
+    assert Path(cuda_emulator.__file__).is_file()
