@@ -1,6 +1,6 @@
 // FlashHead in a TensorRT network of your own, in C++: here behind one product, in a decoder behind its last norm.
 //
-//   g++ -std=c++17 examples/tensorrt_head.cpp -ITENSORRT/include -lnvinfer -lnvonnxparser -ldl -o tensorrt_head
+//   g++ -std=c++17 examples/tensorrt_head.cpp -ITENSORRT/include -I/usr/local/cuda/include -lnvinfer -lnvonnxparser -ldl -o tensorrt_head
 //   ./tensorrt_head OUT LIBRARY WIDTH        OUT: a folder of `flashhead export tensorrt`; WIDTH: its hidden size
 //
 // The ONNX parser makes the plugin from OUT/head.onnx; its input is then our own tensor. What follows `own` is all that a network needs.

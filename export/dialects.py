@@ -30,7 +30,7 @@ class Selected(NamedTuple):
 
     at: ir.Value | None  # None: all items, in their places
     valid: ir.Value  # [N, k] bool
-    count: ir.Value  # [N] float32, items within the margin, before the cap
+    count: ir.Value  # type: ignore[assignment]  # [N] float32, items within the margin, before the cap
     capped: ir.Value  # [N] bool
     kept: ir.Value  # [N, W] bool: the same as a mask
 

@@ -50,7 +50,7 @@ class Ops:
         """A shape, axes or the like: [n] int64."""
         return self.const(list(values), np.int64)
 
-    def weight(self, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
+    def weight(self, name: str, array: Any) -> ir.Value:
         """An array of the head: an input of the function, an initializer of the graph that calls it. Declared twice, it is one."""
         if name not in self.weights:
             self.arrays[name] = array
@@ -71,7 +71,7 @@ class Function:
     """An ONNX function, and the arrays that its caller must hand it after its own inputs."""
 
     ir: ir.Function
-    arrays: dict[str, np.ndarray | ir.TensorProtocol]
+    arrays: dict[str, Any]
     outputs: tuple[str, ...]
 
 
@@ -107,7 +107,7 @@ class Main:
     def initializer(self, name: str, array: Any) -> ir.Value:
         """A tensor of the graph; the same name is the same tensor."""
         if name not in self.initializers:
-            tensor = ir.tensor(np.ascontiguousarray(array), name=name) if isinstance(array, np.ndarray) else array
+            tensor: Any = ir.tensor(np.ascontiguousarray(array), name=name) if isinstance(array, np.ndarray) else array
             self.initializers[name] = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         return self.initializers[name]
 

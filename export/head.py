@@ -207,7 +207,7 @@ def score(
                     scores = dialect.pick(op, scores, chosen.at)
             real = chosen.valid
         if everything:
-            out["scored_tokens"], out["scores"], out["scored"] = op.Gather(tokens, all_slots, axis=0), latest, all_real
+            out["scored_tokens"], out["scores"], out["scored"] = op.Gather(tokens, all_slots, axis=0), latest, all_real  # type: ignore[assignment]
         counts[1:] = [op.Min(c, op.const(float(s.gate.cap))) for c, s in zip(counts[1:], index.stages)]
     else:
         counts.append(op.ReduceSum(op.Cast(real, to=FLOAT), op.ints(1), keepdims=0))

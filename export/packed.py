@@ -76,7 +76,10 @@ def write_floats(source: Source, scheme: Mapping[str, Any], folder: Path) -> Non
     opened = {file: safe_open(str(file), framework="pt") for file in headers}
     writer = ShardWriter(folder)
     coded = {name.removesuffix(PACKED) + ".weight" for name in files if name.endswith(PACKED)}
-    get = lambda name: opened[files[name]].get_tensor(name)  # noqa: E731
+
+    def get(name: str) -> torch.Tensor:
+        return opened[files[name]].get_tensor(name)  # type: ignore[no-any-return,no-untyped-call]
+
     for name, tensor in dequantised(scheme, set(files), get, torch.float32, source.name):
         # what is no product's weight stays as it is: the rest of the graph is made of it
         writer.add(name, tensor.to(torch.bfloat16) if name in coded else get(name))

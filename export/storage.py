@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -27,7 +28,7 @@ def write_models(folder: Path, models: dict[str, ir.Model]) -> None:
     with (folder / DATA).open("xb") as file:
         for model in models.values():
             for name, value in _initializers(model):
-                tensor = value.const_value
+                tensor: Any = value.const_value
                 assert tensor is not None
                 if tensor.nbytes <= SMALL:  # it may lie in a file of its own until now
                     value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)

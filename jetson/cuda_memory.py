@@ -105,7 +105,7 @@ class Range:
             self.close()
 
 
-class Mailbox(Pinned):
+class Mailbox(Pinned):  # type: ignore[misc]
     """Pinned bytes of the host that the device writes under an address of its own, `device`; zero at first."""
 
     def __init__(self, size: int) -> None:

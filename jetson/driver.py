@@ -182,7 +182,7 @@ class Pinned:
 
     def _adopt(self, pointer: int, size: int) -> None:
         self.pointer, self.size = pointer, size
-        self.array = np.frombuffer((ctypes.c_ubyte * max(1, size)).from_address(self.pointer), np.uint8)[:size]
+        self.array = np.frombuffer((ctypes.c_ubyte * max(1, size)).from_address(self.pointer), np.uint8)[:size]  # type: ignore[call-overload]
         self.array[:] = 0
 
     def close(self) -> None:

@@ -103,7 +103,7 @@ def check_fits(need: Need, free: Free, context: int, batch: int = 1) -> None:
     if most:
         then = f"at most {most:,} positions fit: " + ("export it again with that --context" if need.fixed else "use a shorter context")
         if need.fixed and batch > 1:
-            then += ", or with a smaller --max-batch"
+            then += ", or with a smaller --batch"
     else:
         then = "no context fits: free memory, or take a smaller model"
     raise DeviceError(

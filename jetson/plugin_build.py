@@ -129,7 +129,7 @@ def build(
     tools = [tool for tool in (compiler(), binutil("nm"), binutil("c++filt")) if shutil.which(tool) is None]
     if tools:
         raise EngineError(f"{tools[0]}: it is not installed, expected a C++ compiler with its tools; install g++ and binutils (apt install g++), or set CXX")
-    cuda, nvrtc = cuda_headers(), find_nvrtc(cuda)
+    headers, nvrtc = cuda_headers(), find_nvrtc(cuda)
     if capability not in nvrtc.architectures():
         raise EngineError(
             f"NVRTC {nvrtc.version[0]}.{nvrtc.version[1]} ({nvrtc.path}): it does not compile for capability {capability}, expected one of "
@@ -145,7 +145,7 @@ def build(
             flags = [
                 f'-DFLASHHEAD_VERSION="{__version__}"',
                 f"-I{s.kernels}",
-                *(w for folder in (*cuda, trt) for w in ("-isystem", str(folder))),
+                *(w for folder in (*headers, trt) for w in ("-isystem", str(folder))),
             ]
             launchers, others = [s.kernels / f"{stem}.cu" for stem in LAUNCHERS], [*sorted(s.plugins.glob("*.cpp")), s.nvrtc / "runtime.cpp"]
             make_library(made, launchers, others, s.plugins / "exports.map", flags, nvrtc, "sm_90a" if capability == 90 else f"sm_{capability}", progress)

@@ -34,7 +34,7 @@ def find_library(tensorrt_major: int, given: Path | None = None) -> Path:
     if given is not None:
         if not given.is_file():
             raise EngineError(f"{given}: the plugin library is not there, expected {name}; name another file, or {HOW}")
-        return given
+        return given.resolve()  # a bare name would be looked for among the system's libraries
     places = [cache_folder() / name, Path(__file__).resolve().parents[1] / "build" / "plugin" / name]
     for path in places:
         if path.is_file():

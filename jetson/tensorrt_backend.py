@@ -91,7 +91,7 @@ class TensorRT:
     memory: dict[str, Memory] = field(default_factory=dict)
     pinned: dict[str, Pinned] = field(default_factory=dict)
     rows: tuple[np.ndarray, np.ndarray | None] | None = None
-    owner: TensorRTBody | None = None  # whose text the cache holds
+    owner: object | None = None  # whose text the cache holds
 
     # ---- what a backend is asked
 
@@ -115,8 +115,8 @@ class TensorRT:
         }
 
     def body(self) -> TensorRTBody:
-        self.owner = TensorRTBody(self)
-        return self.owner
+        body = self.owner = TensorRTBody(self)
+        return body
 
     def close(self) -> None:
         """Free graphs, contexts, engines, memory and the context; harmless when called twice."""
@@ -322,7 +322,9 @@ class TensorRT:
         longest = max(map(len, prompts))
         if longest + steps - 1 > m.context:
             raise EngineError(f"decode: {longest:,} tokens and {steps:,} steps, expected at most the engine's {m.context:,} positions; ask for fewer")
-        self.owner, captured = None, self.decode_graph(rows, False)  # whose first run writes into the cache
+        self.device.use()
+        mine = self.owner = object()
+        captured = self.decode_graph(rows, False)  # whose first run writes into the cache
         lengths = np.array([len(p) for p in prompts], np.int32)
         first: np.ndarray = np.empty(rows, np.int32)
         try:
@@ -335,6 +337,9 @@ class TensorRT:
             self._sample(s, [s.seed + row for row in range(rows)], 0)
             self.begin(first)
             for step in range(1, steps):
+                if self.owner is not mine:
+                    raise EngineError("decode: another text has taken over the cache, expected one at a time; begin these again")
+                self.device.use()
                 self.setting("lengths", rows)[:] = lengths + step
                 self.setting("step", rows)[:] = step
                 captured.graph.launch(self.stream)
@@ -402,7 +407,7 @@ class TensorRTHead:
 
     def step(self, hidden: np.ndarray) -> Step:
         owner = self.backend.owner
-        if owner is not None and owner.last is not None and owner.last[0] is hidden:
+        if isinstance(owner, TensorRTBody) and owner.last is not None and owner.last[0] is hidden:
             return owner.last[1]
         return self._run("head", hidden)[0]
 

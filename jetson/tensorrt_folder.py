@@ -68,6 +68,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: the manifest has format {found}, expected {FORMAT}; {AGAIN} or install the flashhead-edge that wrote it")
     try:
         s = document["settings"]
+        for said in document["engines"].values():
+            str(said["file"]), int(said["bytes"]), str(said["sha256"])
+        if document["tensorrt"] is not None and document["layers"] == "plugin":
+            str(document["plugin_sha256"]), str(document["plugin_library"])
         settings = ExportSettings(
             part="decoder",
             dialect="tensorrt-plugins" if document["layers"] == "plugin" else "tensorrt",
@@ -100,7 +104,7 @@ def read_manifest(folder: Path) -> Manifest:
             weights_fingerprint=str(document["weights_fingerprint"]),
             document=document,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: the manifest does not have the expected form ({error!r}); {AGAIN}") from error
 
 

@@ -144,7 +144,8 @@ def build_engines(folder: str | Path, *, build: Build | None = None, progress: P
             )
         _check_planned(path, manifest, ready.device)
     files = [p for p in sorted(path.rglob("*")) if regular(p) and p.name != MANIFEST and p.suffix != ".engine"]
-    with replacing(path, sum(f.stat().st_size for f in files) + SPARE) as new:
+    inside = sum(_weights_in_engine(part, path, manifest) for part in PARTS if (path / f"{part}.onnx").is_file())
+    with replacing(path, sum(f.stat().st_size for f in files) + inside + SPARE) as new:
         for file in files:
             target = new / file.relative_to(path)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -127,7 +128,7 @@ class Lowering:
             raise ExportError(f"{first.name}: codes of {first.bits} bits, expected 4, as the W4A16 kernels read them; {INSTEAD}")
         if len({c.group for c in p.codes}) > 1:
             raise refused(node, f"products in groups of {sorted({c.group for c in p.codes})} that belong together, where one group has a kernel")
-        matrix = Matrix(name, p.n, first.k, first.group, all(c.symmetric for c in p.codes), [lambda c=c: neutral(c) for c in p.codes])
+        matrix = Matrix(name, p.n, first.k, first.group, all(c.symmetric for c in p.codes), [partial(neutral, c) for c in p.codes])
         out = self.decoder.linear(self.whole(p.x, node), matrix, name)
         return out if p.bias is None else self.decoder.plain("Add", out, p.bias, f"{out}.biased")
 
@@ -369,10 +370,10 @@ def _attend(p: Lowering, node: ir.Node) -> None:
     size = p.decoder.widths[qkv] // (heads + 2 * kv)
     scale = a["scale"].as_float() if "scale" in a else 0.0
     window = a["local_window_size"].as_int() if "local_window_size" in a else -1
-    tables = (_table(cos, node, p.decoder.context), _table(sin, node, p.decoder.context)) if turned else (None, None)
+    cosines, sines = (_table(t, node, p.decoder.context) if turned else None for t in (cos, sin))
     attention = Attention(heads, kv, size, max(window, 0), scale or size**-0.5)
     layer = p.layer
-    out = p.decoder.attention(qkv, attention, p.decoder.table(*tables, head_size=size), *norms, f"layers.{layer}.attention")
+    out = p.decoder.attention(qkv, attention, p.decoder.table(cosines, sines, size), *norms, f"layers.{layer}.attention")
     p.made_by[out] = "attention"
     p.values[node.outputs[0]] = Row(out, 0, p.decoder.widths[out])
 

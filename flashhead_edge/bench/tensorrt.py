@@ -4,8 +4,8 @@
     flashhead bench tensorrt --shape Llama-3.2-1B --batch 1 --json
     flashhead bench tensorrt FOLDER                        a folder of flashhead export tensorrt
 
-Without a folder the models are made: real shapes, random weights, heads that open as many clusters as a real one. numpy alone, no torch,
-so that it runs on a board. A step is a CUDA graph of the engine and of the two copies beside it; the heads take turns.
+Without a folder the models are made: real shapes, random weights, heads that open as many clusters as a real one. numpy and onnx, no torch,
+so that it runs on a board; with a folder numpy alone. A step is a CUDA graph of the engine and of the two copies beside it; the heads take turns.
 """
 
 from __future__ import annotations
@@ -45,18 +45,20 @@ def bench_tensorrt(
     Raises:
         SettingsError: a shape is not known. DeviceError: no GPU. EngineError: no TensorRT or no plugin library.
     """
+    from flashhead_edge.jetson.driver import device_facts
+
+    if folder is not None:
+        device_facts()
+        return {"records": _measured(folder, batches, command, progress, plugin)}
     from flashhead_edge.export.tensorrt import build_engines
     from flashhead_edge.export.tensorrt.engines import Build
     from flashhead_edge.export.tensorrt.made import MODELS, made_folder
-    from flashhead_edge.jetson.driver import device_facts
     from flashhead_edge.program.head import Device
 
     for name in shapes:
         if name not in MODELS:
             raise SettingsError(f"bench tensorrt: {name} is not known, expected one of {', '.join(MODELS)}; name one of them")
     facts = device_facts()
-    if folder is not None:
-        return {"records": _measured(folder, batches, command, progress, plugin)}
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="flashhead-bench-") as work:
         for name in shapes or SHAPES:

@@ -25,7 +25,7 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an
 @json_option
 @common_options
 def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, stop_strings: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Talk with OUT, a checkpoint or a folder of `flashhead export onnx`, in its chat template. Answers stream to stdout.
+    """Talk with OUT, a checkpoint or a folder of `flashhead export`, in its chat template. Answers stream to stdout.
 
     /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. With --json all conversations are
     printed as one document at the end, and answers stream to stderr.

@@ -31,7 +31,7 @@ def generate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer a prompt with OUT, a checkpoint or a folder of `flashhead export onnx`. The answer alone goes to stdout, figures to stderr."""
+    """Answer a prompt with OUT, a checkpoint or a folder of `flashhead export`. The answer alone goes to stdout, figures to stderr."""
     sampling = take_sampling(options, exact)
     with answer_only() as stdout:
         pieces = []

@@ -81,16 +81,26 @@ def open_engine(out: Path, options: dict[str, Any]) -> Any:
     for given, flag, kind in ((standard, "--standard-operators", "onnxruntime"), (plugin, "--plugin", "tensorrt"), (device or trust, TORCH, "torch")):
         if given and found != kind:
             raise click.UsageError(f"{flag}: {out} is not {RUN_BY[kind]}, for which it is: leave it out.")
+    if threads and found in ("tensorrt", "cuda"):
+        raise click.UsageError(f"--threads: {found} computes on the GPU, and the option is of CPU threads: leave it out.")
     if found != "torch":
         from flashhead_edge.jetson import open_engine as open_exported
 
         return open_exported(out, found, threads, native=not standard, plugin=plugin)
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing and out.is_dir():
-        raise click.ClickException(
-            f"{out} is a checkpoint, which needs {' and '.join(missing)}: pip install 'flashhead-edge[torch]', "
-            "or give a folder that flashhead export onnx wrote, which needs none of it"
-        )
+        from flashhead_edge.errors import DeviceError
+        from flashhead_edge.jetson import open_engine as open_exported
+        from flashhead_edge.jetson.driver import device_facts
+
+        try:
+            device_facts()
+        except DeviceError as error:
+            raise click.ClickException(
+                f"{out} is a checkpoint, which needs {' and '.join(missing)} (pip install 'flashhead-edge[torch]') or an NVIDIA GPU ({error}); "
+                "or give a folder that flashhead export onnx wrote, which needs neither"
+            ) from error
+        return open_exported(out, "cuda")
     from flashhead_edge.generation import load_engine
 
     return load_engine(out, device, threads, trust_remote_code=trust)

@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_one_sentence_with_the_largest_context():
         "m: 500 positions at batch 1 need about 600 MiB (predicted), 300 MiB are free (this machine, MemAvailable), expected room for all; "
         "at most 199 positions fit: use a shorter context"
     )
-    with pytest.raises(DeviceError, match=r"at most 99 positions fit: export it again with that --context, or with a smaller --max-batch$"):
+    with pytest.raises(DeviceError, match=r"at most 99 positions fit: export it again with that --context, or with a smaller --batch$"):
         check_fits(need(weights=100 * MIB, layers=(Layer(MIB),), fixed=(500, 2)), free, 500, 2)
     with pytest.raises(DeviceError, match=r"no context fits: free memory, or take a smaller model$"):
         check_fits(need(weights=300 * MIB), free, 1)
