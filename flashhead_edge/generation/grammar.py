@@ -19,6 +19,7 @@ from flashhead_edge.generation.protocols import TextEngine
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+NO_STOP = "<|no model says this|>"  # stands for the stop token of a model that has none: its id is beyond the vocabulary
 NEEDED = "pip install 'flashhead-edge[grammar]'"
 
 
@@ -71,7 +72,9 @@ class Matching:
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            raise SettingsError(f"grammar: after {self.tokens} tokens no text can follow ({reason(self.matcher.get_error())}); change the schema or the pattern")
+            raise SettingsError(
+                f"grammar: after {self.tokens} tokens no text can follow ({reason(self.matcher.get_error())}); change the schema or the pattern"
+            )
 
 
 def compile_grammar(engine: TextEngine, *, json_schema: str | Mapping[str, Any] | bool | None = None, regex: str | None = None) -> Grammar:
@@ -96,13 +99,10 @@ def compile_grammar(engine: TextEngine, *, json_schema: str | Mapping[str, Any] 
         name, source = "pattern", LLMatcher.grammar_from_regex(regex)
     tokenizer = library_tokenizer(tokenizer_json(engine), tuple(sorted(t for t in engine.stop_ids if t < engine.vocab_size)))
     matcher = LLMatcher(tokenizer, source, log_level=0)
-    if not matcher.is_error():
-        matcher.deep_copy().compute_bitmask()  # what no text satisfies may show only here
-        trial = matcher.deep_copy()
-        trial.compute_bitmask()
-        refused = trial.get_error() if trial.is_error() else ""
-    else:
-        refused = matcher.get_error()
+    trial = matcher.deep_copy()
+    if not trial.is_error():
+        trial.compute_bitmask()  # that no text satisfies a pattern shows here
+    refused = trial.get_error()
     if refused:
         raise SettingsError(f"grammar: the {name} cannot be used ({reason(refused)}), expected one that some text satisfies; correct it")
     return Grammar(matcher, engine.vocab_size)
@@ -124,7 +124,7 @@ def tokenizer_json(engine: TextEngine) -> str:
     """The engine's tokenizer as tokenizer.json has it."""
     tokenizer: Any = engine.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "backend", None)  # transformers' own, ours
-    if not hasattr(backend, "to_str"):
+    if backend is None or not hasattr(backend, "to_str"):
         found = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}"
         raise EngineError(f"grammar: the engine has {found}, expected one of the library tokenizers (tokenizer.json); leave the grammar out")
     return str(backend.to_str())
@@ -134,8 +134,14 @@ def tokenizer_json(engine: TextEngine) -> str:
 def library_tokenizer(text: str, stop: tuple[int, ...]) -> LLTokenizer:
     from llguidance import LLTokenizer
 
+    if not stop:  # the library would take some token of the text for one
+        from tokenizers import Tokenizer
+
+        extended = Tokenizer.from_str(text)
+        extended.add_special_tokens([NO_STOP])
+        text, stop = extended.to_str(), (extended.token_to_id(NO_STOP),)
     try:
-        return LLTokenizer(text, eos_token=list(stop) or None)
+        return LLTokenizer(text, eos_token=list(stop))
     except ValueError as error:
         raise EngineError(f"grammar: llguidance cannot read the tokenizer ({first_line(error)}), expected one of bytes; leave the grammar out") from error
 
