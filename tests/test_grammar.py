@@ -20,6 +20,7 @@ from small_models import small_model
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import EngineError, SettingsError
 from flashhead_edge.generation import Engine, PromptCache, compile_grammar, decode, exact_stream, generate, load_engine, prompt_ids, stream
+from flashhead_edge.generation.grammar import SPACE
 from flashhead_edge.generation.text import fitting_ids
 from flashhead_edge.reference import dense_logits
 
@@ -107,6 +108,16 @@ def test_a_text_is_what_the_grammar_says_and_ends_with_it(good):
         assert summary.stopped == "grammar complete"
 
 
+def test_spaces_of_a_json_text_are_bounded(good):
+    """However likely a space is made: as many as an indented document needs, and the text goes on."""
+    spaces = Sampling(logit_bias=dict.fromkeys(good.tokenizer(" \n\t")["input_ids"], 1000.0))
+    text = text_of(stream(good, PROMPT, 400, spaces, grammar=compile_grammar(good, json_schema={"type": "array", "items": {"const": 1}, "maxItems": 2})))
+    assert json.loads(text) in ([], [1], [1, 1])
+    runs = re.findall(r"\s+", text)
+    assert len(runs) > 1 and max(map(len, runs)) > 10
+    assert all(re.fullmatch(SPACE, run) for run in runs)
+
+
 def test_the_stop_token_comes_only_where_the_grammar_accepts(good):
     """It is the only one that may follow, or one of several; before, it is banned however likely it is made."""
     always = Sampling(logit_bias={255: 1000.0})
@@ -140,6 +151,8 @@ def test_stop_strings_lengths_and_streams_are_as_without_a_grammar(good):
     short = stream(good, PROMPT, 7, grammar=grammar)
     assert text_of(short) == text[:7]
     assert short.summary.stopped == "max_new_tokens"
+    assert "ends before its grammar does" in short.summary.notes[0]
+    assert run.summary.notes == []
 
 
 def test_a_model_without_a_stop_token_ends_where_nothing_can_follow(good):
@@ -158,7 +171,7 @@ def test_a_model_without_a_stop_token_ends_where_nothing_can_follow(good):
     [({"json_schema": "{"}, "the JSON schema is no JSON (Expecting property name"), ({"json_schema": "[]"}, "the JSON schema is a list, expected an object"),
      ({"json_schema": {"type": "strin"}}, "the JSON schema cannot be used (Invalid type: strin), expected one that some text satisfies; correct it"),
      ({"json_schema": {"type": "string", "minLength": 5, "maxLength": 2}}, "minLength (5) is greater than maxLength (2)"),
-     ({"json_schema": False}, "schema is false"), ({"regex": "("}, "the pattern cannot be used (unclosed group)"),
+     ({"json_schema": False}, "the JSON schema is a bool, expected an object such as {}"), ({"regex": "("}, "the pattern cannot be used (unclosed group)"),
      ({"regex": r"(a)\1"}, "backreferences are not supported"), ({"regex": "[^\\x00-\\U0010ffff]"}, "the pattern cannot be used ("),
      ({}, "a JSON schema and a pattern were given, or neither"), ({"regex": "a", "json_schema": {}}, "expected one of them")],
 )  # fmt: skip

@@ -183,6 +183,8 @@ class Run:
             self.summary.stopped = "grammar complete"
         elif self.chosen >= most:
             self.summary.stopped = reason
+            if self.matching is not None and not self.matching.may_end:
+                self.summary.notes.append("the text ends before its grammar does: allow more tokens, or bound the lengths in the grammar")
         return bool(self.summary.stopped)
 
 

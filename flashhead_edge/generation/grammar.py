@@ -19,6 +19,7 @@ from flashhead_edge.generation.protocols import TextEngine
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+SPACE = r" |\n[ \t]{0,20}"  # between the parts of a JSON text: without a bound a small model may never leave it
 NO_STOP = "<|no model says this|>"  # stands for the stop token of a model that has none: its id is beyond the vocabulary
 NEEDED = "pip install 'flashhead-edge[grammar]'"
 
@@ -29,13 +30,14 @@ class Grammar:
 
     matcher: LLMatcher  # at the start of a text; never advanced
     vocab_size: int
+    stop: tuple[int, ...]  # tokens that end a text that may end, and are never part of one
 
 
 class Matching:
     """A text that follows a grammar, token by token."""
 
     def __init__(self, grammar: Grammar) -> None:
-        self.vocab_size = grammar.vocab_size
+        self.vocab_size, self.stop = grammar.vocab_size, grammar.stop
         self.matcher = grammar.matcher.deep_copy()
         self.tokens = 0
 
@@ -50,6 +52,8 @@ class Matching:
         found = np.unpackbits(bits, bitorder="little")[: self.vocab_size]
         mask[: len(found)] = found
         self._check()
+        if not self.may_end:
+            mask[list(self.stop)] = False  # bytes of a text, where a tokenizer has them for plain tokens
         if not mask.any():
             raise SettingsError(f"grammar: no token may follow the {self.tokens} so far, expected at least one; change the schema or the pattern")
         return mask
@@ -77,7 +81,7 @@ class Matching:
             )
 
 
-def compile_grammar(engine: TextEngine, *, json_schema: str | Mapping[str, Any] | bool | None = None, regex: str | None = None) -> Grammar:
+def compile_grammar(engine: TextEngine, *, json_schema: str | Mapping[str, Any] | None = None, regex: str | None = None) -> Grammar:
     """A grammar over an engine's tokens; its stop tokens end a text that may end.
 
     Args:
@@ -94,10 +98,11 @@ def compile_grammar(engine: TextEngine, *, json_schema: str | Mapping[str, Any] 
     except ImportError as error:
         raise EngineError(f"grammar: llguidance is not installed, expected it for a JSON schema or a pattern; {NEEDED}") from error
     if regex is None:
-        name, source = "JSON schema", LLMatcher.grammar_from_json_schema(schema_text(json_schema))
+        name, source = "JSON schema", LLMatcher.grammar_from_json_schema(schema_text(json_schema), defaults={"whitespace_pattern": SPACE})
     else:
         name, source = "pattern", LLMatcher.grammar_from_regex(regex)
-    tokenizer = library_tokenizer(tokenizer_json(engine), tuple(sorted(t for t in engine.stop_ids if t < engine.vocab_size)))
+    stop = tuple(sorted(t for t in engine.stop_ids if t < engine.vocab_size))
+    tokenizer = library_tokenizer(tokenizer_json(engine), stop)
     matcher = LLMatcher(tokenizer, source, log_level=0)
     trial = matcher.deep_copy()
     if not trial.is_error():
@@ -105,7 +110,7 @@ def compile_grammar(engine: TextEngine, *, json_schema: str | Mapping[str, Any] 
     refused = trial.get_error()
     if refused:
         raise SettingsError(f"grammar: the {name} cannot be used ({reason(refused)}), expected one that some text satisfies; correct it")
-    return Grammar(matcher, engine.vocab_size)
+    return Grammar(matcher, engine.vocab_size, stop)
 
 
 def schema_text(schema: Any) -> str:
@@ -115,7 +120,7 @@ def schema_text(schema: Any) -> str:
             schema = json.loads(schema)
         except ValueError as error:
             raise SettingsError(f"grammar: the JSON schema is no JSON ({first_line(error)}), expected an object such as {{}}; correct it") from error
-    if not isinstance(schema, (Mapping, bool)):
+    if not isinstance(schema, Mapping):
         raise SettingsError(f"grammar: the JSON schema is a {type(schema).__name__}, expected an object such as {{}}; correct it")
     return json.dumps(schema)
 
@@ -139,7 +144,7 @@ def library_tokenizer(text: str, stop: tuple[int, ...]) -> LLTokenizer:
 
         extended = Tokenizer.from_str(text)
         extended.add_special_tokens([NO_STOP])
-        text, stop = extended.to_str(), (extended.token_to_id(NO_STOP),)
+        text, stop = extended.to_str(), (extended.get_vocab_size() - 1,)
     try:
         return LLTokenizer(text, eos_token=list(stop))
     except ValueError as error:
