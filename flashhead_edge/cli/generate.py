@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flashhead_edge.generation import Token
 
 EXACT_FIGURES = ("exact", "rounds", "missed", "repeated_steps", "repeated_share")  # that say nothing without --exact
-GRAMMAR_FIGURES = ("allowed_steps", "dense_steps")  # that say nothing where they are 0
+OTHER_FIGURES = ("allowed_steps", "dense_steps", "passes", "drafted", "accepted", "accepted_per_pass")  # that say nothing where they are 0
 
 
 @click.command(short_help="Answer a prompt.")
@@ -24,6 +24,14 @@ GRAMMAR_FIGURES = ("allowed_steps", "dense_steps")  # that say nothing where the
 @click.option("--prompt", required=True, metavar="TEXT", help="What to answer or to continue.")
 @click.option("--chat/--raw", "chat", default=None, help="The prompt as a chat message, or as it is.  [default: chat if the model has a chat template]")
 @generation_options
+@click.option(
+    "--speculate",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Guess up to N tokens from the text so far and verify them at once; greedy only.",
+)
 @click.option("--logprobs", type=click.IntRange(min=0), metavar="N", help="With --json: each token's log-probability, and its N likeliest alternatives.")
 @json_option
 @common_options
@@ -34,12 +42,15 @@ def generate(
     max_new_tokens: int,
     exact: bool,
     stop_strings: tuple[str, ...],
+    speculate: int,
     logprobs: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Answer a prompt with OUT, a checkpoint or a folder of `flashhead export onnx`. The answer alone goes to stdout, figures to stderr."""
     sampling = take_sampling(options, exact)
+    if exact and speculate:
+        raise click.UsageError("--exact guesses and verifies in its own way: leave out --speculate.")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs stands in the JSON document: add --json, or leave it out.")
     with answer_only() as stdout:
@@ -50,7 +61,10 @@ def generate(
 
             engine = open_engine(out, options)
             ids = prompt_ids(engine, prompt, chat)
-            run = answer(engine, ids, max_new_tokens, sampling, exact, stop_strings, grammar=take_grammar(engine, options), logprobs=logprobs)
+            more: dict[str, Any] = {"grammar": take_grammar(engine, options), "logprobs": logprobs}
+            if not exact:
+                more["speculate"] = speculate
+            run = answer(engine, ids, max_new_tokens, sampling, exact, stop_strings, **more)
             if not live:
                 for n, token in enumerate(run, 1):
                     pieces.append(token.text)
@@ -64,10 +78,11 @@ def generate(
 
     ran = engine.backend.about if isinstance(engine, ExportedEngine) else {}
     summary |= {name: ran[name] for name in ("head_operators", "body_operators") if name in ran}
-    figures("figures", {name: value for name, value in summary.items() if (exact or name not in EXACT_FIGURES) and (value or name not in GRAMMAR_FIGURES)})
+    figures("figures", {name: value for name, value in summary.items() if (exact or name not in EXACT_FIGURES) and (value or name not in OTHER_FIGURES)})
     if as_json:
-        more = {} if logprobs is None else {"logprobs": logprobs_document(listed, engine.tokenizer)}
-        write_json({"prompt": prompt, "text": text, **summary, **more}, stdout)
+        if logprobs is not None:
+            summary["logprobs"] = logprobs_document(listed, engine.tokenizer)
+        write_json({"prompt": prompt, "text": text, **summary}, stdout)
     else:
         stdout.write(text + "\n")
         stdout.flush()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from flashhead_edge.generation.protocols import Array, BodySession, TextEngine
+from flashhead_edge.generation.protocols import Array, BodySession, ReadsStates, TextEngine
 
 
 class PromptCache:
@@ -29,8 +29,21 @@ class PromptCache:
         return len(prompt) - shared, self.feed(prompt[shared:])
 
     def feed(self, ids: Sequence[int]) -> Array:
-        body, self.body = self._open(), None  # until it returns: a feed that fails or is interrupted leaves nobody knows what
-        hidden = body.feed(ids)
+        return self._run(ids, lambda body: body.feed(ids))
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether drafts can be verified here: `states` works, and what was wrong can be cut off."""
+        body = self._open()
+        return body.can_cut and isinstance(body, ReadsStates)
+
+    def states(self, ids: Sequence[int]) -> Array:
+        """As `ReadsStates` has it."""
+        return self._run(ids, lambda body: body.states(ids))
+
+    def _run(self, ids: Sequence[int], reading: Callable[[Any], Array]) -> Array:
+        body, self.body = self._open(), None  # until it returns: one that fails or is interrupted leaves nobody knows what
+        hidden = reading(body)
         self.body = body
         self.ids.extend(ids)
         return hidden

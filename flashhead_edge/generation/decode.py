@@ -19,6 +19,7 @@ from flashhead_edge.decoding import Sampling, check_tokens, choose, gumbel, proc
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.exact import round_length
 from flashhead_edge.generation.cache import PromptCache
+from flashhead_edge.generation.drafts import Lookup
 from flashhead_edge.generation.grammar import Grammar, Matching
 from flashhead_edge.generation.logprobs import Logprobs, logprobs_of
 from flashhead_edge.generation.protocols import Array, TextEngine
@@ -26,6 +27,7 @@ from flashhead_edge.generation.text import Detokenizer, StopStrings, check_stop_
 from flashhead_edge.head import Step
 
 EXTRA = 32  # tokens that a step which is not plain greedy scores exactly beside the candidates
+MOST_DRAFTED = 32  # tokens at a time
 MOST_ALTERNATIVES = 100  # of a token, with their log-probabilities
 FEW_ALLOWED = 2048  # up to here the allowed tokens are all scored exactly, and nothing else is
 
@@ -60,6 +62,10 @@ class Summary:
     missed: int = 0  # tokens that a dense pass put right
     repeated_steps: int = 0  # steps of the body that were done again after a miss
     repeated_share: float = 0.0  # of the delivered tokens
+    passes: int = 0  # of the body, with drafts
+    drafted: int = 0  # tokens that were guessed from the text
+    accepted: int = 0  # of them, those that were right
+    accepted_per_pass: float = 0.0
     dense_bytes_saved: float = 0.0  # 1 - bytes per step / dense bytes per step
     notes: list[str] = field(default_factory=list)  # what a reader should know about how the tokens were chosen
 
@@ -120,12 +126,13 @@ class Run:
     steps: int = 0  # of the fast head
 
     def count(self, step: Step) -> None:
-        """Add a step of the fast head, of one row."""
+        """Add a step of the fast head, of one row or of several, each as if it were alone."""
         counts = to_numpy(step.counts)
-        self.head_bytes += self.engine.step_bytes(counts)
-        self.opened += int(counts[0, 0])
-        self.steps += 1
-        self.summary.capped_steps += int(step.capped[0])
+        for row in range(len(counts)):
+            self.head_bytes += self.engine.step_bytes(counts[row : row + 1])
+            self.opened += int(counts[row, 0])
+            self.summary.capped_steps += int(step.capped[row])
+        self.steps += len(counts)
 
     def mask(self) -> np.ndarray | None:
         """Whether each token may come next, [V] bool, by the settings and the grammar; None: all may."""
@@ -167,6 +174,7 @@ class Run:
         s.clusters_opened = self.opened / max(self.steps, 1)
         s.bytes_per_step = self.head_bytes / max(s.tokens, 1)
         s.repeated_share = s.repeated_steps / max(s.tokens, 1)
+        s.accepted_per_pass = s.accepted / max(s.passes, 1)
         s.dense_bytes_saved = 1 - s.bytes_per_step / s.dense_bytes_per_step if s.tokens else 0.0
         return s
 
@@ -235,6 +243,7 @@ def start(
 def stream(
     engine: TextEngine, ids: Sequence[int], max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[int] = (),
     stop_strings: Sequence[str] = (), *, grammar: Grammar | None = None, logprobs: int | None = None, cache: PromptCache | None = None,
+    speculate: int = 0,
 ) -> Stream:  # fmt: skip
     """Decode with the fast head.
 
@@ -248,10 +257,20 @@ def stream(
         logprobs: how many of the likeliest tokens come with each token's own log-probability, by the head's full-width
             logits before settings and grammar; None: no log-probabilities.
         cache: what earlier texts left; the part of the prompt that it holds is not read again.
+        speculate: most tokens that are guessed from the text itself and verified in one pass of the body; 0 is off. The
+            text is the greedy one, up to the rounding of sums that a body makes in another order for several tokens.
     Raises:
-        SettingsError: the prompt is empty, too long or not of this model; a setting is out of range.
+        SettingsError: the prompt is empty, too long or not of this model; a setting is out of range, or does not go
+            with another.
     """
-    run, prompt, most, reason = start(engine, ids, max_new_tokens, sampling or Sampling(), stop, stop_strings, grammar, logprobs)
+    s = sampling or Sampling()
+    run, prompt, most, reason = start(engine, ids, max_new_tokens, s, stop, stop_strings, grammar, logprobs)
+    if speculate:
+        if not 0 < speculate <= MOST_DRAFTED:
+            raise SettingsError(f"generate: speculate is {speculate}, expected 0 to {MOST_DRAFTED} tokens; call again with another value")
+        if not s.greedy or s.changes_logits or grammar is not None or logprobs is not None:
+            raise SettingsError("generate: speculate was asked together with sampling, a grammar or logprobs, expected plain greedy; leave out one of them")
+        return Stream(run, in_drafts(run, prompt, most, reason, cache, speculate))
     return Stream(run, one_by_one(run, prompt, most, reason, cache, next_token))
 
 
@@ -267,6 +286,33 @@ def one_by_one(run: Run, prompt: Sequence[int], most: int, reason: str, cache: P
         if last:
             return
         hidden = body.feed([token])
+
+
+def in_drafts(run: Run, prompt: Sequence[int], most: int, reason: str, cache: PromptCache | None, longest: int) -> Tokens:
+    """The greedy text: what followed the last tokens where they stood before is guessed, one pass of body and head verifies it."""
+    body, s, lookup = cache or PromptCache(), run.summary, Lookup()
+    s.prompt_read, states = body.begin(run.engine, prompt)
+    if not body.reads_states:
+        raise SettingsError("generate: speculate needs a body that gives the states of several tokens and can be cut back, found another; leave it out")
+    for token in prompt:
+        lookup.push(token)
+    draft: list[int] = []
+    while True:
+        found = to_numpy(run.step(states).token).tolist()
+        right = next((i for i, (a, b) in enumerate(zip(draft, found)) if a != b), len(draft))
+        if right < len(draft):
+            body.cut(len(draft) - right)
+        s.passes += 1
+        s.drafted += len(draft)
+        s.accepted += right
+        for token in found[: right + 1]:
+            lookup.push(token)
+            last = run.last(token, most, reason)
+            yield token, last, None
+            if last:
+                return
+        draft = lookup.draft(min(longest, most - run.chosen - 1))
+        states = body.states([token, *draft])
 
 
 def next_token(run: Run, hidden: Array) -> int:

@@ -71,6 +71,16 @@ def test_grammars_log_probabilities_and_the_cache_are_those_of_the_torch_engine(
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
+def test_drafts_give_the_greedy_text(exported, dialect):
+    """300 tokens of a model in float32, which repeats itself; a cache in place and one that grows are cut back."""
+    engine = open_engine(exported(dialect), threads=1)
+    run = stream(engine, PROMPT, 300, speculate=6)
+    assert ids_of(run) == ids_of(stream(engine, PROMPT, 300))
+    assert run.summary.passes < 300
+    assert 0 < run.summary.accepted < run.summary.drafted
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_exact_mode_gives_the_dense_text_with_a_bad_head(exported, converted, torch_engine, dialect, monkeypatch):
     """Rounds of 5 whatever is measured: the cache is cut back after misses at every place of a round."""
     monkeypatch.setattr("flashhead_edge.generation.decode.round_length", lambda *a, **k: 5)
