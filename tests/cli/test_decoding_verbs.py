@@ -230,6 +230,8 @@ def test_an_answer_follows_a_schema_or_a_pattern(inside, checkpoint: Path, tmp_p
         (("--json-schema", '{"type": "strin"}'), "grammar: the JSON schema cannot be used (Invalid type: strin)"),
         (("--regex", "("), "grammar: the pattern cannot be used (unclosed group)"),
         (("--regex", "a", "--json-schema", "{}"), "--json-schema and --regex: an answer follows one of them, leave out the other."),
+        (("--speculate", "2", "--temperature", "1"), "generate: speculate was asked together with sampling, a grammar or logprobs, expected plain greedy"),
+        (("--speculate", "2", "--exact"), "--exact guesses and verifies in its own way: leave out --speculate."),
         (("--logprobs", "2"), "--logprobs stands in the JSON document: add --json, or leave it out."),
         (("--logprobs", "200", "--json"), "logprobs is 200, expected 0 to 100 alternatives"),
     ],
@@ -255,6 +257,13 @@ def test_logprobs_stand_in_the_document(inside, checkpoint: Path, dense_text: st
         assert 0 >= first["logprob"] >= second["logprob"]
     if dense_text.isascii():
         assert "".join(entry["token"] for entry in document["logprobs"]) == dense_text
+
+
+def test_drafts_give_the_same_answer(inside, checkpoint: Path, dense_text: str) -> None:
+    result = inside("generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 12, "--json", "--speculate", 4)
+    document = one_document(result.stdout)
+    assert document["text"] == dense_text
+    assert document["passes"] + document["accepted"] == document["tokens"] == 12
 
 
 def test_a_chat_reads_only_what_is_new_and_drops_the_oldest_turns(inside, checkpoint: Path) -> None:
