@@ -201,6 +201,21 @@ def test_tokenizers_that_are_not_of_bytes_and_a_missing_library_are_one_sentence
         compile_grammar(good, regex="a")
 
 
+def test_a_grammar_needs_neither_torch_nor_transformers(folder):
+    """In a fresh process, over the tokenizer of an exported folder."""
+    code = f"""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from flashhead_edge.generation.grammar import Matching, compile_grammar
+from flashhead_edge.jetson.tokenizer import load_chat_tokenizer
+engine = SimpleNamespace(tokenizer=load_chat_tokenizer(Path({str(folder)!r})), stop_ids=frozenset({{255}}), vocab_size=256)
+assert Matching(compile_grammar(engine, json_schema={{"type": "boolean"}})).mask().sum() == 2
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def odd_tokenizer(fast):
     """One whose pieces the library cannot turn into bytes: it says nothing of how they are joined."""
     fast.backend_tokenizer.decoder = None

@@ -32,7 +32,12 @@ OTHER_FIGURES = ("allowed_steps", "dense_steps", "passes", "drafted", "accepted"
     metavar="N",
     help="Guess up to N tokens from the text so far and verify them at once; greedy only.",
 )
-@click.option("--logprobs", type=click.IntRange(min=0), metavar="N", help="With --json: each token's log-probability, and its N likeliest alternatives.")
+@click.option(
+    "--logprobs",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --json: each token's log-probability and its N likeliest alternatives, the fast head's; with --exact the dense head's.",
+)
 @json_option
 @common_options
 def generate(
