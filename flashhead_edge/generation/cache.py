@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from flashhead_edge.generation.protocols import Array, BodySession, ReadsStates, TextEngine
@@ -42,27 +43,35 @@ class PromptCache:
         return self._run(ids, lambda body: body.states(ids))
 
     def _run(self, ids: Sequence[int], reading: Callable[[Any], Array]) -> Array:
-        body, self.body = self._open(), None  # until it returns: one that fails or is interrupted leaves nobody knows what
-        hidden = reading(body)
-        self.body = body
-        self.ids.extend(ids)
+        with self._taken() as body:
+            hidden = reading(body)
+            self.ids.extend(ids)
         return hidden
+
+    @contextmanager
+    def _taken(self) -> Iterator[Any]:
+        """The body, given up until all is done: what fails or is interrupted leaves nobody knows what."""
+        body, self.body = self._open(), None
+        yield body
+        self.body = body
 
     @property
     def can_cut(self) -> bool:
         return self._open().can_cut
 
     def cut(self, tokens: int) -> None:
-        self._open().cut(tokens)
-        del self.ids[len(self.ids) - tokens :]
+        with self._taken() as body:
+            body.cut(tokens)
+            del self.ids[len(self.ids) - tokens :]
 
     def snapshot(self) -> Any:
         return self._open().snapshot(), len(self.ids)
 
     def restore(self, kept: Any) -> None:
         state, length = kept
-        self._open().restore(state)
-        del self.ids[length:]
+        with self._taken() as body:
+            body.restore(state)
+            del self.ids[length:]
 
     def _open(self) -> BodySession:
         assert self.body is not None, "no text has begun"
