@@ -127,6 +127,18 @@ def test_the_stop_token_comes_only_where_the_grammar_accepts(good):
     assert run.summary.stopped == "stop token"
 
 
+def test_every_stop_token_of_a_model_may_end_a_text(good):
+    """A model may have several. One is liked, the other is not: what comes is the liked one, where the text may end."""
+    model = copy.deepcopy(good.model)
+    model.generation_config.eos_token_id = [254, 255]
+    engine = dataclasses.replace(good, model=model)
+    grammar = compile_grammar(engine, regex="ab[a-z]*")
+    for liked in (254, 255):
+        run = stream(engine, PROMPT, 40, Sampling(logit_bias={liked: 1000.0}), grammar=grammar)
+        assert ids_of(run)[2:] == [liked]
+        assert run.summary.stopped == "stop token"
+
+
 def test_none_of_the_candidates_allowed_is_counted_and_still_dense(bad, monkeypatch):
     """One cluster opens: often nothing of it is allowed, and every row that is, is read."""
     monkeypatch.setattr(decode, "FEW_ALLOWED", 4)
@@ -172,7 +184,7 @@ def test_a_model_without_a_stop_token_ends_where_nothing_can_follow(good):
      ({"json_schema": {"type": "strin"}}, "the JSON schema cannot be used (Invalid type: strin), expected one that some text satisfies; correct it"),
      ({"json_schema": {"type": "string", "minLength": 5, "maxLength": 2}}, "minLength (5) is greater than maxLength (2)"),
      ({"json_schema": False}, "the JSON schema is a bool, expected an object such as {}"), ({"regex": "("}, "the pattern cannot be used (unclosed group)"),
-     ({"regex": r"(a)\1"}, "backreferences are not supported"), ({"regex": "[^\\x00-\\U0010ffff]"}, "the pattern cannot be used ("),
+     ({"regex": r"(a)\1"}, "backreferences are not supported"), ({"regex": "[^\\x00-\\U0010ffff]"}, "the pattern cannot be used (nothing matches it)"),
      ({}, "a JSON schema and a pattern were given, or neither"), ({"regex": "a", "json_schema": {}}, "expected one of them")],
 )  # fmt: skip
 def test_a_grammar_that_cannot_be_is_one_sentence(good, grammar, text):

@@ -39,7 +39,7 @@ class Matching:
     def __init__(self, grammar: Grammar) -> None:
         self.vocab_size, self.stop = grammar.vocab_size, grammar.stop
         self.matcher = grammar.matcher.deep_copy()
-        self.tokens = 0
+        self.tokens, self.ended = 0, False
 
     def mask(self) -> np.ndarray:
         """Whether each token may come next, [V] bool: a stop token where the text may end here.
@@ -52,22 +52,24 @@ class Matching:
         found = np.unpackbits(bits, bitorder="little")[: self.vocab_size]
         mask[: len(found)] = found
         self._check()
-        if not self.may_end:
-            mask[list(self.stop)] = False  # bytes of a text, where a tokenizer has them for plain tokens
+        mask[list(self.stop)] = self.may_end  # the library knows one of them; where they are plain tokens a text could hold them
         if not mask.any():
             raise SettingsError(f"grammar: no token may follow the {self.tokens} so far, expected at least one; change the schema or the pattern")
         return mask
 
     def accept(self, token: int) -> None:
-        """Go on by a token that the mask has."""
+        """Go on by a token that the mask has; a stop token ends the text."""
+        self.tokens += 1
+        if token in self.stop:
+            self.ended = True
+            return
         self.matcher.consume_token(token)
         self._check()
-        self.tokens += 1
 
     @property
     def complete(self) -> bool:
         """Whether nothing can follow but the end."""
-        return bool(self.matcher.is_stopped())
+        return self.ended or bool(self.matcher.is_stopped())
 
     @property
     def may_end(self) -> bool:
@@ -102,7 +104,7 @@ def compile_grammar(engine: TextEngine, *, json_schema: str | Mapping[str, Any] 
     else:
         name, source = "pattern", LLMatcher.grammar_from_regex(regex)
     stop = tuple(sorted(t for t in engine.stop_ids if t < engine.vocab_size))
-    tokenizer = library_tokenizer(tokenizer_json(engine), stop)
+    tokenizer = library_tokenizer(tokenizer_json(engine), stop[0] if stop else None)
     matcher = LLMatcher(tokenizer, source, log_level=0)
     trial = matcher.deep_copy()
     if not trial.is_error():
@@ -136,23 +138,25 @@ def tokenizer_json(engine: TextEngine) -> str:
 
 
 @lru_cache(maxsize=1)  # a second or two
-def library_tokenizer(text: str, stop: tuple[int, ...]) -> LLTokenizer:
+def library_tokenizer(text: str, stop: int | None) -> LLTokenizer:
     from llguidance import LLTokenizer
 
-    if not stop:  # the library would take some token of the text for one
+    if stop is None:  # the library would take some token of the text for one
         from tokenizers import Tokenizer
 
         extended = Tokenizer.from_str(text)
         extended.add_special_tokens([NO_STOP])
-        text, stop = extended.to_str(), (extended.get_vocab_size() - 1,)
+        text, stop = extended.to_str(), extended.get_vocab_size() - 1
     try:
-        return LLTokenizer(text, eos_token=list(stop))
+        return LLTokenizer(text, eos_token=stop)
     except ValueError as error:
         raise EngineError(f"grammar: llguidance cannot read the tokenizer ({first_line(error)}), expected one of bytes; leave the grammar out") from error
 
 
 def reason(message: str) -> str:
     """What the library says, in one line: the cause, which it writes last of a parse error, without the pointing."""
+    if message.startswith("NoExtension"):
+        return "nothing matches it"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     cause = next((line[len("error:") :].strip() for line in lines if line.startswith("error:")), None)
     return cause or (lines[0].rstrip(":.") if lines else "no reason given")

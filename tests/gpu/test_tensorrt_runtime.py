@@ -107,7 +107,7 @@ def test_a_cache_is_read_on_and_a_grammar_holds():
             states.append(hidden)
         for prompt, hidden in zip(prompts, states):
             alone = engine.body().feed(prompt)
-            assert np.abs(alone - hidden).max() < 0.05 * np.abs(alone).max()  # parts of other lengths: sums in 16 bits in another order
+            assert np.abs(alone - hidden).max() < 0.02 * np.abs(alone).max()  # parts of other lengths: sums in 16 bits in another order
         pytest.importorskip("llguidance")
         grammar = compile_grammar(engine, regex="[0-9]{12}")
         for way, more in ((stream, {}), (exact_stream, {}), (stream, {"sampling": Sampling(temperature=1.0, seed=2)})):
