@@ -18,7 +18,7 @@ from flashhead_edge.errors import CheckpointError
 from flashhead_edge.progress import Progress, silent
 
 CHUNK = 1 << 22  # bytes read together
-SPARE_KIB = 16 << 10  # left free for the file system's books
+SPARE_KIB = 32 << 10  # left free for the file system's books
 
 
 @dataclass(frozen=True)

@@ -23,21 +23,17 @@ die() {
 
 check_files() {
     cd "$HERE" || die "$HERE: it cannot be entered; unpack the bundle where you may read"
-    [ -f SHA256SUMS ] || die "$HERE/SHA256SUMS: the file is missing, expected it beside install.sh; copy the archive again and unpack it"
+    [ -s SHA256SUMS ] || die "$HERE/SHA256SUMS: the file is missing or empty, expected it beside install.sh; copy the archive again and unpack it"
     grep -Eqv '^[0-9a-f]{64}  [^ ].*$' SHA256SUMS && die "$HERE/SHA256SUMS: a line is damaged, expected a checksum and a path; copy the archive again and unpack it"
     listed=$(cut -c67- SHA256SUMS | LC_ALL=C sort)
     there=$(find . -type f ! -path ./SHA256SUMS | cut -c3- | LC_ALL=C sort)
-    for kind in missing unknown; do
-        if [ "$kind" = missing ]; then one=$listed other=$there; else one=$there other=$listed; fi
-        found=$(printf '%s\n' "$one" | while IFS= read -r name; do
-            printf '%s\n' "$other" | grep -Fxq -- "$name" || { printf '%s' "$name"; break; }
-        done)
-        [ -z "$found" ] || {
-            [ "$kind" = missing ] && die "$HERE/$found: the file is missing, expected all files of SHA256SUMS; the archive was copied or unpacked in part: copy it again and unpack it"
-            die "$HERE/$found: SHA256SUMS does not name it, expected only the bundle's files; unpack the archive into an empty folder"
-        }
-    done
-    bad=$(LC_ALL=C sha256sum --check --quiet SHA256SUMS 2>/dev/null | head -n 1 | sed 's/: [A-Z].*$//')
+    odd=$(printf '%s\n%s\n' "$listed" "$there" | LC_ALL=C sort | uniq -u | head -n 1)
+    if [ -n "$odd" ] && [ -f "$odd" ]; then
+        die "$HERE/$odd: SHA256SUMS does not name it, expected the bundle's files alone; unpack the archive into an empty folder"
+    elif [ -n "$odd" ]; then
+        die "$HERE/$odd: the file is missing, expected all that SHA256SUMS names; the archive was copied or unpacked in part: copy it again and unpack it"
+    fi
+    bad=$(LC_ALL=C sha256sum --check --quiet SHA256SUMS 2>/dev/null | head -n 1 | sed 's/: FAILED.*$//')
     [ -z "$bad" ] || die "$HERE/$bad: its content is not the bundle's (SHA-256), expected it unchanged; copy the archive again and unpack it"
 }
 
@@ -141,7 +137,7 @@ install() {
     fi
     [ -w "$PREFIX" ] || die "$PREFIX: you may not write there; choose another folder with --prefix, or run with sudo"
     lock
-    LOG=$(mktemp)
+    LOG=$(mktemp) || die "${TMPDIR:-/tmp}: no file can be made there, expected room for a log; free some space"
     NEW=
     WHAT=
     trap 'WHAT=${WHAT:-the installation}; undo' EXIT
