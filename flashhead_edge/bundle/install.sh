@@ -56,6 +56,10 @@ check_machine() {
 }
 
 lock() {
+    if ! (: >>"$PREFIX/.lock") 2>/dev/null; then # exec alone would end the shell without a word
+        [ -z "${FRESH:-}" ] || rmdir "$PREFIX" 2>/dev/null || true
+        die "$PREFIX/.lock: it cannot be written, the disk is full or read-only; free some space and run it again"
+    fi
     exec 9>"$PREFIX/.lock"
     if command -v flock >/dev/null 2>&1; then
         flock -n 9 || die "$PREFIX: another install.sh is at work there; wait until it is done"
