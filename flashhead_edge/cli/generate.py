@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from flashhead_edge.cli.common import answer_only, common_options, figures, folder_argument, json_option, plain, write_json
 from flashhead_edge.cli.display import shown_progress
-from flashhead_edge.cli.sampling import answer, generation_options, open_engine, take_sampling
+from flashhead_edge.cli.sampling import answer, generation_options, open_engine, recorded, reported, take_sampling
 
 EXACT_FIGURES = ("exact", "rounds", "missed", "repeated_steps", "repeated_share")  # that say nothing without --exact
 
@@ -33,7 +34,7 @@ def generate(
 ) -> None:
     """Answer a prompt with OUT, a checkpoint or a folder of `flashhead export`. The answer alone goes to stdout, figures to stderr."""
     sampling = take_sampling(options, exact)
-    with answer_only() as stdout:
+    with answer_only() as stdout, recorded() as taken:
         pieces = []
         live = stdout.isatty() and not as_json
         with shown_progress("loading") as progress:
@@ -49,11 +50,13 @@ def generate(
         for token in run:
             stdout.write(token.text)
             stdout.flush()
+        end = time.monotonic()
     text, summary = "".join(pieces), plain(run.summary)
     from flashhead_edge.jetson import ExportedEngine
 
     ran = engine.backend.about if isinstance(engine, ExportedEngine) else {}
     summary |= {name: ran[name] for name in ("head_operators", "body_operators") if name in ran}
+    summary["report"] = reported(out, engine, run.summary, taken, end)
     figures("figures", {name: value for name, value in summary.items() if (exact or name not in EXACT_FIGURES) and (value or name != "allowed_steps")})
     if as_json:
         write_json({"prompt": prompt, "text": text, **summary}, stdout)

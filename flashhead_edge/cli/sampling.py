@@ -113,3 +113,26 @@ def answer(engine: Any, ids: list[int], max_new_tokens: int, sampling: Any, exac
     if exact:
         return exact_stream(engine, ids, max_new_tokens, stop_strings=stop_strings)
     return stream(engine, ids, max_new_tokens, sampling, stop_strings=stop_strings)
+
+
+def recorded() -> Any:
+    """A context in which the board's power is recorded, where it is known: samples for `reported`."""
+    from flashhead_edge.jetson.run_report import power_recorded
+
+    return power_recorded()
+
+
+def reported(out: Path, engine: Any, summary: Any, taken: Any, end: float) -> dict[str, Any]:
+    """The run's report as plain values. The engine has answered once: its time in the head is that run's, and is taken from it."""
+    from flashhead_edge.cli.common import plain
+    from flashhead_edge.jetson import ExportedEngine, is_exported
+    from flashhead_edge.jetson.run_report import run_report
+
+    head = None
+    if isinstance(engine, ExportedEngine):
+        head, engine.spent.head = (engine.spent.head if is_exported(out) else None), 0.0
+    weight = getattr(getattr(engine, "module", None), "weight", None)  # torch's; the cuda backend has none
+    gpu = not is_exported(out) and (weight is None or weight.device.type != "cpu")
+    document = plain(run_report(out, summary, taken, end, head_seconds=head, gpu=gpu))
+    assert isinstance(document, dict)
+    return document
