@@ -91,7 +91,7 @@ def run_report(model: Path, summary: Summary, taken: Sequence[Sample], end: floa
 def _bytes(model: Path, summary: Summary, gpu: bool, unknown: dict[str, str]) -> int | None:
     from flashhead_edge.jetson.plan_sources import need_of
 
-    if summary.exact or getattr(summary, "passes", 0) > 0:
+    if summary.exact or summary.passes:
         unknown["bytes_per_token"] = "a pass of the body made several tokens"
         return None
     try:

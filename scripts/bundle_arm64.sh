@@ -12,7 +12,7 @@ flashhead=${FLASHHEAD:-.venv/bin/flashhead}
 [ "$(id -u)" = 0 ] || { echo "chroot needs root: run this with sudo" >&2; exit 1; }
 qemu=$(command -v qemu-aarch64-static) || { echo "qemu-aarch64-static is missing: install qemu-user-static" >&2; exit 1; }
 
-registered= mounted=
+registered='' mounted=''
 leave() {
     for place in "$work/root/proc" "$work/root/dev/pts"; do ! mountpoint -q "$place" || umount "$place"; done
     [ -z "$registered" ] || echo -1 >/proc/sys/fs/binfmt_misc/flashhead-arm64
@@ -50,6 +50,7 @@ inside /opt/flashhead/bin/flashhead --version
 inside /opt/flashhead/bin/flashhead generate /opt/flashhead/current/model --prompt "What is the capital of France?" --max-new-tokens 12
 if inside /opt/flashhead/bin/flashhead serve --help >/dev/null 2>&1; then
     echo "== over HTTP"
+    # shellcheck disable=SC2016 # expanded inside
     inside bash -c '
         ip link set lo up 2>/dev/null || python3 -c "import fcntl, socket, struct; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 fcntl.ioctl(s, 0x8914, struct.pack(\"16sh\", b\"lo\", 0x1 | 0x40))"

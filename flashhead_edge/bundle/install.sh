@@ -91,7 +91,7 @@ undo() {
     [ -z "${NEW:-}" ] || rm -rf "$NEW"
     rm -f "$PREFIX/.current.new" "$PREFIX/.previous.new"
     if [ -n "${FRESH:-}" ]; then
-        rm -rf "$PREFIX/versions" "$PREFIX/bin" "$PREFIX/.flashhead-bundle" "$PREFIX/.lock"
+        rm -rf "${PREFIX:?}/versions" "${PREFIX:?}/bin" "$PREFIX/.flashhead-bundle" "$PREFIX/.lock"
         rmdir "$PREFIX" 2>/dev/null || true
     fi
     if [ -n "${WHAT:-}" ]; then
@@ -203,8 +203,12 @@ back() {
     need_ours
     before=$(target_of previous)
     now=$(target_of current)
-    [ -n "$before" ] && [ -f "$PREFIX/versions/$before/.complete" ] || die "$PREFIX: there is no version before ${now:-this one}, expected one upgrade at least; uninstall takes all away"
-    point current "$before" && point previous "$now" || die "$PREFIX: the link current could not be switched; free some space and run it again"
+    if [ -z "$before" ] || [ ! -f "$PREFIX/versions/$before/.complete" ]; then
+        die "$PREFIX: there is no version before ${now:-this one}, expected one upgrade at least; uninstall takes all away"
+    fi
+    if ! point current "$before" || ! point previous "$now"; then
+        die "$PREFIX: the link current could not be switched; free some space and run it again"
+    fi
     echo "back at $before; $now is kept: back again returns to it"
 }
 
