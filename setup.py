@@ -84,7 +84,7 @@ class BuildExt(build_ext):
 def undefined_kernels(path: str) -> list[str]:
     """The kernels that an object of launchers leaves open. All are of namespace fh, or called flashhead_."""
     try:
-        said = subprocess.run(["nm", "-u", path], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run([os.environ.get("NM", "nm"), "-u", path], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise CompileError(f"nm -u {path}: {error}; install binutils") from error
     return [name for name in (line.split()[-1] for line in said.splitlines() if line.strip()) if name.startswith(("_ZN2fh", "flashhead_"))]

@@ -4,7 +4,8 @@
 FROM vllm/vllm-openai:v0.26.0
 WORKDIR /src
 COPY . .
-# torch and vLLM are the image's own
+# torch and vLLM are the image's own; the versions are those of pyproject.toml
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir --no-deps . \
     && pip install --no-cache-dir "cuda-core>=1.0" "cuda-bindings>=12.6" "nvidia-cuda-nvrtc>=12.6" filelock click rich gguf prometheus_client
 USER 1000

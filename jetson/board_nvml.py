@@ -12,7 +12,7 @@ SOURCE = "NVML"
 
 
 def read_gpus(unread: dict[str, str]) -> list[dict[str, object]]:
-    """The GPUs: name, load (share), clock (MHz), temperature, power (watts), memory (bytes). What it does not answer is None.
+    """The GPUs: name, load (share), clock (MHz), temperature, power (watts), memory (bytes), its bandwidth (GB/s). What it does not answer is None.
 
     Args:
         unread: gets why NVML, or one of its answers, is missing.
@@ -52,6 +52,8 @@ def _gpu(pynvml: Any, index: int, unread: dict[str, str]) -> dict[str, object]:
     name = ask("name", lambda: pynvml.nvmlDeviceGetName(handle))
     memory = ask("memory", lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
     load = ask("load", lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+    memory_clock = ask("largest memory clock", lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM))
+    bus = ask("memory bus", lambda: pynvml.nvmlDeviceGetMemoryBusWidth(handle))
     power = ask("power", lambda: pynvml.nvmlDeviceGetPowerUsage(handle))
     return {
         "name": name.decode(errors="replace") if isinstance(name, bytes) else name,
@@ -61,6 +63,7 @@ def _gpu(pynvml: Any, index: int, unread: dict[str, str]) -> dict[str, object]:
         "temperature": ask("temperature", lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
         "power": None if power is None else power / 1000,
         "memory_total": memory.total if memory is not None and memory.total else None,
+        "bandwidth": 2 * memory_clock * bus / 8e3 if memory_clock and bus else None,  # two transfers a clock
         "memory_free": memory.free if memory is not None and memory.total else None,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,13 @@ from flashhead_edge.progress import Progress, silent
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "cuda")
 
 
+@dataclass
+class Spent:
+    """Time that an engine has spent."""
+
+    head: float = 0.0  # seconds in calls of the head: its time on a CPU; a GPU goes on after the call
+
+
 @dataclass(frozen=True, eq=False)
 class ExportedEngine:
     """A backend with its folder's tokenizer and stop tokens: see `generation.TextEngine`."""
@@ -31,6 +39,7 @@ class ExportedEngine:
     tokenizer: Tokenizer | None
     stop_ids: frozenset[int]
     record: Record = field(default_factory=Record)
+    spent: Spent = field(default_factory=Spent)
 
     @property
     def scale(self) -> float:
@@ -67,10 +76,16 @@ class ExportedEngine:
         return s.fixed_bytes + sum(n * size for n, size in zip(counts[0, 1:].tolist(), s.item_bytes))
 
     def step(self, hidden: np.ndarray) -> Step:
-        return self.backend.head.step(hidden)
+        began = time.perf_counter()
+        found = self.backend.head.step(hidden)
+        self.spent.head += time.perf_counter() - began
+        return found
 
     def step_with_logits(self, hidden: np.ndarray) -> tuple[Step, np.ndarray]:
-        return self.backend.head.step_with_logits(hidden)
+        began = time.perf_counter()
+        found = self.backend.head.step_with_logits(hidden)
+        self.spent.head += time.perf_counter() - began
+        return found
 
     def exact_logits(self, hidden: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         return self.backend.head.exact_logits(hidden, tokens)

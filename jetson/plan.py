@@ -48,6 +48,7 @@ class Need:
     first: int = 1  # positions that a cache begins with; it doubles
     doubled: bool = False  # past and present lie side by side
     scores: int = 0  # bytes of attention's scores for each pair of a prompt's token and a position
+    tables: int = 0  # of the weights: embeddings, of which a token reads one row
     fixed: tuple[int, int] | None = None  # context and batch that are allocated whatever is asked
     notes: tuple[str, ...] = ()
 

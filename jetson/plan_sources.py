@@ -85,6 +85,7 @@ def onnx_need(folder: Path, parts: tuple[str, str] | None = None) -> Need:
         limit=settings.get("context_length"),
         first=FIRST_CAPACITY,
         doubled=settings.get("cache") != "in_place",
+        tables=table,
         notes=(f"{'our native operators' if native else 'standard operators'}; weights are mapped: pages that no token has needed are not in memory yet",),
     )
 

@@ -58,11 +58,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": DATA | {"checkpoint", "evaluation"},
     "report": DATA | {"evaluation", "rivals"},
     "bench": MIDDLE | {"report", "caps", "export", "jetson"},
+    "bundle": {"package"} | LEAVES | {"checkpoint", "inspection", "jetson"},
     "doctor": {"package", "jetson"} | LEAVES,
     "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "program", "jetson"},
     "jetson": {"package"} | DATA | {"kernels", "packed", "program", "decoding", "evaluation", "checkpoint", "generation", "exact"},
     "package": {"errors", "integrations"},
-    "cli": MIDDLE | {"package", "report", "bench", "inspection", "doctor", "export", "jetson"},
+    "cli": MIDDLE | {"package", "report", "bench", "inspection", "doctor", "export", "jetson", "bundle"},
     "__main__": {"cli"},
 }
 
@@ -102,6 +103,7 @@ MAY_NEED: dict[str, set[str]] = {
     "inspection": NUMPY,
     "report": NUMPY | {"rich"},
     "bench": TORCH | {"click"},
+    "bundle": set(),
     "doctor": set(),
     "export": TORCH | {"onnx", "onnx_ir", "ml_dtypes"},
     "jetson": NUMPY,

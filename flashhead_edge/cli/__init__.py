@@ -17,8 +17,9 @@ from flashhead_edge.errors import FlashHeadError
 EXTRAS = {
     "torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch",
     "onnxruntime": "onnx", "onnx": "export", "onnx_ir": "export", "ml_dtypes": "export", "onnxruntime_genai": "export",
+    "packaging": "bundle", "wheel": "bundle",
 }  # fmt: skip
-VERBS = ("convert", "quantize", "calibrate", "evaluate", "export", "plugin", "generate", "chat", "inspect", "doctor", "monitor", "plan", "bench")
+VERBS = ("convert", "quantize", "calibrate", "evaluate", "export", "plugin", "generate", "chat", "inspect", "doctor", "monitor", "plan", "bundle", "bench")
 
 
 class Verbs(click.Group):

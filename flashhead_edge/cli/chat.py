@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +13,7 @@ import click
 
 from flashhead_edge.cli.common import answer_only, common_options, folder_argument, json_option, plain, write_json
 from flashhead_edge.cli.display import shown_progress
+from flashhead_edge.cli.reporting import recorded, reported
 from flashhead_edge.cli.sampling import answer, generation_options, open_engine, take_grammar, take_sampling
 from flashhead_edge.errors import SettingsError
 
@@ -74,11 +76,28 @@ def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, stop_s
                     messages.pop()
                     click.echo(f"flashhead: {error}", err=True)
                     continue
-                messages.append({"role": "assistant", "content": _speak(run, answers)})
+                with recorded() as taken:
+                    messages.append({"role": "assistant", "content": _speak(run, answers)})
+                    end = time.monotonic()
                 turns.append({"conversation": len(conversations) - 1, "dropped_turns": dropped} | plain(run.summary))
-                click.echo(f"({turns[-1]['tokens']} tokens, {turns[-1]['tokens_per_second']:.1f} a second)", err=True)
+                turns[-1]["report"] = reported(out, engine, run.summary, taken, end)
+                click.echo(said(turns[-1]), err=True)
     if as_json:
         write_json({"conversations": conversations, "turns": turns}, stdout)
+
+
+def said(turn: Mapping[str, Any]) -> str:
+    """A turn's figures in one line."""
+    r = turn["report"]
+    words = [f"{turn['tokens']} tokens", f"the first after {r['seconds_to_first_token']:.2f} s"]
+    if r["joules_per_token"] is not None:
+        words.append(f"{r['joules_per_token']:.3g} J a token")
+    if r["bandwidth_share"] is not None:
+        words.append(f"{100 * r['bandwidth_share']:.0f} % of the memory's bandwidth")
+    if r["head_share_of_time"] is not None:
+        words.append(f"head {100 * r['head_share_of_time']:.0f} % of the time")
+    words.append(f"{turn['tokens_per_second']:.1f} a second")
+    return f"({', '.join(words)})"
 
 
 def _read(stdout: TextIO) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import click
 
 from flashhead_edge.cli.common import answer_only, common_options, figures, folder_argument, json_option, plain, write_json
 from flashhead_edge.cli.display import shown_progress
+from flashhead_edge.cli.reporting import recorded, reported
 from flashhead_edge.cli.sampling import answer, generation_options, open_engine, take_grammar, take_sampling
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def generate(
         raise click.UsageError("--exact guesses and verifies in its own way: leave out --speculate.")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs stands in the JSON document: add --json, or leave it out.")
-    with answer_only() as stdout:
+    with answer_only() as stdout, recorded() as taken:
         pieces, listed = [], []
         live = stdout.isatty() and not as_json
         with shown_progress("loading") as progress:
@@ -78,11 +80,13 @@ def generate(
         for token in run:
             stdout.write(token.text)
             stdout.flush()
+        end = time.monotonic()
     text, summary = "".join(pieces), plain(run.summary)
     from flashhead_edge.jetson import ExportedEngine
 
     ran = engine.backend.about if isinstance(engine, ExportedEngine) else {}
     summary |= {name: ran[name] for name in ("head_operators", "body_operators") if name in ran}
+    summary["report"] = reported(out, engine, run.summary, taken, end)
     figures("figures", {name: value for name, value in summary.items() if (exact or name not in EXACT_FIGURES) and (value or name not in OTHER_FIGURES)})
     if as_json:
         if logprobs is not None:

@@ -50,6 +50,7 @@ class Summary:
     tokens: int = 0
     stopped: str = ""  # "stop token", "stop string", "grammar complete", "max_new_tokens" or "context length"; empty while it goes on
     seconds: float = 0.0  # prefill included
+    seconds_to_first_token: float = 0.0  # from the call on
     tokens_per_second: float = 0.0  # after the first token
     clusters_opened: float = 0.0  # mean over the fast head's steps
     capped_steps: int = 0  # steps at which a cap cut off items within their margin
@@ -93,6 +94,7 @@ class Stream:
         self._first = self._first or now
         s.tokens += 1
         s.seconds = now - self._began
+        s.seconds_to_first_token = self._first - self._began
         s.tokens_per_second = (s.tokens - 1) / max(now - self._first, 1e-9)
         text = self._stop.push(self._text.push(token) + (self._text.finish() if last else ""))
         if self._stop.found:

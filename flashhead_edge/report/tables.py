@@ -157,6 +157,21 @@ def show_quantisation(report: Mapping[str, Any], console: Console) -> None:
     )
 
 
+def show_bundle(result: Any, console: Console) -> None:
+    """What a bundle holds: bytes by part, what to type on the board, and what a reader should know."""
+    table = new_table(f"{result.archive} for {result.target}", ["part", "MB"])
+    table.add_row(f"model ({result.model})", f"{result.model_bytes / 1e6:,.1f}")
+    table.add_row(f"{len(result.wheels)} wheels, installer, checksums", f"{(result.bytes - result.model_bytes) / 1e6:,.1f}")
+    table.add_row("archive", f"{result.bytes / 1e6:,.1f}")
+    table.add_row("installed", f"{result.installed_bytes / 1e6:,.1f}")
+    console.print(table)
+    name = result.archive.replace("\\", "/").rsplit("/", 1)[-1]
+    console.print(Text(f"there: tar xf {name}; sudo sh flashhead-*-{result.target}/install.sh (uninstall takes it away)"))
+    console.print(Text(f"SHA-256 {result.sha256}"))
+    for note in result.notes:
+        console.print(Text(note))
+
+
 def show_export(result: Any, console: Console) -> None:
     """What an export has written: files and sizes, and what to do with them."""
     table = new_table(f"{result.folder} ({result.dialect}, body {result.body or 'not exported'})", ["file", "MB"])

@@ -332,9 +332,9 @@ def fake_nvml(**answers):
     calls = dict.fromkeys(
         ("nvmlDeviceGetName", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetUtilizationRates", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetClockInfo"), no
     )
-    calls |= dict.fromkeys(("nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetTemperature"), no)
+    calls |= dict.fromkeys(("nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetMemoryBusWidth", "nvmlDeviceGetTemperature"), no)
     calls |= {"nvmlInit": lambda: None, "nvmlShutdown": lambda: None, "nvmlDeviceGetCount": lambda: 1, "nvmlDeviceGetHandleByIndex": lambda i: i}
-    return SimpleNamespace(NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_TEMPERATURE_GPU=0, **(calls | answers))
+    return SimpleNamespace(NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0, **(calls | answers))
 
 
 def test_nvml_tells_what_it_has_and_says_what_it_has_not(monkeypatch):
@@ -352,6 +352,14 @@ def test_nvml_tells_what_it_has_and_says_what_it_has_not(monkeypatch):
     found = sample(BOARDS / "agx-thor", nvml=True)
     assert found.power == pytest.approx(20.986)  # a rail of the whole stands before the GPU alone
     assert found.gpus[0]["load"] == 0.37
+
+
+def test_bandwidth_by_nvml(monkeypatch):
+    """Two transfers a clock over the bus: an H100's 2,619 MHz and 5,120 bits are the 3,352 GB/s of its data sheet."""
+    module = fake_nvml(nvmlDeviceGetMaxClockInfo=lambda h, kind: {1: 1980, 2: 2619}[kind], nvmlDeviceGetMemoryBusWidth=lambda h: 5120)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    (gpu,) = read_gpus({})
+    assert gpu["bandwidth"] == pytest.approx(3352.3, abs=0.1) and gpu["most_clock"] == 1980
 
 
 def test_nvml_that_is_missing_or_fails_is_said(monkeypatch):

@@ -1,0 +1,288 @@
+"""install.sh, run: what it makes, what it refuses, and that whatever fails leaves what was there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flashhead_edge.bundle import bundle
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or os.uname().machine != "x86_64" or sys.version_info[:2] != (3, 11), reason="the bundles are for Python 3.11 on x86-64 Linux"
+)
+TARGET = "linux-x86_64-cp311"
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run(script: Path, *arguments: object, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """install.sh as a person would run it, after the shell commands `before`, in namespaces of their own where there are such."""
+    command = ["sh", str(script), *map(str, arguments)]
+    if before:
+        command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", before + '; exec "$@"', "sh", *command]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PATH": path, **environment}, check=False)
+
+
+@pytest.fixture(scope="module")
+def archives(model: Path, wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bundles of three states of one model: the first, a second one, and one that does not run."""
+    folder, found = tmp_path_factory.mktemp("archives"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_NO_INDEX", "1")
+        for name in ("first", "second", "refused"):
+            copy = shutil.copytree(model, folder / name)
+            (copy / name).write_text(name)
+            found[name] = folder / f"{name}.tar"
+            bundle(copy, found[name], target=TARGET, find_links=[wheels])
+    return found
+
+
+@pytest.fixture
+def unpacked(archives: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    def unpack(name: str = "first") -> Path:
+        """The installer of a bundle that was unpacked."""
+        out = tmp_path / f"unpacked-{name}"
+        with tarfile.open(archives[name]) as archive:
+            archive.extractall(out, filter="data")
+        (script,) = out.glob("*/install.sh")
+        return script
+
+    return unpack
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    return tmp_path / "prefix"
+
+
+def state(prefix: Path) -> dict[str, bytes | str]:
+    """All that lies under a folder, and where its links lead; the lock's file apart."""
+    return {
+        str(p.relative_to(prefix)): os.readlink(p) if p.is_symlink() else p.read_bytes()
+        for p in sorted(prefix.rglob("*"))
+        if (p.is_symlink() or p.is_file()) and p.name != ".lock"
+    }
+
+
+def one_sentence(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 1, result.stdout + result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("install.sh: ")
+    return line
+
+
+def installed(prefix: Path) -> str:
+    """Which model is the current one."""
+    return next(name for name in ("first", "second", "refused") if (prefix / "current/model" / name).exists())
+
+
+def test_installed_upgraded_back_and_gone(unpacked: Callable[[str], Path], prefix: Path) -> None:
+    first, second = unpacked("first"), unpacked("second")
+    result = run(first, "--prefix", prefix)
+    assert result.returncode == 0, result.stderr
+    assert installed(prefix) == "first" and not (prefix / "previous").exists()
+    called = subprocess.run([prefix / "bin/flashhead", "inspect", prefix / "current/model"], capture_output=True, text=True, check=True)
+    assert called.stdout == "{}\n"
+    assert (prefix / "current/model/read me first.txt").read_text() == "hello\n"
+    unit = (prefix / "flashhead.service").read_text()
+    assert f"ExecStart={prefix}/current/bin/flashhead serve {prefix}/current/model" in unit and "@" not in unit
+
+    before = state(prefix)
+    again = run(first, "--prefix", prefix)  # the same once more changes nothing
+    assert again.returncode == 0 and "is there already" in again.stdout and state(prefix) == before
+
+    assert run(second, "--prefix", prefix).returncode == 0
+    assert installed(prefix) == "second"
+    assert run(second, "back", "--prefix", prefix).returncode == 0
+    assert installed(prefix) == "first"
+    assert run(second, "back", "--prefix", prefix).returncode == 0
+    assert installed(prefix) == "second"
+    assert len(list((prefix / "versions").iterdir())) == 2
+
+    assert run(second, "uninstall", "--prefix", prefix).returncode == 0
+    assert not prefix.exists()
+    assert "no bundle is installed there" in one_sentence(run(second, "uninstall", "--prefix", prefix))
+
+
+def test_what_a_person_put_beside_it_is_kept(unpacked: Callable[[], Path], prefix: Path) -> None:
+    script = unpacked()
+    assert run(script, "--prefix", prefix).returncode == 0
+    (prefix / "notes.txt").write_text("mine")
+    result = run(script, "uninstall", "--prefix", prefix)
+    assert result.returncode == 0 and "is kept" in result.stderr
+    assert state(prefix) == {"notes.txt": b"mine"}
+    assert "it holds something else" in one_sentence(run(script, "--prefix", prefix))
+    assert state(prefix) == {"notes.txt": b"mine"}
+
+
+def test_back_without_an_upgrade(unpacked: Callable[[], Path], prefix: Path) -> None:
+    script = unpacked()
+    assert run(script, "--prefix", prefix).returncode == 0
+    assert "expected one upgrade at least" in one_sentence(run(script, "back", "--prefix", prefix))
+    assert installed(prefix) == "first"
+
+
+DAMAGES = {
+    "a byte of a wheel": (lambda top: flip(next(top.glob("wheels/flashhead*"))), "its content is not the bundle's (SHA-256)"),
+    "a byte of the model": (lambda top: flip(top / "model/config.json"), "model/config.json: its content is not the bundle's"),
+    "a byte of the installer": (lambda top: flip(top / "install.sh", 7), "install.sh: its content is not the bundle's"),
+    "a file is gone": (lambda top: (top / "model/tokenizer.json").unlink(), "model/tokenizer.json: the file is missing"),
+    "a file too many": (lambda top: (top / "wheels/other-1-py3-none-any.whl").write_bytes(b""), "SHA256SUMS does not name it"),
+    "no list": (lambda top: (top / "SHA256SUMS").unlink(), "SHA256SUMS: the file is missing or empty"),
+    "a digit of the list": (lambda top: flip(top / "SHA256SUMS"), "SHA256SUMS: a line is damaged"),
+    "half a list": (lambda top: cut(top / "SHA256SUMS", 0.5), "SHA256SUMS"),
+    "an empty list": (lambda top: cut(top / "SHA256SUMS", 0), "SHA256SUMS: the file is missing or empty"),
+}
+
+
+def flip(path: Path, at: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x40
+    path.write_bytes(content)
+
+
+def cut(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_bundle_is_refused_and_changes_nothing(damage: str, unpacked: Callable[[], Path], prefix: Path) -> None:
+    script = unpacked()
+    harm, said = DAMAGES[damage]
+    harm(script.parent)
+    assert said in one_sentence(run(script, "--prefix", prefix))
+    assert not prefix.exists()
+    assert said in one_sentence(run(script, "check"))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
+def test_archive_that_was_copied_in_part(share: float, archives: dict[str, Path], tmp_path: Path, prefix: Path) -> None:
+    """tar stops at the end of what there is; who goes on all the same is told what is missing."""
+    half = tmp_path / "half.tar"
+    half.write_bytes(archives["first"].read_bytes()[: int(archives["first"].stat().st_size * share)])
+    out = tmp_path / "half"
+    out.mkdir()
+    assert subprocess.run(["tar", "xf", half, "-C", out], capture_output=True, check=False).returncode != 0
+    scripts = list(out.glob("*/install.sh"))
+    assert scripts or share < 0.1
+    for script in scripts:
+        result = run(script, "--prefix", prefix)
+        assert result.returncode != 0 or not result.stdout  # an installer that was cut off does nothing
+        assert not prefix.exists()
+
+
+def test_installer_that_was_cut_off_does_nothing(unpacked: Callable[[], Path], prefix: Path) -> None:
+    """Wherever it ends: all is in functions, and the call is the last line."""
+    script = unpacked()
+    whole = script.read_bytes()
+    for size in range(200, len(whole) - 10, 577):
+        script.write_bytes(whole[:size])
+        run(script, "--prefix", prefix)
+        assert not prefix.exists()
+
+
+def test_model_that_does_not_run_is_not_switched_to(unpacked: Callable[[str], Path], prefix: Path) -> None:
+    assert run(unpacked("first"), "--prefix", prefix).returncode == 0
+    before = state(prefix)
+    result = run(unpacked("refused"), "--prefix", prefix)
+    assert re.search(r"the check of what was installed failed; what was begun is removed, \S+ stays as it was", one_sentence(result))
+    assert "the model is refused" in result.stderr
+    assert state(prefix) == before
+    fresh = prefix.with_name("fresh")
+    assert "nothing is installed" in one_sentence(run(unpacked("refused"), "--prefix", fresh))
+    assert not fresh.exists()
+
+
+def test_bundle_for_another_machine(model: Path, wheels: Path, unpacked: Callable[[], Path], prefix: Path, tmp_path: Path, offline: None) -> None:
+    bundle(model, tmp_path / "arm.tar", target="linux-aarch64-cp311", find_links=[wheels])
+    with tarfile.open(tmp_path / "arm.tar") as archive:
+        archive.extractall(tmp_path / "arm", filter="data")
+    (script,) = (tmp_path / "arm").glob("*/install.sh")
+    assert "this machine: Python says linux-x86_64, expected linux-aarch64 for linux-aarch64-cp311" in one_sentence(run(script, "--prefix", prefix))
+    empty = tmp_path / "tools"
+    empty.mkdir()
+    for tool in ("sh", "id", "dirname", "sed"):
+        (empty / tool).symlink_to(shutil.which(tool) or tool)
+    assert "Python 3.11: it was not found" in one_sentence(run(unpacked(), "--prefix", prefix, PATH=str(empty)))
+    assert not prefix.exists()
+
+
+@pytest.mark.parametrize(("word", "said"), [("instal", "instal: not known"), ("--prefix", "--prefix: a folder is missing")])
+def test_words_that_it_does_not_know(word: str, said: str, unpacked: Callable[[], Path]) -> None:
+    assert said in one_sentence(run(unpacked(), word))
+
+
+def test_prefix_that_a_unit_file_cannot_hold(unpacked: Callable[[], Path], tmp_path: Path) -> None:
+    assert "expected a plain path" in one_sentence(run(unpacked(), "--prefix", tmp_path / "my programs"))
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock")
+def test_two_installers_at_once(unpacked: Callable[[], Path], prefix: Path) -> None:
+    script = unpacked()
+    assert run(script, "--prefix", prefix).returncode == 0
+    with subprocess.Popen(["flock", prefix / ".lock", "sh", "-c", "echo held; read line"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert "another install.sh is at work there" in one_sentence(run(script, "--prefix", prefix))
+        holder.communicate("\n")
+
+
+# ---- a full disk
+
+
+def can_mount() -> bool:
+    command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def on_disk(script: Path, new: Path | None, prefix: Path, first: str, then: str) -> subprocess.CompletedProcess[str]:
+    """Install on a file system with options `first`, and, with `new`, that bundle after it was remounted with `then`; its final state goes to prefix."""
+    prefix.mkdir()
+    disk = prefix.with_name("disk")
+    disk.mkdir(exist_ok=True)
+    before = f"mount -t tmpfs -o {first} none {disk}"
+    if new is not None:
+        before += f" && sh {script} --prefix {disk}/p >/dev/null && mount -o remount,{then} {disk}"
+    ending = f'; sh "$0" --prefix {disk}/p; code=$?; [ ! -e {disk}/p ] || cp -a {disk}/p/. {prefix}; exit $code'
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", before + ending, str(new or script)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PATH": path}, check=False)
+
+
+@pytest.mark.skipif(not can_mount(), reason="a file system of a chosen size cannot be mounted here")
+class TestFullDisk:
+    def test_too_small_is_said_before_anything_is_written(self, unpacked: Callable[[], Path], prefix: Path) -> None:
+        result = on_disk(unpacked(), None, prefix, "size=4m", "")
+        assert re.search(r"\d+ MiB are needed, [34] MiB are free: the check of the disk failed; .* nothing is installed", one_sentence(result))
+        assert state(prefix) == {}
+
+    @pytest.mark.parametrize("inodes", [2, 5, 9, 14, 20])
+    def test_full_while_a_first_version_is_installed(self, inodes: int, unpacked: Callable[[], Path], prefix: Path) -> None:
+        """df says that there is room, but no file can be made any more."""
+        result = on_disk(unpacked(), None, prefix, f"size=200m,nr_inodes={inodes}", "")
+        assert "the disk is full" in one_sentence(result)
+        assert state(prefix) == {}
+
+    @pytest.mark.slow
+    def test_full_at_any_step_of_an_upgrade_leaves_the_old_version(self, unpacked: Callable[[str], Path], prefix: Path) -> None:
+        """One file more each time, until it succeeds: the installation is the old one or the new one."""
+        first, second = unpacked("first"), unpacked("second")
+        run(first, "--prefix", prefix.with_name("counted"))
+        used = len(list(prefix.with_name("counted").rglob("*"))) + 2
+        outcomes = []
+        for more in range(0, used, 5):
+            shutil.rmtree(prefix, ignore_errors=True)
+            result = on_disk(first, second, prefix, "size=200m,nr_inodes=4000", f"nr_inodes={used + more}")
+            outcomes.append(result.returncode)
+            assert installed(prefix) == ("first" if result.returncode else "second"), result.stderr
+            assert len(list((prefix / "versions").iterdir())) == (1 if result.returncode else 2)
+            if result.returncode == 0:
+                break
+        assert outcomes[0] == 1 and outcomes[-1] == 0 and len(outcomes) > 3

@@ -1,0 +1,216 @@
+"""What goes into a bundle: wheels of the target alone, all that they require there, and nothing half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from small_wheels import elf, write_wheel
+
+from flashhead_edge import __version__
+from flashhead_edge.bundle import TARGETS, Target, bundle, target_named
+from flashhead_edge.bundle.own import build_environment, checkout, needed_glibc, own_wheel
+from flashhead_edge.bundle.wheels import check_wheel, download, missing, pip_options
+from flashhead_edge.errors import CheckpointError, FlashHeadError, SettingsError
+
+JETSONS = [t for t in TARGETS if t.gpu]
+
+
+def test_archive_holds_what_its_list_says(model: Path, wheels: Path, tmp_path: Path, offline: None) -> None:
+    result = bundle(model, tmp_path / "a.tar", target="jetpack7", find_links=[wheels, nvrtc(tmp_path)])
+    assert hashlib.sha256((tmp_path / "a.tar").read_bytes()).hexdigest() == result.sha256
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        names = archive.getnames()
+        archive.extractall(tmp_path / "out", filter="data")
+    top = tmp_path / "out" / f"flashhead-{__version__}-jetpack7"
+    assert names[:2] == [f"{top.name}/SHA256SUMS", f"{top.name}/install.sh"]  # first, so that a cut copy has them
+    listed = dict(reversed(line.split("  ", 1)) for line in (top / "SHA256SUMS").read_text().splitlines())
+    files = {p.relative_to(top).as_posix() for p in top.rglob("*") if p.is_file()} - {"SHA256SUMS"}
+    assert listed.keys() == files
+    assert all(hashlib.sha256((top / name).read_bytes()).hexdigest() == value for name, value in listed.items())
+    assert {p.name for p in model.iterdir()} <= {p.name for p in (top / "model").iterdir()}
+    manifest = json.loads((top / "bundle.json").read_text())
+    assert manifest["target"]["name"] == "jetpack7" and manifest["model"] == "onnx"
+    settings = dict(re.findall(r"^([A-Z_]+)='([^']*)'$", (top / "install.sh").read_text(), re.MULTILINE))
+    assert settings["PYTHON"] == "3.12" and settings["PLATFORM"] == "linux-aarch64" and settings["GLIBC"] == "2.39"
+    assert int(settings["NEEDED_KIB"]) << 10 >= result.installed_bytes
+    bundle(model, tmp_path / "b.tar", target="jetpack7", find_links=[wheels, tmp_path / "nvrtc"])
+    assert (tmp_path / "b.tar").read_bytes() == (tmp_path / "a.tar").read_bytes()
+
+
+def nvrtc(folder: Path) -> Path:
+    """A folder with a wheel named as NVRTC's."""
+    write_wheel(folder / "nvrtc", "nvidia-cuda-nvrtc", "13.0.88", tag="py3-none-manylinux2014_aarch64")
+    return folder / "nvrtc"
+
+
+def test_conditions_are_those_of_the_target(tmp_path: Path, offline: None) -> None:
+    """pip alone would leave out what only an older Python than its own needs, and take what only its own does."""
+    write_wheel(tmp_path / "links", "app", "1", requires=["old; python_version < '3.11'", "arm; platform_machine == 'aarch64'", "extra-one; extra == 'more'"])
+    write_wheel(tmp_path / "links", "old", "1", requires=["older>=2; python_version < '3.11'"])
+    for name, version in (("older", "2"), ("arm", "1"), ("extra-one", "1")):
+        write_wheel(tmp_path / "links", name, version)
+
+    def names(target: str, requirement: str) -> set[str]:
+        folder = tmp_path / f"{target}-{requirement}"
+        folder.mkdir()
+        return {p.name.split("-")[0] for p in download(target_named(target), [requirement], folder, [tmp_path / "links"])}
+
+    assert names("jetpack6", "app") == {"app", "old", "older", "arm"}
+    assert names("jetpack7", "app[more]") == {"app", "arm", "extra_one"}
+
+
+def test_what_no_wheel_meets_is_named(tmp_path: Path, offline: None) -> None:
+    links = tmp_path / "links"
+    write_wheel(links, "app", "1", requires=["fast>=3"])
+    write_wheel(links, "fast", "3.1", tag="cp310-cp310-manylinux_2_17_x86_64")  # of another machine
+    write_wheel(links, "fast", "2", tag="cp310-cp310-manylinux_2_17_aarch64")  # too old
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    with pytest.raises(FlashHeadError, match=r"^jetpack6: pip download failed \(.*fast>=3.*\), expected wheels for Python 3\.10, aarch64, glibc 2\.35; "):
+        download(target_named("jetpack6"), ["app"], folder, [links])
+    assert missing(target_named("jetpack6"), ["app"], [links / "app-1-py3-none-any.whl", links / "fast-2-cp310-cp310-manylinux_2_17_aarch64.whl"]) == [
+        "fast>=3"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tag", "machine", "said"),
+    [
+        ("cp310-cp310-manylinux_2_17_x86_64", 0x3E, "it is of another machine or another Python"),
+        ("cp312-cp312-manylinux_2_17_aarch64", 0xB7, "it is of another machine or another Python"),
+        ("cp310-cp310-manylinux_2_39_aarch64", 0xB7, "it is of another machine or another Python"),  # of a newer glibc
+        ("cp310-cp310-manylinux_2_17_aarch64", 0x3E, "part/lib.so.1 in it is of x86_64"),
+        ("py3-none-any", 0x3E, "part/lib.so.1 in it is of x86_64"),
+        ("py3-none-manylinux2014_aarch64", 0xF3, "part/lib.so.1 in it is of machine 243"),
+    ],
+)
+def test_wheel_of_another_machine_is_refused(tag: str, machine: int, said: str, tmp_path: Path) -> None:
+    path = write_wheel(tmp_path, "part", "1", tag=tag, members={"part/lib.so.1": elf(machine)})
+    with pytest.raises(FlashHeadError, match=re.escape(said) + r", expected a wheel for Python 3\.10, aarch64, glibc 2\.35 \(jetpack6\); "):
+        check_wheel(path, target_named("jetpack6"))
+
+
+@pytest.mark.parametrize(
+    "tag", ["py3-none-any", "cp38-abi3-manylinux2014_aarch64", "cp310-cp310-manylinux_2_35_aarch64", "py2.py3-none-manylinux_2_28_aarch64"]
+)
+def test_wheel_of_the_target_is_taken(tag: str, tmp_path: Path) -> None:
+    path = write_wheel(tmp_path, "part", "1", tag=tag, members={"part/lib.so": elf(0xB7), "part/text.so": b"no library"})
+    check_wheel(path, target_named("jetpack6"))
+
+
+def test_damaged_wheel_is_named(tmp_path: Path) -> None:
+    path = write_wheel(tmp_path, "part", "1")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FlashHeadError, match=r"part-1-py3-none-any\.whl: it cannot be read"):
+        check_wheel(path, target_named("jetpack6"))
+
+
+def test_bad_input_writes_nothing(model: Path, checkpoint: Path, wheels: Path, tmp_path: Path, offline: None) -> None:
+    out = tmp_path / "out.tar"
+    with pytest.raises(SettingsError, match=r"^target jetpack5: it is not known, expected one of jetpack6, jetpack7, linux-aarch64-cp311, linux-x86_64-cp311;"):
+        bundle(model, out, target="jetpack5")
+    with pytest.raises(SettingsError, match="the folder does not exist"):
+        bundle(model, tmp_path / "no/out.tar", target="jetpack6")
+    with pytest.raises(CheckpointError, match="it is no folder"):
+        bundle(tmp_path / "absent", out, target="jetpack6")
+    with pytest.raises(
+        CheckpointError, match=r"it is a checkpoint model, expected one that linux-x86_64-cp311 runs, by ONNX Runtime; run flashhead export onnx"
+    ):
+        bundle(checkpoint, out, target="linux-x86_64-cp311", find_links=[wheels])
+    with pytest.raises(SettingsError, match=r"it is no folder, expected one with wheels; correct --find-links"):
+        bundle(model, out, target="jetpack6", find_links=[tmp_path / "absent"])
+    with pytest.raises(FlashHeadError, match=r"pip download failed"):  # NVRTC is nowhere
+        bundle(model, out, target="jetpack6", find_links=[wheels])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_archive_that_exists_is_kept(model: Path, wheels: Path, tmp_path: Path, offline: None) -> None:
+    out = tmp_path / "out.tar"
+    out.write_text("mine")
+    with pytest.raises(SettingsError, match="it exists"):
+        bundle(model, out, target="linux-x86_64-cp311", find_links=[wheels])
+    broken = tmp_path / "broken"
+    shutil.copytree(wheels, broken)
+    (broken / "helper_package-1.2-py3-none-any.whl").unlink()
+    with pytest.raises(FlashHeadError, match="helper-package>=1"):
+        bundle(model, out, target="linux-x86_64-cp311", find_links=[broken], overwrite=True)
+    assert out.read_text() == "mine"
+    bundle(model, out, target="linux-x86_64-cp311", find_links=[wheels], overwrite=True)
+    assert tarfile.is_tarfile(out) and {p.name for p in tmp_path.iterdir()} == {"out.tar", "broken"}
+
+
+def test_name_that_no_list_of_checksums_can_hold(model: Path, wheels: Path, tmp_path: Path, offline: None) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    (copy / "two\nlines").write_text("")
+    with pytest.raises(CheckpointError, match="a line break or a backslash"):
+        bundle(copy, tmp_path / "out.tar", target="linux-x86_64-cp311", find_links=[wheels])
+
+
+def test_glibc_is_read_from_the_names_of_versions() -> None:
+    assert needed_glibc(b"\0GLIBC_2.17\0GLIBC_2.4\0CXXABI_1.3\0GLIBC_2.2.5\0") == (2, 17)
+    assert needed_glibc(b"\0GLIBC_2.34\0GLIBC_2.9\0GLIBC_PRIVATE\0") == (2, 34)
+    assert needed_glibc(b"") == (2, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="needs a cross-compiler")
+def test_own_wheel_is_cross_compiled(tmp_path: Path) -> None:
+    """Both libraries, of the target's architecture, under a tag that JetPack 6's pip takes."""
+    source = checkout()
+    assert source is not None
+    before = {p for p in source.glob("*") if p.name != ".pytest_cache"}
+    target = target_named("jetpack6")
+    path, libraries = own_wheel(target, source, tmp_path / "work", tmp_path)
+    assert libraries == ("_native", "_cuda")
+    assert path.name == f"flashhead_edge-{__version__}-cp310-abi3-manylinux_2_35_aarch64.whl"
+    check_wheel(path, target)
+    with zipfile.ZipFile(path) as archive:
+        members = [n for n in archive.namelist() if n.endswith(".so")]
+        assert all(archive.read(n)[18:20] == b"\xb7\x00" for n in members) and len(members) == 2
+    assert {p for p in source.glob("*") if p.name != ".pytest_cache"} == before
+
+
+def test_own_wheel_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel for any platform, so that pip takes it there; never this machine's libraries under another's name."""
+    monkeypatch.setattr("flashhead_edge.bundle.own.shutil.which", lambda name: None)
+    monkeypatch.setattr("flashhead_edge.bundle.own.platform.machine", lambda: "riscv64")
+    source, target = checkout(), target_named("jetpack6")
+    assert source is not None and build_environment(target)["CC"] == "no-compiler-for-aarch64-linux-gnu-gcc"
+    path, libraries = own_wheel(target, source, tmp_path / "work", tmp_path)
+    assert libraries == () and path.name == f"flashhead_edge-{__version__}-py3-none-any.whl"
+    check_wheel(path, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", JETSONS, ids=lambda t: t.name)
+def test_every_wheel_of_a_jetpack_is_resolved_from_the_bundle_alone(target: Target, model: Path, tmp_path: Path) -> None:
+    """With pip's platform options and no index, as pip on the board resolves, and with the conditions of its Python."""
+    try:
+        bundle(model, tmp_path / "out.tar", target=target.name)
+    except FlashHeadError as error:
+        if "pip download failed" in str(error):
+            pytest.skip(f"no package index here: {error}")
+        raise
+    with tarfile.open(tmp_path / "out.tar") as archive:
+        archive.extractall(tmp_path / "out", filter="data")
+    (wheels,) = tmp_path.glob("out/*/wheels")
+    found = sorted(wheels.glob("*.whl"))
+    assert missing(target, [f"flashhead-edge[onnx,serve]=={__version__}", *target.requirements], found) == []
+    for path in found:
+        check_wheel(path, target)
+    command = [sys.executable, "-m", "pip", "download", "--no-index", "--no-deps", "--require-hashes", "--find-links", wheels]
+    command += [*pip_options(target), "--dest", tmp_path / "taken", "--requirement", wheels.parent / "requirements.txt"]
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(found) - 1 == len((wheels.parent / "requirements.txt").read_text().splitlines())  # all but pip
+    if target.python == (3, 10):
+        assert any(p.name.startswith("exceptiongroup-") for p in found)  # which only Python 3.10 needs: pip here would not know
