@@ -81,6 +81,7 @@ def examine() -> dict[str, Any]:
         launchers,
         lambda: package("vllm", "serving: vllm serve OUT (0.26 or newer, on a GPU)"),
         onnxruntime,
+        lambda: package("llguidance", "answers that follow a JSON schema or a pattern (extra: grammar)"),
         lambda: package("onnxruntime-genai", "export onnx with the decoder's body (extra: export)"),
         jetson,
     )

@@ -12,7 +12,7 @@ import click
 
 from flashhead_edge.cli.common import answer_only, common_options, folder_argument, json_option, plain, write_json
 from flashhead_edge.cli.display import shown_progress
-from flashhead_edge.cli.sampling import answer, generation_options, open_engine, take_sampling
+from flashhead_edge.cli.sampling import answer, generation_options, open_engine, take_grammar, take_sampling
 from flashhead_edge.errors import SettingsError
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
@@ -22,9 +22,16 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an
 @folder_argument
 @click.option("--system", metavar="TEXT", help="A system message that stands before the conversation.")
 @generation_options
+@click.option(
+    "--overflow",
+    type=click.Choice(["refuse", "drop-oldest"]),
+    default="refuse",
+    show_default=True,
+    help="A conversation longer than the model's context: refuse the message, or leave out the oldest turns.",
+)
 @json_option
 @common_options
-def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, stop_strings: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, stop_strings: tuple[str, ...], overflow: str, as_json: bool, **options: Any) -> None:
     """Talk with OUT, a checkpoint or a folder of `flashhead export`, in its chat template. Answers stream to stdout.
 
     /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. With --json all conversations are
@@ -36,15 +43,18 @@ def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, stop_s
     conversations = [messages]
     with answer_only() as stdout:
         with shown_progress("loading"):
-            from flashhead_edge.generation import prompt_ids
+            from flashhead_edge.generation import PromptCache
+            from flashhead_edge.generation.text import fitting_ids, prompt_ids
 
             engine = open_engine(out, options)
+            grammar = take_grammar(engine, options)
+            cache, dropped = PromptCache(), 0  # turns of the conversation that are left out
         answers = sys.stderr if as_json else stdout
         click.echo(HELP, err=True)
         while (line := _read(stdout)) not in (None, "/exit"):
             assert line is not None
             if line == "/reset":
-                messages = list(start)
+                messages, dropped = list(start), 0
                 conversations.append(messages)
                 click.echo("forgotten", err=True)
             elif line.startswith("/") and " " not in line:  # a command that there is not; a sentence may begin so
@@ -52,14 +62,20 @@ def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, stop_s
             elif line:
                 messages.append({"role": "user", "content": line})
                 try:
-                    ids = prompt_ids(engine, messages)
-                    run = answer(engine, ids, max_new_tokens, sampling, exact, stop_strings)
+                    if overflow == "refuse":
+                        ids = prompt_ids(engine, messages)
+                    else:
+                        ids, more = fitting_ids(engine, messages, len(start), dropped, max_new_tokens)
+                        if more > dropped:
+                            click.echo(f"(the oldest turns are left out: {more} of {len(messages) // 2 + 1})", err=True)
+                        dropped = more
+                    run = answer(engine, ids, max_new_tokens, sampling, exact, stop_strings, grammar=grammar, cache=cache)
                 except SettingsError as error:  # too long: the conversation goes on without the message
                     messages.pop()
                     click.echo(f"flashhead: {error}", err=True)
                     continue
                 messages.append({"role": "assistant", "content": _speak(run, answers)})
-                turns.append({"conversation": len(conversations) - 1} | plain(run.summary))
+                turns.append({"conversation": len(conversations) - 1, "dropped_turns": dropped} | plain(run.summary))
                 click.echo(f"({turns[-1]['tokens']} tokens, {turns[-1]['tokens_per_second']:.1f} a second)", err=True)
     if as_json:
         write_json({"conversations": conversations, "turns": turns}, stdout)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flashhead_edge.cli.common import answer_only, common_options, figures, folder_argument, json_option, plain, write_json
 from flashhead_edge.cli.display import shown_progress
-from flashhead_edge.cli.sampling import answer, generation_options, open_engine, take_sampling
+from flashhead_edge.cli.sampling import answer, generation_options, open_engine, take_grammar, take_sampling
+
+if TYPE_CHECKING:
+    from flashhead_edge.generation import Token
 
 EXACT_FIGURES = ("exact", "rounds", "missed", "repeated_steps", "repeated_share")  # that say nothing without --exact
+OTHER_FIGURES = ("allowed_steps", "dense_steps", "passes", "drafted", "accepted", "accepted_per_pass")  # that say nothing where they are 0
 
 
 @click.command(short_help="Answer a prompt.")
@@ -19,6 +24,20 @@ EXACT_FIGURES = ("exact", "rounds", "missed", "repeated_steps", "repeated_share"
 @click.option("--prompt", required=True, metavar="TEXT", help="What to answer or to continue.")
 @click.option("--chat/--raw", "chat", default=None, help="The prompt as a chat message, or as it is.  [default: chat if the model has a chat template]")
 @generation_options
+@click.option(
+    "--speculate",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Guess up to N tokens from the text so far and verify them at once; greedy only.",
+)
+@click.option(
+    "--logprobs",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --json: each token's log-probability and its N likeliest alternatives, the fast head's; with --exact the dense head's.",
+)
 @json_option
 @common_options
 def generate(
@@ -28,23 +47,33 @@ def generate(
     max_new_tokens: int,
     exact: bool,
     stop_strings: tuple[str, ...],
+    speculate: int,
+    logprobs: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Answer a prompt with OUT, a checkpoint or a folder of `flashhead export`. The answer alone goes to stdout, figures to stderr."""
     sampling = take_sampling(options, exact)
+    if exact and speculate:
+        raise click.UsageError("--exact guesses and verifies in its own way: leave out --speculate.")
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs stands in the JSON document: add --json, or leave it out.")
     with answer_only() as stdout:
-        pieces = []
+        pieces, listed = [], []
         live = stdout.isatty() and not as_json
         with shown_progress("loading") as progress:
             from flashhead_edge.generation import prompt_ids
 
             engine = open_engine(out, options)
             ids = prompt_ids(engine, prompt, chat)
-            run = answer(engine, ids, max_new_tokens, sampling, exact, stop_strings)
+            more: dict[str, Any] = {"grammar": take_grammar(engine, options), "logprobs": logprobs}
+            if not exact:
+                more["speculate"] = speculate
+            run = answer(engine, ids, max_new_tokens, sampling, exact, stop_strings, **more)
             if not live:
                 for n, token in enumerate(run, 1):
                     pieces.append(token.text)
+                    listed.append(token)
                     progress(f"generating: {n} tokens", n / max_new_tokens)
         for token in run:
             stdout.write(token.text)
@@ -54,9 +83,21 @@ def generate(
 
     ran = engine.backend.about if isinstance(engine, ExportedEngine) else {}
     summary |= {name: ran[name] for name in ("head_operators", "body_operators") if name in ran}
-    figures("figures", {name: value for name, value in summary.items() if (exact or name not in EXACT_FIGURES) and (value or name != "allowed_steps")})
+    figures("figures", {name: value for name, value in summary.items() if (exact or name not in EXACT_FIGURES) and (value or name not in OTHER_FIGURES)})
     if as_json:
+        if logprobs is not None:
+            summary["logprobs"] = logprobs_document(listed, engine.tokenizer)
         write_json({"prompt": prompt, "text": text, **summary}, stdout)
     else:
         stdout.write(text + "\n")
         stdout.flush()
+
+
+def logprobs_document(tokens: Sequence[Token], tokenizer: Any) -> list[dict[str, Any]]:
+    """Tokens with their log-probabilities, under the names that OpenAI's interface gave them."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": tokenizer.decode([token]), "id": token, "logprob": logprob}
+
+    found = [(token.id, token.logprobs) for token in tokens if token.logprobs is not None]
+    return [entry(token, of.logprob) | {"top_logprobs": [entry(*other) for other in of.top]} for token, of in found]

@@ -32,6 +32,8 @@ OPTIONS = (
     click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same answer."),
     click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Tokens of an answer at most."),
     click.option("--stop", "stop_strings", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable."),
+    click.option("--json-schema", metavar="FILE|TEXT", help="An answer that is JSON of this schema; '{}' is any JSON.  [needs the extra grammar]"),
+    click.option("--regex", metavar="PATTERN", help="An answer that matches this pattern as a whole.  [needs the extra grammar]"),
     click.option("--exact", is_flag=True, help="The dense head's greedy text, token for token, verified in blocks."),
     click.option(
         "--backend",
@@ -106,10 +108,33 @@ def open_engine(out: Path, options: dict[str, Any]) -> Any:
     return load_engine(out, device, threads, trust_remote_code=trust)
 
 
-def answer(engine: Any, ids: list[int], max_new_tokens: int, sampling: Any, exact: bool, stop_strings: tuple[str, ...]) -> Any:
-    """The answer to a prompt: a `generation.Stream`."""
+def take_grammar(engine: Any, options: dict[str, Any]) -> Any:
+    """Take --json-schema and --regex out of `options`: a `generation.grammar.Grammar` of the engine, or None."""
+    schema, regex = options.pop("json_schema"), options.pop("regex")
+    if schema is None and regex is None:
+        return None
+    if schema is not None and regex is not None:
+        raise click.UsageError("--json-schema and --regex: an answer follows one of them, leave out the other.")
+    from flashhead_edge.generation.grammar import compile_grammar
+
+    return compile_grammar(engine, json_schema=None if schema is None else _schema(schema), regex=regex)
+
+
+def _schema(given: str) -> str:
+    """The schema's text: what begins like JSON is the text itself, all else names a file."""
+    if given.lstrip().startswith("{"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise click.BadParameter(f"{given} cannot be read ({why}), expected a file or a JSON object.", param_hint="--json-schema") from error
+
+
+def answer(engine: Any, ids: list[int], max_new_tokens: int, sampling: Any, exact: bool, stop_strings: tuple[str, ...], **more: Any) -> Any:
+    """The answer to a prompt: a `generation.Stream`. `more`: grammar, logprobs and cache, as `stream` takes them."""
     from flashhead_edge.generation import exact_stream, stream
 
     if exact:
-        return exact_stream(engine, ids, max_new_tokens, stop_strings=stop_strings)
-    return stream(engine, ids, max_new_tokens, sampling, stop_strings=stop_strings)
+        return exact_stream(engine, ids, max_new_tokens, stop_strings=stop_strings, **more)
+    return stream(engine, ids, max_new_tokens, sampling, stop_strings=stop_strings, **more)

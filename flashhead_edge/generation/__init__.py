@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flashhead_edge.generation.cache import PromptCache
 from flashhead_edge.generation.decode import Stream, Summary, Token, exact_stream, generate, stream
+from flashhead_edge.generation.grammar import Grammar, compile_grammar
+from flashhead_edge.generation.logprobs import Logprobs
 from flashhead_edge.generation.protocols import BodySession, TextEngine
 from flashhead_edge.generation.text import prompt_ids
 
 if TYPE_CHECKING:
     from flashhead_edge.generation.engine import Engine, load_engine
 
-__all__ = ["BodySession", "Engine", "Stream", "Summary", "TextEngine", "Token", "exact_stream", "generate", "load_engine", "prompt_ids", "stream"]
+__all__ = [
+    "BodySession", "Engine", "Grammar", "Logprobs", "PromptCache", "Stream", "Summary", "TextEngine", "Token", "compile_grammar", "exact_stream", "generate",
+    "load_engine", "prompt_ids", "stream",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

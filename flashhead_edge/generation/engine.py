@@ -145,24 +145,32 @@ class Body:
         self.model = model
         self.module = output_head(model)
         self.cache = DynamicCache(config=model.config)
-        self.options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self.keeps_few = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    @torch.no_grad()
     def feed(self, ids: Sequence[int]) -> Tensor:
         """Run tokens after what the cache holds: hidden state of the last one, [1, d]."""
+        return self._run(ids, 1)
+
+    def states(self, ids: Sequence[int]) -> Tensor:
+        """Run tokens after what the cache holds: hidden states of all of them, [n, d]."""
+        return self._run(ids, len(ids))
+
+    @torch.no_grad()
+    def _run(self, ids: Sequence[int], wanted: int) -> Tensor:
         from flashhead_edge.checkpoint import cache_arguments
 
         tapped: list[Tensor] = []
 
         def tap(hidden: Tensor) -> Tensor:
-            tapped.append(hidden[:, -1].detach().clone())
+            tapped.append(hidden[0, -wanted:].detach().clone())
             return hidden[..., :1]
 
         before = self.module.__dict__.get("forward")
         self.module.__dict__["forward"] = tap
         try:
             tokens = torch.tensor([list(ids)], device=self.module.weight.device)  # type: ignore[union-attr, arg-type]
-            self.model(input_ids=tokens, **cache_arguments(self.model, self.cache), **self.options)
+            options = {"logits_to_keep": wanted} if self.keeps_few else {}
+            self.model(input_ids=tokens, **cache_arguments(self.model, self.cache), **options)
         finally:
             if before is None:
                 del self.module.__dict__["forward"]

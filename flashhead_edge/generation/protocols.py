@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -47,6 +47,15 @@ class BodySession(Protocol):
 
     def restore(self, kept: Any) -> None:
         """Go back to a snapshot, which must not be used again."""
+        ...
+
+
+@runtime_checkable
+class ReadsStates(Protocol):
+    """A session that gives the states of several tokens at once: what drafts are verified from."""
+
+    def states(self, ids: Sequence[int]) -> Array:
+        """Run tokens after what the cache holds: hidden states of all of them, [n, d], the caller's to keep."""
         ...
 
 
@@ -105,7 +114,7 @@ class TextEngine(Protocol):
         ...
 
     def step(self, hidden: Array) -> Step:
-        """One step of the fast head."""
+        """One step of the fast head, for hidden states [N, d]."""
         ...
 
     def step_with_logits(self, hidden: Array) -> tuple[Step, Array]:

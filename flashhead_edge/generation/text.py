@@ -109,6 +109,24 @@ def prompt_ids(engine: TextEngine, prompt: str | Sequence[Mapping[str, str]], ch
     return list(tokenizer(_checked(prompt))["input_ids"])
 
 
+def fitting_ids(engine: TextEngine, messages: Sequence[Mapping[str, str]], fixed: int, dropped: int, new_tokens: int) -> tuple[list[int], int]:
+    """Token ids of a chat without its oldest turns, so that an answer fits into the context behind it.
+
+    Args:
+        messages: `fixed` that always stand first, then turns of a user's message and its answer, last a user's message.
+        dropped: turns that are left out already.
+        new_tokens: wanted for the answer; room is made for no more than a quarter of the context.
+    Returns:
+        The ids, and how many turns are left out. The last message is always there: alone it may still be too long.
+    """
+    limit, turns = engine.context_length, (len(messages) - fixed - 1) // 2
+    while True:
+        ids = prompt_ids(engine, [*messages[:fixed], *messages[fixed + 2 * dropped :]])
+        if limit is None or dropped >= turns or len(ids) + min(new_tokens, limit // 4) <= limit:
+            return ids, dropped
+        dropped += 1
+
+
 def _checked(text: Any) -> Any:
     """The text; bytes that were no UTF-8 come from a command line as lone surrogates, which no tokenizer takes."""
     try:

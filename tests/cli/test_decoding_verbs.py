@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -200,3 +202,83 @@ def test_ctrl_c_ends_generate_with_130(root: Path, checkpoint: Path) -> None:
         assert process.wait(30) == 130
     assert lines[-1] == "flashhead: interrupted\n"
     assert not any("Traceback" in line for line in lines)
+
+
+SCHEMA = '{"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"], "additionalProperties": false}'
+
+
+@pytest.mark.parametrize("more", [(), ("--exact",), ("--temperature", 1.5, "--seed", 3)])
+def test_an_answer_follows_a_schema_or_a_pattern(inside, checkpoint: Path, tmp_path: Path, more: tuple[object, ...]) -> None:
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text(SCHEMA)
+
+    def document(*options: object) -> dict:
+        result = inside("generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 60, "--json", *more, *options)
+        assert result.returncode == 0, result.stderr
+        return one_document(result.stdout)
+
+    text, file = document("--json-schema", SCHEMA), document("--json-schema", tmp_path / "schema.json")
+    assert 0 <= json.loads(text["text"])["n"] <= 9
+    assert text["text"] == file["text"]
+    assert text["stopped"] == "grammar complete"
+    assert text["allowed_steps"] == text["tokens"]
+    assert re.fullmatch("(yes|no)[.]", document("--regex", "(yes|no)[.]")["text"])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--json-schema", "nowhere.json"), "nowhere.json cannot be read (No such file or directory), expected a file or a JSON object."),
+        (("--json-schema", "{"), "grammar: the JSON schema is no JSON (Expecting property name"),
+        (("--json-schema", '{"type": "strin"}'), "grammar: the JSON schema cannot be used (Invalid type: strin)"),
+        (("--regex", "("), "grammar: the pattern cannot be used (unclosed group)"),
+        (("--regex", "a", "--json-schema", "{}"), "--json-schema and --regex: an answer follows one of them, leave out the other."),
+        (("--speculate", "2", "--temperature", "1"), "generate: speculate was asked together with sampling, a grammar or logprobs, expected plain greedy"),
+        (("--speculate", "2", "--exact"), "--exact guesses and verifies in its own way: leave out --speculate."),
+        (("--logprobs", "2"), "--logprobs stands in the JSON document: add --json, or leave it out."),
+        (("--logprobs", "200", "--json"), "logprobs is 200, expected 0 to 100 alternatives"),
+    ],
+)
+def test_grammars_and_logprobs_that_cannot_be_are_one_sentence(inside, checkpoint: Path, options: tuple[str, ...], text: str) -> None:
+    pytest.importorskip("llguidance")
+    result = inside("generate", checkpoint, "--prompt", PROMPT, *options)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert text in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("more", [(), ("--exact",)])
+def test_logprobs_stand_in_the_document(inside, checkpoint: Path, dense_text: str, more: tuple[str, ...]) -> None:
+    """Greedy: the chosen token is the likeliest. The texts of the tokens join to the answer, which is of single bytes."""
+    result = inside("generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 12, "--json", "--logprobs", 2, *more)
+    assert result.returncode == 0, result.stderr
+    document = one_document(result.stdout)
+    assert document["text"] == dense_text
+    assert len(document["logprobs"]) == document["tokens"] == 12
+    for entry in document["logprobs"]:
+        first, second = entry["top_logprobs"]
+        assert {name: entry[name] for name in ("token", "id", "logprob")} == first
+        assert 0 >= first["logprob"] >= second["logprob"]
+    if dense_text.isascii():
+        assert "".join(entry["token"] for entry in document["logprobs"]) == dense_text
+
+
+def test_drafts_give_the_same_answer(inside, checkpoint: Path, dense_text: str) -> None:
+    result = inside("generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 12, "--json", "--speculate", 4)
+    document = one_document(result.stdout)
+    assert document["text"] == dense_text
+    assert document["passes"] + document["accepted"] == document["tokens"] == 12
+
+
+def test_a_chat_reads_only_what_is_new_and_drops_the_oldest_turns(inside, checkpoint: Path) -> None:
+    """The context has 8,192 positions, a byte a token: the third message leaves no room for the first two turns."""
+    lines = ["a" * 3000, "b" * 3000, "c" * 3000, "d"]
+    result = inside("chat", checkpoint, "--max-new-tokens", 4, "--json", "--overflow", "drop-oldest", stdin="\n".join(lines) + "\n")
+    assert result.returncode == 0, result.stderr
+    document = one_document(result.stdout)
+    assert [turn["dropped_turns"] for turn in document["turns"]] == [0, 0, 1, 1]
+    assert "(the oldest turns are left out: 1 of 3)" in result.stderr
+    assert len(document["conversations"][0]) == 8
+    read, whole = [turn["prompt_read"] for turn in document["turns"]], [turn["prompt_tokens"] for turn in document["turns"]]
+    assert read[0] == whole[0]
+    assert 3000 < read[1] < 3030 < whole[1]  # the message, its marks, and the answer where its text is not the tokens that were said
+    assert read[3] < 40 < whole[3]

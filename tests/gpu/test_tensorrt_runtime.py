@@ -4,6 +4,7 @@ They need TensorRT and no torch: under the Python that a Jetson has, `python -m 
 """
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from flashhead_edge.errors import EngineError, SettingsError
 
 pytest.importorskip("tensorrt", reason="needs TensorRT: see docs/tensorrt.md")
 
-from flashhead_edge.generation import stream
+from flashhead_edge.generation import PromptCache, compile_grammar, exact_stream, stream
 from flashhead_edge.jetson import open_engine, plugins
 from flashhead_edge.jetson.tensorrt_backend import open_folder
 
@@ -92,6 +93,31 @@ def test_the_loop_and_the_device_decode_the_same_text(backend):
     with engine.backend:
         by_loop = [t.id for t in stream(engine, PROMPTS[0], 20)]
     assert by_loop == on_device[: len(by_loop)]
+
+
+def test_a_cache_is_read_on_and_a_grammar_holds():
+    """A prompt that goes on from an answer, then one that differs in the middle: both read what is new alone."""
+    engine, cache = open_engine(os.environ["FLASHHEAD_TENSORRT"], "tensorrt", plugin=LIBRARY), PromptCache()
+    with engine.backend:
+        first = [t.id for t in stream(engine, PROMPTS[0], 12, cache=cache)]
+        prompts, states = ([*PROMPTS[0], *first, 5, 6], [*PROMPTS[0], 5, 6, 7]), []
+        for prompt in prompts:
+            read, hidden = cache.begin(engine, prompt)
+            assert read == 3
+            states.append(hidden)
+        for prompt, hidden in zip(prompts, states):
+            alone = engine.body().feed(prompt)
+            assert np.abs(alone - hidden).max() < 0.05 * np.abs(alone).max()  # parts of other lengths: sums in 16 bits in another order
+        pytest.importorskip("llguidance")
+        grammar = compile_grammar(engine, regex="[0-9]{12}")
+        for way, more in ((stream, {}), (exact_stream, {}), (stream, {"sampling": Sampling(temperature=1.0, seed=2)})):
+            run = way(engine, PROMPTS[0], 20, grammar=grammar, logprobs=2, **more)
+            tokens = list(run)
+            assert re.fullmatch("[0-9]{12}", "".join(t.text for t in tokens))
+            assert all(len(t.logprobs.top) == 2 and t.logprobs.logprob <= 0 for t in tokens)
+            assert run.summary.stopped == "grammar complete"
+        with pytest.raises(SettingsError, match="speculate needs a body that gives the states of several tokens"):
+            next(stream(engine, PROMPTS[0], 5, speculate=4))
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.75, "top_k": 40}, {"temperature": 1.25, "top_p": 0.875, "min_p": 0.015625}, {"temperature": 0.6875}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 
 from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
-from flashhead_edge.generation import exact_stream, generate, load_engine, prompt_ids, stream
+from flashhead_edge.generation import PromptCache, compile_grammar, exact_stream, generate, load_engine, prompt_ids, stream
 from flashhead_edge.jetson import onnxruntime_backend, onnxruntime_body, open_engine
 from flashhead_edge.jetson.evaluation import ExportedContender
 from flashhead_edge.jetson.onnxruntime_body import OnnxBody
@@ -48,6 +49,35 @@ def test_tokens_are_those_of_the_torch_engine(exported, torch_engine, dialect, r
     assert ids_of(ours) == ids_of(theirs)
     for field in ("prompt_tokens", "tokens", "stopped", "clusters_opened", "capped_steps", "bytes_per_step", "dense_bytes_per_step", "allowed_steps", "notes"):
         assert getattr(ours.summary, field) == getattr(theirs.summary, field), field
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_grammars_log_probabilities_and_the_cache_are_those_of_the_torch_engine(exported, torch_engine, dialect):
+    """In float32, as above; a log-probability is a logit of size 20 less a sum of such."""
+    pytest.importorskip("llguidance")
+    engine, cache = open_engine(exported(dialect), threads=1), PromptCache()
+    ours, theirs = (compile_grammar(e, regex="([a-z]{1,9} ){3}[0-9]{2}") for e in (engine, torch_engine))
+    for way in (stream, exact_stream):
+        got, want = (list(way(e, PROMPT, 60, grammar=g, logprobs=2)) for e, g in ((engine, ours), (torch_engine, theirs)))
+        assert [t.id for t in got] == [t.id for t in want]
+        assert re.fullmatch("([a-z]{1,9} ){3}[0-9]{2}", "".join(t.text for t in got))
+        assert [t.logprobs.logprob for t in got] == pytest.approx([t.logprobs.logprob for t in want], abs=1e-4)
+        assert [[i for i, _ in t.logprobs.top] for t in got] == [[i for i, _ in t.logprobs.top] for t in want]
+    first = ids_of(stream(engine, PROMPT, 8, cache=cache))
+    for prompt, read in (([*PROMPT, *first, 9, 8], 3), ([*PROMPT, 9, 8, 7], 3)):
+        run = stream(engine, prompt, 8, cache=cache)
+        assert ids_of(run) == ids_of(stream(torch_engine, prompt, 8))
+        assert run.summary.prompt_read == read
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_drafts_give_the_greedy_text(exported, dialect):
+    """300 tokens of a model in float32, which repeats itself; a cache in place and one that grows are cut back."""
+    engine = open_engine(exported(dialect), threads=1)
+    run = stream(engine, PROMPT, 300, speculate=6)
+    assert ids_of(run) == ids_of(stream(engine, PROMPT, 300))
+    assert run.summary.passes < 300
+    assert 0 < run.summary.accepted < run.summary.drafted
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -1,0 +1,78 @@
+"""A body that remembers its text: the next prompt is read from where it differs, as a chat's is from turn to turn. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from flashhead_edge.generation.protocols import Array, BodySession, ReadsStates, TextEngine
+
+
+class PromptCache:
+    """A session of a body beside the tokens that it holds; a `BodySession` itself once a text has begun."""
+
+    def __init__(self) -> None:
+        self.body: BodySession | None = None
+        self.ids: list[int] = []  # what the body holds
+
+    def begin(self, engine: TextEngine, prompt: Sequence[int]) -> tuple[int, Array]:
+        """Bring the body behind `prompt`, of at least one token: how many of its tokens were read, hidden state of the last one [1, d].
+
+        A body that cannot be cut keeps its text only where the prompt goes on from all of it.
+        """
+        shared = next((i for i, (a, b) in enumerate(zip(self.ids, prompt)) if a != b), min(len(self.ids), len(prompt)))
+        shared = min(shared, len(prompt) - 1)  # the last state comes from a token that is fed
+        if self.body is None or not shared or (shared < len(self.ids) and not self.body.can_cut):
+            self.body, self.ids, shared = engine.body(), [], 0
+        if shared < len(self.ids):
+            self.cut(len(self.ids) - shared)
+        return len(prompt) - shared, self.feed(prompt[shared:])
+
+    def feed(self, ids: Sequence[int]) -> Array:
+        return self._run(ids, lambda body: body.feed(ids))
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether drafts can be verified here: `states` works, and what was wrong can be cut off."""
+        body = self._open()
+        return body.can_cut and isinstance(body, ReadsStates)
+
+    def states(self, ids: Sequence[int]) -> Array:
+        """As `ReadsStates` has it."""
+        return self._run(ids, lambda body: body.states(ids))
+
+    def _run(self, ids: Sequence[int], reading: Callable[[Any], Array]) -> Array:
+        with self._taken() as body:
+            hidden = reading(body)
+            self.ids.extend(ids)
+        return hidden
+
+    @contextmanager
+    def _taken(self) -> Iterator[Any]:
+        """The body, given up until all is done: what fails or is interrupted leaves nobody knows what."""
+        body, self.body = self._open(), None
+        yield body
+        self.body = body
+
+    @property
+    def can_cut(self) -> bool:
+        return self._open().can_cut
+
+    def cut(self, tokens: int) -> None:
+        with self._taken() as body:
+            body.cut(tokens)
+            del self.ids[len(self.ids) - tokens :]
+
+    def snapshot(self) -> Any:
+        return self._open().snapshot(), len(self.ids)
+
+    def restore(self, kept: Any) -> None:
+        state, length = kept
+        with self._taken() as body:
+            body.restore(state)
+            del self.ids[length:]
+
+    def _open(self) -> BodySession:
+        assert self.body is not None, "no text has begun"
+        return self.body
