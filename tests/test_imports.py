@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": HEADS | {"checkpoint", "kernels"},
     "exact": LEAVES,
     "generation": HEADS | {"checkpoint", "capture", "integrations", "exact", "kernels"},
+    "serve": LEAVES | {"decoding", "generation", "jetson", "package"},
     "inspection": DATA | {"checkpoint", "evaluation"},
     "report": DATA | {"evaluation", "rivals"},
     "bench": MIDDLE | {"report", "caps", "export", "jetson"},
@@ -62,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "program", "jetson"},
     "jetson": {"package"} | DATA | {"kernels", "packed", "program", "decoding", "evaluation", "checkpoint", "generation", "exact"},
     "package": {"errors", "integrations"},
-    "cli": MIDDLE | {"package", "report", "bench", "inspection", "doctor", "export", "jetson"},
+    "cli": MIDDLE | {"package", "report", "bench", "inspection", "doctor", "export", "jetson", "serve"},
     "__main__": {"cli"},
 }
 
@@ -99,6 +100,7 @@ MAY_NEED: dict[str, set[str]] = {
     "integrations": TORCH | {"transformers", "vllm"},
     "exact": set(),
     "generation": TORCH,
+    "serve": NUMPY | {"anyio", "prometheus_client", "starlette", "uvicorn"},
     "inspection": NUMPY,
     "report": NUMPY | {"rich"},
     "bench": TORCH | {"click"},

@@ -17,8 +17,9 @@ from flashhead_edge.errors import FlashHeadError
 EXTRAS = {
     "torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch",
     "onnxruntime": "onnx", "onnx": "export", "onnx_ir": "export", "ml_dtypes": "export", "onnxruntime_genai": "export",
+    "starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve", "anyio": "serve",
 }  # fmt: skip
-VERBS = ("convert", "quantize", "calibrate", "evaluate", "export", "plugin", "generate", "chat", "inspect", "doctor", "monitor", "plan", "bench")
+VERBS = ("convert", "quantize", "calibrate", "evaluate", "export", "plugin", "generate", "chat", "serve", "inspect", "doctor", "monitor", "plan", "bench")
 
 
 class Verbs(click.Group):
