@@ -97,6 +97,8 @@ async def complete(service: Service, chat: bool, request: Request) -> Response:
             raise Refusal("response_format: found together with tools, expected one of them; leave the other out", param="response_format")
         if asked.tools_forced:
             form = "bare"
+    if asked.dense:
+        await run_sync(service.decoder.dense.prepare)
     made = await run_sync(orders, service.engine, asked, service.grammars, forced_schema(asked.tools, asked.tool_names) if asked.tools_forced else None)
     prompt_tokens = sum(len(order.ids) for order in made[:: asked.choices])
     answer = Answer(asked, service.name, service.engine.tokenizer, prompt_tokens, form)

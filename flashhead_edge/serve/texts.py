@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from flashhead_edge.errors import FlashHeadError, SettingsError, first_line
 from flashhead_edge.generation import PromptCache, Stream, stream
 from flashhead_edge.generation.protocols import TextEngine
-from flashhead_edge.serve.dense import dense_stream
+from flashhead_edge.serve.dense import DenseHead
 from flashhead_edge.serve.limits import Limits
 from flashhead_edge.serve.mailbox import Mailbox, Piece
 from flashhead_edge.serve.metrics import Metrics
@@ -55,6 +55,7 @@ class Decoder:
 
     def __init__(self, engine: TextEngine, limits: Limits, metrics: Metrics, at_once: int) -> None:
         self.engine, self.limits, self.metrics, self.at_once = engine, limits, metrics, at_once
+        self.dense = DenseHead(engine)
         self.changed = threading.Condition()
         self.waiting: list[Text] = []
         self.active: list[Text] = []
@@ -219,7 +220,7 @@ class Decoder:
         if text.stream is None:
             assert text.cache is not None
             if order.dense:
-                text.stream = dense_stream(self.engine, order, text.cache)
+                text.stream = self.dense.stream(order, text.cache)
             else:
                 text.stream = stream(
                     self.engine, order.ids, order.max_tokens, order.sampling, stop_strings=order.stop, grammar=order.grammar, logprobs=order.logprobs,

@@ -18,11 +18,10 @@ import pytest
 from small_exports import write_exportable, write_with_index
 from small_heads import everything_open
 
-TOOL_TEMPLATE = (
-    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %} <tool_call>{% endif %}"
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments']['city'] }}{% endfor %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+TOOL_TEMPLATE = """{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %} <tool_call>{% endif %}\
+{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\
+{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments']['city'] }}{% endfor %}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 
 
 @pytest.fixture(scope="session")

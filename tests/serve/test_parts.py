@@ -9,15 +9,15 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from flashhead_edge.decoding import Sampling  # noqa: E402
-from flashhead_edge.errors import SettingsError  # noqa: E402
-from flashhead_edge.serve.limits import Limits  # noqa: E402
-from flashhead_edge.serve.mailbox import Mailbox  # noqa: E402
-from flashhead_edge.serve.metrics import Metrics  # noqa: E402
-from flashhead_edge.serve.orders import Order  # noqa: E402
-from flashhead_edge.serve.rotation import Rotation  # noqa: E402
-from flashhead_edge.serve.texts import Decoder, Text  # noqa: E402
-from flashhead_edge.serve.tools import Call, CallReader, form_of  # noqa: E402
+from flashhead_edge.decoding import Sampling
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.serve.limits import Limits
+from flashhead_edge.serve.mailbox import Mailbox
+from flashhead_edge.serve.metrics import Metrics
+from flashhead_edge.serve.orders import Order
+from flashhead_edge.serve.rotation import Rotation
+from flashhead_edge.serve.texts import Decoder, Text
+from flashhead_edge.serve.tools import Call, CallReader, form_of
 
 
 def test_hosts_have_equal_turns_and_so_have_their_users_and_texts():
