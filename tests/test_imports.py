@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": HEADS | {"checkpoint", "kernels"},
     "exact": LEAVES,
     "generation": HEADS | {"checkpoint", "capture", "integrations", "exact", "kernels"},
-    "serve": LEAVES | {"decoding", "generation", "jetson", "package"},
+    "serve": LEAVES | {"decoding", "checkpoint", "generation", "jetson", "package"},
     "inspection": DATA | {"checkpoint", "evaluation"},
     "report": DATA | {"evaluation", "rivals"},
     "bench": MIDDLE | {"report", "caps", "export", "jetson"},

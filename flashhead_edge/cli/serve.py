@@ -55,7 +55,7 @@ def serve(
             engine = open_engine(out, options | {"torch_device": None, "trust_remote_code": False, "standard_operators": False})
         if engine.tokenizer is None:
             raise SettingsError(f"{out}: it has no tokenizer, expected one to serve texts; save the tokenizer there")
-        about = model_facts(engine, name or out.resolve().name)
+        about = model_facts(engine, name or out.resolve().name, out)
         several = about.get("backend", "torch") in ("torch", "onnxruntime")  # the others have one cache
         at, number = listening.getsockname()[:2]
 

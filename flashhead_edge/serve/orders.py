@@ -33,6 +33,7 @@ class Order:
     grammar: Grammar | None
     logprobs: int | None
     dense: bool
+    afresh: bool  # the prompt is read as if it were the first: what a cache holds was summed in another order
 
 
 @dataclass(eq=False)
@@ -81,7 +82,7 @@ def orders(engine: TextEngine, wanted: Wanted, grammars: Grammars, schema: Mappi
         most = wanted.max_tokens or (NO_LIMIT if limit is None else limit - len(ids))
         for choice in range(wanted.choices):
             sampling = replace(wanted.sampling, seed=(wanted.sampling.seed + choice) % 2**64)
-            made.append(Order(tuple(ids), most, sampling, wanted.stop, grammar, wanted.logprobs, wanted.dense))
+            made.append(Order(tuple(ids), most, sampling, wanted.stop, grammar, wanted.logprobs, wanted.dense, wanted.again))
     first = made[0]
     try:
         for order in made[:: wanted.choices]:

@@ -44,6 +44,7 @@ class Wanted:
     usage: bool  # as a stream's last piece
     logprobs: int | None  # alternatives a token; None: no log-probabilities
     dense: bool  # the dense head, to compare with
+    again: bool  # a seed was given: the same text is wanted again, whatever other texts came before
     user: str  # whom it is for, as the client says
 
 
@@ -160,6 +161,7 @@ def wanted(body: Mapping[str, Any], *, chat: bool) -> Wanted:
         usage=flag(options or {}, "include_usage"),
         logprobs=chat_logprobs(body) if chat else whole(body, "logprobs", 0, 20),
         dense=head == "dense",
+        again=body.get("seed") is not None,
         user=text(body.get("user") or body.get("safety_identifier") or "", "user")[:64],
     )
 

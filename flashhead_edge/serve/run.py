@@ -13,14 +13,17 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from flashhead_edge.checkpoint.jsonfiles import read_json
+from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import EngineError, SettingsError
+from flashhead_edge.generation import prompt_ids, stream
 from flashhead_edge.generation.protocols import TextEngine
 from flashhead_edge.serve.app import Service, create_app
 from flashhead_edge.serve.guard import fields_of
@@ -170,6 +173,8 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
     )  # fmt: skip
     server = Server(config, decoder)
     sys.setswitchinterval(SWITCH)
+    for _ in stream(engine, prompt_ids(engine, "Hello", chat=False), 2, Sampling(temperature=1.0)):
+        pass  # what an engine opens and makes at its first text, no client waits for
     decoder.thread.start()
 
     async def main() -> None:
@@ -190,12 +195,23 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
     return server.signals[0] if server.signals else 0
 
 
-def model_facts(engine: TextEngine, name: str) -> dict[str, Any]:
-    """What the page says of the model: its size, what computes, and the head's agreement contract where the folder has one."""
+def model_facts(engine: TextEngine, name: str, folder: Path) -> dict[str, Any]:
+    """What the page says of a model: its size, what computes, and what its head promises where the folder says so."""
     backend: Any = getattr(engine, "backend", None)
     found = dict(backend.about) if backend is not None and hasattr(backend, "about") else {}
-    settings = getattr(backend, "settings", None)
-    more = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {}
-    kept = {k: v for k, v in more.items() if isinstance(v, (str, int, float, bool)) or v is None}
     sizes = {"vocab_size": engine.vocab_size, "hidden_size": engine.hidden_size, "context_length": engine.context_length}
-    return {"model": name, **sizes, **found, "settings": kept}
+    return {"model": name, **sizes, **found, "contract": contract(folder)}
+
+
+def contract(folder: Path) -> dict[str, Any] | None:
+    """The agreement that calibration found on text held out, None where none is written down."""
+    path = folder / "config.json"
+    head = read_json(path).get("flash_head") if path.is_file() else None
+    summary = head.get("summary") if isinstance(head, dict) else None
+    names = {
+        "agreement": "top1_agreement", "interval": "top1_agreement_interval", "target": "target_agreement", "positions": "positions", "bytes": "bytes_per_step",
+        "dense_bytes": "dense_bytes_per_step",
+    }  # fmt: skip
+    if not isinstance(summary, dict) or any(summary.get(key) is None for key in names.values()):
+        return None
+    return {name: summary[key] for name, key in names.items()}

@@ -152,14 +152,19 @@ class Decoder:
                 self.changed.wait()
 
     def _enter(self, text: Text) -> None:
-        """Make a text active, with the cache that holds most of its prompt."""
+        """Make a text active, with the cache that holds most of its prompt, or an empty one in the place of the least."""
 
         def shared(cache: PromptCache) -> int:
             return next((i for i, (a, b) in enumerate(zip(cache.ids, text.order.ids)) if a != b), min(len(cache.ids), len(text.order.ids)))
 
-        text.cache = max(self.caches, key=shared)
-        self.caches.remove(text.cache)
-        text.read = shared(text.cache)
+        if text.order.afresh:
+            text.cache = min(self.caches, key=lambda cache: len(cache.ids))
+            self.caches.remove(text.cache)
+            text.cache = PromptCache()
+        else:
+            text.cache = max(self.caches, key=shared)
+            self.caches.remove(text.cache)
+            text.read = shared(text.cache)
         self.active.append(text)
         self._count()
 

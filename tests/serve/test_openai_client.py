@@ -172,3 +172,13 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(server, change, error, s
 def test_embeddings_are_refused(server):
     with pytest.raises(openai.BadRequestError, match="embeddings: this server makes texts"):
         server.client().embeddings.create(model="tiny", input="x")
+
+
+def test_seed_gives_the_same_text_whatever_came_before(server):
+    """Read afresh: log-probabilities to the last bit, though the cache holds the prompt."""
+    wanted = {"model": "tiny", "messages": ASK, "max_tokens": 8, "seed": 5, "temperature": 1.1, "logprobs": True}
+    found = []
+    for _ in range(3):
+        found.append([(e.token, e.logprob) for e in server.client().chat.completions.create(**wanted).choices[0].logprobs.content])
+        server.client().chat.completions.create(**GREEDY)
+    assert found[0] == found[1] == found[2]

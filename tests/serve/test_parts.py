@@ -66,7 +66,7 @@ def test_limits_are_checked():
 
 
 def order(ids, tokens):
-    return Order(tuple(ids), tokens, Sampling(), (), None, None, False)
+    return Order(tuple(ids), tokens, Sampling(), (), None, None, False, False)
 
 
 def test_text_whose_reader_is_too_slow_is_given_up_and_others_go_on(engine):
