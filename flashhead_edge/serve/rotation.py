@@ -16,8 +16,10 @@ class Rotation:
         self.turns: dict[Path, int] = {}
 
     def next(self, paths: Iterable[K]) -> K:
-        """The path whose turn it is, among some that are ready; the first of those that are level. It is counted."""
+        """The path whose turn it is, among some that are ready; the first of those that are level. It is counted, unless it is alone."""
         ready = list(paths)
+        if len(ready) == 1:  # alone, turns are nobody's loss
+            return ready[0]
         present = {path[:n] for path in ready for n in range(1, len(path) + 1)}
         for key in sorted(present - self.turns.keys(), key=len):
             beside = [self.turns[other] for other in present & self.turns.keys() if other[:-1] == key[:-1] and len(other) == len(key)]
