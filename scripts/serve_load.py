@@ -142,7 +142,8 @@ def figures(options: argparse.Namespace) -> dict[str, Any]:
     median = {name: {key: quantile([row[key] for row in rows], 0.5) for key in rows[0]} for name, rows in found.items()}
     overhead = median["clients_1"]["inter_token_ms_p50"] / median["bare"]["inter_token_ms_p50"] - 1
     host = median["clients_1"]["cpu_ms_a_token"] - median["bare"]["cpu_ms_a_token"]
-    return {"median": median, "overhead_inter_token": overhead, "host_cpu_ms_a_streamed_token": host, "samples": found, "tokens": options.tokens, "threads": options.threads}
+    found_all = {"median": median, "overhead_inter_token": overhead, "host_cpu_ms_a_streamed_token": host}
+    return {**found_all, "samples": found, "tokens": options.tokens, "threads": options.threads}
 
 
 def memory(pid: int) -> int:

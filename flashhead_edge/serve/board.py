@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from flashhead_edge.jetson.board_telemetry import sample
 from flashhead_edge.serve.metrics import Metrics
+
+FRESH = 0.5  # seconds
 
 
 def resident_bytes() -> int | None:
@@ -20,13 +23,17 @@ def resident_bytes() -> int | None:
 
 
 def read_gauges(metrics: Metrics) -> dict[str, float | None]:
-    """Read them now, into the metrics too; None for what cannot be read."""
+    """Read them, into the metrics too; None for what cannot be read. A look serves all who ask within FRESH."""
+    looked, found = metrics.look
+    if time.monotonic() - looked < FRESH:
+        return found
     now = sample("/")
     hottest = max(now.temperatures.values(), default=None) if now.temperatures else None
-    found: dict[str, float | None] = {"power": now.power, "temperature": hottest, "memory": resident_bytes()}
+    found = {"power": now.power, "temperature": hottest, "memory": resident_bytes()}
     for name, value in found.items():
         if value is not None:
             getattr(metrics, name).set(value)
+    metrics.look = (time.monotonic(), found)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 
@@ -32,6 +33,7 @@ class Metrics:
         self.memory = Gauge("flashhead_resident_memory_bytes", "Memory of this process", registry=self.registry)
         Gauge("flashhead_model_info", "1, for the model that is served", ("model",), registry=self.registry).labels(model).set(1)
         self.counts = {"waiting": 0, "active": 0}  # as the page reads them
+        self.look: tuple[float, dict[str, float | None]] = (-math.inf, {})  # at the board: when, and what was seen
         self.recent: deque[float] = deque(maxlen=1 << 14)
 
     def queue(self, waiting: int, active: int) -> None:

@@ -33,7 +33,8 @@ from flashhead_edge.serve.texts import Decoder
 
 LOOK = 1.0  # seconds between two looks at a connection
 KEEP_ALIVE = 15  # seconds that a connection may be idle between requests
-LINGER = 5.0  # seconds that a closed connection may take to hand over what was written
+LINGER = 30.0  # seconds that a closed connection may take to hand over what was written
+LAST = 5.0  # seconds that the decode thread has for the step it is in
 SWITCH = 0.0005  # seconds after which a thread gives way: at Python's 5 ms a token could wait as long as it takes to make
 LOG = logging.getLogger("flashhead_edge.serve")
 
@@ -190,7 +191,7 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
         asyncio.run(main())
         decoder.close()
         decoder.cancel_all()  # what is left after the time to drain
-        decoder.thread.join(LINGER)
+        decoder.thread.join(LAST)
         LOG.info("stopped", extra={"fields": {"seconds": round(time.monotonic() - began, 1), "signals": [signal.Signals(s).name for s in server.signals]}})
     return server.signals[0] if server.signals else 0
 
