@@ -27,40 +27,50 @@ def whole(low: int, high: int) -> dict[str, Any]:
     return nullable(type="integer", minimum=low, maximum=high)
 
 
+def form(kind: str, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "required": ["type", *more], "properties": {"type": {"const": kind}, **more}}
+
+
 def api_document() -> dict[str, Any]:
     """OpenAPI 3.1."""
     object_: dict[str, Any] = {"type": "object"}
     some = {"type": "string", "minLength": 1}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    schema_form = form("json_schema", json_schema={"type": "object", "required": ["schema"], "properties": {"schema": {"type": "object"}}})
     common = {
         "model": nullable(type="string"),
         "max_tokens": whole(1, 1 << 20),
-        "temperature": number(0, 2),
+        "temperature": {"anyOf": [{"const": 0}, {"type": "number", "minimum": 0.001, "maximum": 2}, {"type": "null"}]},
         "top_p": number(0, 1),
         "top_k": whole(-1, 1 << 20),
         "min_p": number(0, 1),
         "repetition_penalty": number(0.01, 10),
         "presence_penalty": number(-2, 2),
         "frequency_penalty": number(-2, 2),
-        "logit_bias": nullable(type="object", additionalProperties={"type": "number", "minimum": -100, "maximum": 100}),
+        "logit_bias": nullable(
+            type="object", additionalProperties={"type": "number", "minimum": -100, "maximum": 100}, propertyNames={"pattern": "^[0-9]{1,9}$"}
+        ),
         "seed": whole(-(2**63), 2**63 - 1),
         "n": whole(1, MOST_CHOICES),
         "stop": {"anyOf": [some, {"type": "array", "maxItems": MOST_STOPS, "items": some}, {"type": "null"}]},
         "stream": nullable(type="boolean"),
         "stream_options": nullable(type="object", properties={"include_usage": nullable(type="boolean")}),
-        "response_format": nullable(type="object", required=["type"], properties={"type": {"enum": ["text", "json_object", "json_schema"]}}),
+        "response_format": {"anyOf": [form("text"), form("json_object"), schema_form, {"type": "null"}]},
         "user": nullable(type="string"),
         "head": {"enum": ["fast", "dense"], "description": "The head that chooses tokens: ours, or the model's own to compare with"},
     }
+    part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}
     message = {
         "type": "object",
-        "required": ["role"],
+        "required": ["role", "content"],
+        "description": "An assistant's message may have tool_calls and no content, as in OpenAI's interface",
         "properties": {
             "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": object_}, {"type": "null"}]},
-            "tool_calls": nullable(type="array", items=object_),
+            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]},
         },
     }
+    function = {"type": "object", "required": ["name"], "properties": {"name": some, "description": {"type": "string"}, "parameters": object_}}
+    tool = {"type": "object", "required": ["type", "function"], "properties": {"type": {"const": "function"}, "function": function}}
     chat = {
         "type": "object",
         "required": ["messages"],
@@ -70,11 +80,16 @@ def api_document() -> dict[str, Any]:
             "max_completion_tokens": whole(1, 1 << 20),
             "logprobs": nullable(type="boolean"),
             "top_logprobs": whole(0, 20),
-            "tools": nullable(type="array", items=object_),
-            "tool_choice": {},
+            "tools": nullable(type="array", items=tool),
+            "tool_choice": {"enum": ["none", "auto", None], "description": "Beside tools also required, or a function that they name"},
         },
+        "if": {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
+        "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
     }
-    plain = {"type": "object", "required": ["prompt"], "properties": {**common, "prompt": {"type": ["string", "array"]}, "logprobs": whole(0, 20)}}
+    token = {"type": "integer", "minimum": 0}
+    lists = [{"type": "array", "minItems": 1, "maxItems": MOST_CHOICES, "items": some}, {"type": "array", "minItems": 1, "items": token}]
+    prompt = {"anyOf": [some, *lists], "description": "A text, texts, or token ids of the model; with n 16 texts in all"}
+    plain = {"type": "object", "required": ["prompt"], "properties": {**common, "prompt": prompt, "logprobs": whole(0, 20)}}
     errors = {status: {"description": text, "content": error} for status, text in ERRORS.items()}
 
     def post(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -88,15 +103,12 @@ def api_document() -> dict[str, Any]:
         return {"get": {"summary": summary, "responses": {**done, **bad}, **more}}
 
     name = {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
-    embeddings = post("Refused: this server makes texts", object_)
-    del embeddings["post"]["responses"]["200"]
     return {
         "openapi": "3.1.0",
         "info": {"title": "flashhead serve", "version": __version__},
         "paths": {
             "/v1/chat/completions": post("An answer to a chat, in OpenAI's form", chat),
             "/v1/completions": post("A text that goes on, in OpenAI's form", plain),
-            "/v1/embeddings": embeddings,
             "/v1/models": get("The model"),
             "/v1/models/{name}": get("The model, by its name", "application/json", "404", **name),
             "/health": get("Whether the process works", "application/json", "500"),

@@ -100,6 +100,8 @@ def whole(body: Mapping[str, Any], name: str, low: int, high: int, default: int 
     value = body.get(name)
     if value is None:
         return default
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 5.0 is a whole number in JSON
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise wrong(name, value, f"a whole number from {low} to {high}")
     return value
@@ -141,8 +143,8 @@ def wanted(body: Mapping[str, Any], *, chat: bool) -> Wanted:
     if count * len(prompts) > MOST_CHOICES:
         raise Refusal(f"n: found {count} texts for each of {len(prompts)} prompts, expected {MOST_CHOICES} texts in all; ask for fewer", param="n")
     stream, options = flag(body, "stream"), body.get("stream_options")
-    if options is not None and not (isinstance(options, dict) and stream):
-        raise wrong("stream_options", options, "an object, together with stream: true")
+    if options is not None and not isinstance(options, dict):
+        raise wrong("stream_options", options, "an object")
     head = body.get("head", "fast")
     if head not in HEADS:
         raise Refusal("head: found another value than 'fast' and 'dense', expected one of them; leave the field out", param="head")
@@ -177,7 +179,7 @@ def max_tokens(body: Mapping[str, Any], chat: bool) -> int | None:
 def sampling(body: Mapping[str, Any]) -> Sampling:
     """OpenAI's settings, and as vLLM's clients send them top_k, min_p and repetition_penalty; a seed is drawn where none is given."""
     seed = whole(body, "seed", -(2**63), 2**64 - 1)
-    biases = body.get("logit_bias") or {}
+    biases = {} if body.get("logit_bias") is None else body["logit_bias"]
     if not isinstance(biases, dict):
         raise wrong("logit_bias", biases, "an object of numbers by token id")
     bias = {}
@@ -299,7 +301,8 @@ def call(found: Any, name: str) -> dict[str, Any]:
 
 def chat_tools(body: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], bool, tuple[str, ...]]:
     """The tools, whether one must be called, and which may be."""
-    tools = listed(body.get("tools") or [], "tools")
+    given = body.get("tools")
+    tools = listed([] if given is None else given, "tools")
     names = []
     for i, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None

@@ -56,7 +56,7 @@ def post(body, extra=""):
         (b'{"messages": "x"}', 400, "messages: found a string, expected a list"),
         (b'{"messages": [{"role": ["user"], "content": "a"}]}', 400, "role: it is none of"),
         (b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', 400, "temperature: found"),
-        (b'{"messages": [{"role": "user", "content": "a"}], "stream_options": {}}', 400, "stream_options: found an object"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "stream_options": 1}', 400, "stream_options: found 1, expected an object"),
         (b" " * ((1 << 20) + 1), 413, "body: it has 1048577 bytes or more, expected at most 1048576"),
     ],
     ids=range(14),
