@@ -38,13 +38,16 @@ class ChatTokenizer:
             raise SettingsError("tokenizer: clean_up_tokenization_spaces is true, expected false or None; clean the text up yourself")
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], *, tokenize: bool = False, add_generation_prompt: bool = False) -> str:
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, tokenize: bool = False,
+        add_generation_prompt: bool = False,
+    ) -> str:  # fmt: skip
         """The text of a conversation; jinja2's TemplateError where the template refuses it."""
         if self.chat_template is None or tokenize:
             found = "no chat template" if self.chat_template is None else "tokenize=True"
             raise SettingsError(f"tokenizer: found {found}, expected a chat template and tokenize=False; give a plain text, or encode the text that comes back")
         messages = [{k: v for k, v in m.items() if v is not None} for m in conversation]
-        context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         return compiled(self.chat_template).render(**context, **self.special_tokens)
 
     @property

@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": HEADS | {"checkpoint", "kernels"},
     "exact": LEAVES,
     "generation": HEADS | {"checkpoint", "capture", "integrations", "exact", "kernels"},
+    "serve": LEAVES | {"decoding", "checkpoint", "generation", "jetson", "package"},
     "inspection": DATA | {"checkpoint", "evaluation"},
     "report": DATA | {"evaluation", "rivals"},
     "bench": MIDDLE | {"report", "caps", "export", "jetson"},
@@ -63,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "program", "jetson"},
     "jetson": {"package"} | DATA | {"kernels", "packed", "program", "decoding", "evaluation", "checkpoint", "generation", "exact"},
     "package": {"errors", "integrations"},
-    "cli": MIDDLE | {"package", "report", "bench", "inspection", "doctor", "export", "jetson", "bundle"},
+    "cli": MIDDLE | {"package", "report", "bench", "inspection", "doctor", "export", "jetson", "bundle", "serve"},
     "__main__": {"cli"},
 }
 
@@ -100,6 +101,7 @@ MAY_NEED: dict[str, set[str]] = {
     "integrations": TORCH | {"transformers", "vllm"},
     "exact": set(),
     "generation": TORCH,
+    "serve": NUMPY | {"anyio", "prometheus_client", "starlette", "uvicorn"},
     "inspection": NUMPY,
     "report": NUMPY | {"rich"},
     "bench": TORCH | {"click"},

@@ -18,8 +18,12 @@ EXTRAS = {
     "torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch",
     "onnxruntime": "onnx", "onnx": "export", "onnx_ir": "export", "ml_dtypes": "export", "onnxruntime_genai": "export",
     "packaging": "bundle", "wheel": "bundle",
+    "starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve", "anyio": "serve",
 }  # fmt: skip
-VERBS = ("convert", "quantize", "calibrate", "evaluate", "export", "plugin", "generate", "chat", "inspect", "doctor", "monitor", "plan", "bundle", "bench")
+VERBS = (
+    "convert", "quantize", "calibrate", "evaluate", "export", "plugin", "generate", "chat", "serve", "inspect", "doctor", "monitor", "plan", "bundle",
+    "bench",
+)  # fmt: skip
 
 
 class Verbs(click.Group):

@@ -79,12 +79,15 @@ def check_stop_strings(strings: Sequence[str], tokenizer: Tokenizer | None) -> N
         raise SettingsError(f"generate: the stop strings are {strings!r}, expected a list of texts that are not empty; leave the empty ones out")
 
 
-def prompt_ids(engine: TextEngine, prompt: str | Sequence[Mapping[str, str]], chat: bool | None = None) -> list[int]:
+def prompt_ids(
+    engine: TextEngine, prompt: str | Sequence[Mapping[str, Any]], chat: bool | None = None, tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
     """Token ids of a prompt.
 
     Args:
         prompt: a text, or the messages of a chat: {"role": ..., "content": ...}.
         chat: whether a text becomes a user's message in the tokenizer's chat template; None: where there is one.
+        tools: that a chat may call, in OpenAI's form; the template says them to the model.
     Raises:
         SettingsError: the prompt is empty or not UTF-8, or a chat is asked of a tokenizer without a template.
     """
@@ -102,7 +105,8 @@ def prompt_ids(engine: TextEngine, prompt: str | Sequence[Mapping[str, str]], ch
         from jinja2 import TemplateError
 
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            more = {"tools": list(tools)} if tools else {}
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **more)
         except TemplateError as error:
             raise SettingsError(f"generate: the chat template refuses the messages ({first_line(error)}), expected what it is made for; change them") from error
         return list(tokenizer(_checked(text), add_special_tokens=False)["input_ids"])

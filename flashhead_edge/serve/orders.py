@@ -1,0 +1,101 @@
+"""From a checked request to texts to be made: token ids, a compiled grammar, settings that this engine takes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flashhead_edge.decoding import Sampling
+from flashhead_edge.errors import EngineError, SettingsError
+from flashhead_edge.generation import prompt_ids
+from flashhead_edge.generation.decode import start
+from flashhead_edge.generation.grammar import Grammar, compile_grammar
+from flashhead_edge.generation.protocols import TextEngine
+from flashhead_edge.serve.refusals import Refusal
+from flashhead_edge.serve.requests import Wanted
+
+KEPT_GRAMMARS = 32
+NO_LIMIT = 4096  # tokens of a text where neither the request nor the model says
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """One text to be made."""
+
+    ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+    grammar: Grammar | None
+    logprobs: int | None
+    dense: bool
+    afresh: bool  # the prompt is read as if it were the first: what a cache holds was summed in another order
+
+
+@dataclass(eq=False)
+class Grammars:
+    """The last compiled schemas: a client sends the same one with every request."""
+
+    kept: OrderedDict[str, Grammar] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def of(self, engine: TextEngine, schema: Mapping[str, Any]) -> Grammar:
+        key = json.dumps(schema, sort_keys=True)
+        with self.lock:
+            if key not in self.kept:
+                self.kept[key] = compile_grammar(engine, json_schema=schema)
+            self.kept.move_to_end(key)
+            while len(self.kept) > KEPT_GRAMMARS:
+                self.kept.popitem(last=False)
+            return self.kept[key]
+
+
+def orders(engine: TextEngine, wanted: Wanted, grammars: Grammars, schema: Mapping[str, Any] | None = None) -> list[Order]:
+    """The texts of a request, prompt by prompt: tokenizers and compilers at work, so not in an event loop.
+
+    Args:
+        schema: that the texts follow instead of the request's own.
+    Raises:
+        Refusal: the engine cannot make them.
+    """
+    try:
+        schema = schema or wanted.schema
+        grammar = None if schema is None else grammars.of(engine, schema)
+    except EngineError as error:
+        raise Refusal(str(error), 501, param="response_format") from error
+    except SettingsError as error:
+        raise Refusal(str(error), param="response_format") from error
+    made = []
+    for prompt in wanted.prompts:
+        ids = ids_of(engine, wanted, prompt)
+        limit = engine.context_length
+        if limit is not None and len(ids) >= limit:
+            raise Refusal(
+                f"messages: the prompt has {len(ids)} tokens, expected fewer than the model's {limit} positions; shorten it",
+                code="context_length_exceeded",
+                param="messages" if wanted.chat else "prompt",
+            )
+        most = wanted.max_tokens or (NO_LIMIT if limit is None else limit - len(ids))
+        for choice in range(wanted.choices):
+            sampling = replace(wanted.sampling, seed=(wanted.sampling.seed + choice) % 2**64)
+            made.append(Order(tuple(ids), most, sampling, wanted.stop, grammar, wanted.logprobs, wanted.dense, wanted.again))
+    first = made[0]
+    try:
+        for order in made[:: wanted.choices]:
+            start(engine, order.ids, order.max_tokens, first.sampling, (), first.stop, None, first.logprobs)
+    except SettingsError as error:
+        raise Refusal(str(error)) from error
+    return made
+
+
+def ids_of(engine: TextEngine, wanted: Wanted, prompt: Any) -> Sequence[int]:
+    if not wanted.chat and not isinstance(prompt, str):
+        return tuple(prompt)
+    try:
+        return prompt_ids(engine, prompt, chat=wanted.chat, tools=wanted.tools or None)
+    except SettingsError as error:
+        raise Refusal(str(error), param="messages" if wanted.chat else "prompt") from error

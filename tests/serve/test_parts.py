@@ -1,0 +1,127 @@
+"""The server's parts without a server: turns, calls of tools, readers that are too slow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+pytest.importorskip("starlette")
+
+from flashhead_edge.decoding import Sampling
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.serve.limits import Limits
+from flashhead_edge.serve.mailbox import Mailbox
+from flashhead_edge.serve.metrics import Metrics
+from flashhead_edge.serve.orders import Order
+from flashhead_edge.serve.rotation import Rotation
+from flashhead_edge.serve.texts import Decoder, Text
+from flashhead_edge.serve.tools import Call, CallReader, form_of
+
+
+def test_hosts_have_equal_turns_and_so_have_their_users_and_texts():
+    rotation, paths = Rotation(), [("a", "u", "1"), ("a", "u", "2"), ("a", "v", "3"), ("b", "w", "4")]
+    turns = [rotation.next(paths) for _ in range(80)]
+    assert [turns.count(p) for p in paths] == [10, 10, 20, 40]
+    newcomer = ("c", "x", "5")
+    turns = [rotation.next([*paths, newcomer]) for _ in range(60)]
+    assert turns.count(newcomer) == 20  # neither all of the first turns nor none
+    rotation.keep([newcomer])
+    assert set(rotation.turns) == {("c",), ("c", "x"), newcomer}
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "said", "calls"),
+    [
+        ("tagged", 'Let me see. <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', "Let me see. ", [Call("f", '{"a": 1}')]),
+        ("tagged", '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n<tool_call>{"name": "g"}</tool_call>', "", [Call("f", "{}"), Call("g", "{}")]),
+        ("tagged", "1 <tool 2 < 3", "1 <tool 2 < 3", []),
+        ("tagged", "<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
+        ("tagged", '<tool_call>{"name": "other", "arguments": {}}</tool_call>', '<tool_call>{"name": "other", "arguments": {}}</tool_call>', []),
+        ("bare", ' {"name": "f", "parameters": {"a": "ü"}}', "", [Call("f", '{"a": "ü"}')]),
+        ("bare", '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}', "", [Call("f", "{}"), Call("g", "{}")]),
+        ("bare", '{"x": 1}', '{"x": 1}', []),
+        ("bare", "Hello {", "Hello {", []),
+    ],
+    ids=range(9),
+)
+def test_calls_are_read_from_the_text_piece_by_piece(form, text, said, calls):
+    reader = CallReader(form, ("f", "g"))
+    pieces = "".join(reader.push(c) for c in text)
+    rest, found = reader.finish()
+    assert (pieces + rest, found) == (said, calls)
+
+
+def test_templates_say_how_calls_look():
+    assert form_of("{% if tools %}<tool_call>{% endif %}") == "tagged"
+    assert form_of('{% if tools %}{"name": "parameters"}{% endif %}') == "bare"
+    with pytest.raises(Exception, match="the model's chat template knows none"):
+        form_of("{{ messages }}")
+
+
+def test_limits_are_checked():
+    with pytest.raises(SettingsError, match="serve: waiting is 0, expected more than 0"):
+        Limits(waiting=0)
+
+
+def order(ids, tokens):
+    return Order(tuple(ids), tokens, Sampling(), (), None, None, False, False)
+
+
+def test_text_whose_reader_is_too_slow_is_given_up_and_others_go_on(engine):
+    """Nobody takes from the first mailbox: its text ends at the limit, the one beside it is whole."""
+    metrics = Metrics("tiny")
+    decoder = Decoder(engine, Limits(unread_tokens=20), metrics, 2)
+
+    async def run():
+        slow, quick = Mailbox(), Mailbox()
+        late = time.monotonic() + 60
+        decoder.thread.start()
+        decoder.submit([Text(order([1, 2, 3], 500), ("a", "", "1"), slow, 0, late), Text(order([4, 5, 6], 100), ("b", "", "2"), quick, 0, late)])
+        tokens, ended = 0, ""
+        while not ended:
+            for piece in await quick.take():
+                tokens, ended = tokens + 1, piece.ended
+        return tokens, [p.error and p.error.code for p in await slow.take()]
+
+    tokens, left = asyncio.run(run())
+    decoder.close()
+    decoder.thread.join(10)
+    assert tokens == 100
+    assert left == ["reader_too_slow"]
+    assert not decoder.thread.is_alive()
+    assert len(decoder.caches) == 2
+
+
+def test_text_that_fails_harms_no_other(engine, monkeypatch):
+    """Whatever goes wrong in one text's step, the next text is made as if nothing had been."""
+    from flashhead_edge.serve import texts as module
+
+    real = module.stream
+
+    def failing(engine, ids, *arguments, **more):
+        if ids[0] == 13:
+            raise ZeroDivisionError("planted")
+        return real(engine, ids, *arguments, **more)
+
+    monkeypatch.setattr(module, "stream", failing)
+    decoder = Decoder(engine, Limits(), Metrics("tiny"), 2)
+
+    async def run():
+        decoder.thread.start()
+        found = []
+        for first in (13, 14):
+            box = Mailbox()
+            decoder.submit([Text(order([first, 2], 3), ("a", "", str(first)), box, 0, time.monotonic() + 60)])
+            pieces = []
+            while not pieces or not (pieces[-1].ended or pieces[-1].error):
+                pieces += await box.take()
+            found.append(pieces)
+        return found
+
+    bad, good = asyncio.run(run())
+    decoder.close()
+    decoder.thread.join(10)
+    assert bad[-1].error.status == 500 and "planted" not in str(bad[-1].error)
+    assert [p.ended for p in good] == ["", "", "max_new_tokens"]
