@@ -144,6 +144,13 @@ def test_bad_input_writes_nothing(model: Path, checkpoint: Path, wheels: Path, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_environment_without_pip(model: Path, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashhead_edge.bundle.wheels.find_spec", lambda name: None)
+    with pytest.raises(FlashHeadError, match=r"^pip: \S+ does not have it, expected it to fetch and build wheels; type: \S+ -m ensurepip$"):
+        bundle(model, tmp_path / "out.tar", target="jetpack6", find_links=[wheels])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_archive_that_exists_is_kept(model: Path, wheels: Path, tmp_path: Path, offline: None) -> None:
     out = tmp_path / "out.tar"
     out.write_text("mine")
