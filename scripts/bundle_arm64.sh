@@ -2,6 +2,7 @@
 # A bundle on an emulated Debian 12 for arm64: made, installed without a network, one answer, taken away again.
 #   sudo scripts/bundle_arm64.sh MODEL [WORK]
 # MODEL is a folder of `flashhead export onnx`; WORK (build/arm64) keeps the Debian between runs. FLASHHEAD names the command (.venv/bin/flashhead).
+# The answer must be this machine's own: both are greedy.
 # Needs root, debootstrap (DEBOOTSTRAP names another than the PATH's) and qemu-user-static. Emulation is some twenty times slower than
 # the real thing: no time that it prints says anything of a board.
 set -euo pipefail
@@ -47,7 +48,12 @@ echo "== on $(inside uname -m), without a network"
 inside sh -c 'sh /root/b/flashhead-*/install.sh check'
 inside sh -c 'sh /root/b/flashhead-*/install.sh'
 inside /opt/flashhead/bin/flashhead --version
-inside /opt/flashhead/bin/flashhead generate /opt/flashhead/current/model --prompt "What is the capital of France?" --max-new-tokens 12
+asked="What is the capital of France?"
+here=$("$flashhead" generate "$model" --prompt "$asked" --max-new-tokens 12 2>/dev/null)
+there=$(inside /opt/flashhead/bin/flashhead generate /opt/flashhead/current/model --prompt "$asked" --max-new-tokens 12 2>"$work/generate.log")
+grep operators "$work/generate.log"
+echo "$there"
+[ "$here" = "$there" ] || { echo "on this machine the answer is: $here" >&2; exit 1; }
 if inside /opt/flashhead/bin/flashhead serve --help >/dev/null 2>&1; then
     echo "== over HTTP"
     # shellcheck disable=SC2016 # expanded inside
@@ -58,8 +64,9 @@ fcntl.ioctl(s, 0x8914, struct.pack(\"16sh\", b\"lo\", 0x1 | 0x40))"
         trap "kill $server; wait $server" EXIT
         for i in $(seq 300); do curl -fs http://127.0.0.1:8123/v1/models >/dev/null && break; sleep 1; done
         curl -fsS http://127.0.0.1:8123/v1/chat/completions -H "Content-Type: application/json" \
-            -d "{\"model\": \"model\", \"max_tokens\": 12, \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]}"
-        echo'
+            -d "{\"model\": \"model\", \"max_tokens\": 12, \"temperature\": 0, \"messages\": [{\"role\": \"user\", \"content\": \"$0\"}]}"
+        echo' "$asked" | tee "$work/http.json"
+    grep -qF "$here" "$work/http.json" || { echo "on this machine the answer is: $here" >&2; exit 1; }
 else
     echo "== no answer over HTTP: this version has no flashhead serve"
 fi

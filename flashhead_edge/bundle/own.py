@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 from flashhead_edge.bundle.targets import Target
+from flashhead_edge.bundle.wheels import need_pip
 from flashhead_edge.errors import FlashHeadError, first_line
 
 LIBRARIES = ("_native", "_cuda")
@@ -37,6 +38,7 @@ def own_wheel(target: Target, source: Path, work: Path, folder: Path) -> tuple[P
     Raises:
         FlashHeadError: the build failed, or a library needs a newer glibc than the target's.
     """
+    need_pip()
     copy, dist = work / "source", work / "dist"
     copy.mkdir(parents=True)
     for name in SOURCES:

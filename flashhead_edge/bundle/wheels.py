@@ -7,6 +7,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Sequence
 from email.parser import BytesParser
+from importlib.util import find_spec
 from pathlib import Path
 
 from flashhead_edge.bundle.targets import Target
@@ -53,7 +54,14 @@ def download(target: Target, requirements: Sequence[str], folder: Path, find_lin
     return wheels
 
 
+def need_pip() -> None:
+    """Say that pip is missing before it is called: environments may be made without it."""
+    if find_spec("pip") is None:
+        raise FlashHeadError(f"pip: {sys.executable} does not have it, expected it to fetch and build wheels; type: {sys.executable} -m ensurepip")
+
+
 def _pip_download(target: Target, asked: Sequence[str], folder: Path, find_links: Sequence[Path], progress: Progress) -> None:
+    need_pip()
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     command += [*pip_options(target), "--dest", str(folder), "--find-links", str(folder)]
     command += [word for path in find_links for word in ("--find-links", str(path))]

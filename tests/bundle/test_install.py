@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flashhead_edge.bundle import bundle
+from flashhead_edge.errors import FlashHeadError
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.uname().machine != "x86_64" or sys.version_info[:2] != (3, 11), reason="the bundles are for Python 3.11 on x86-64 Linux"
@@ -232,6 +235,75 @@ def test_two_installers_at_once(unpacked: Callable[[], Path], prefix: Path) -> N
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         assert "another install.sh is at work there" in one_sentence(run(script, "--prefix", prefix))
         holder.communicate("\n")
+
+
+# ---- interrupted
+
+
+def begun(script: Path, prefix: Path, log: Path) -> subprocess.Popen[bytes]:
+    """install.sh in a process group of its own, in the middle of its work: the environment is there, the installation is not complete."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            ["sh", script, "--prefix", prefix], stdout=said, stderr=said, env={**os.environ, "PATH": path}, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell keeps ignoring what it was started with
+        )  # fmt: skip
+    end = time.monotonic() + 60
+    while not any(not (p.parent.parent / ".complete").exists() for p in prefix.glob("versions/*/bin/python")) and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return process
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_interrupted_installation_is_undone(sign: signal.Signals, unpacked: Callable[[str], Path], prefix: Path, tmp_path: Path) -> None:
+    assert run(unpacked("first"), "--prefix", prefix).returncode == 0
+    before = state(prefix)
+    process = begun(unpacked("second"), prefix, tmp_path / "log")
+    os.killpg(process.pid, sign)
+    assert process.wait(60) == 1
+    assert "stays as it was" in (tmp_path / "log").read_text()
+    assert state(prefix) == before
+
+
+def test_killed_installation_is_cleared_by_the_next(unpacked: Callable[[str], Path], prefix: Path, tmp_path: Path) -> None:
+    """As after the power went: the old version runs on, what was half there goes."""
+    assert run(unpacked("first"), "--prefix", prefix).returncode == 0
+    process = begun(unpacked("second"), prefix, tmp_path / "log")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+    assert installed(prefix) == "first" and len(list((prefix / "versions").iterdir())) == 2
+    assert run(next(tmp_path.glob("unpacked-first/*/install.sh")), "--prefix", prefix).returncode == 0
+    assert installed(prefix) == "first" and len(list((prefix / "versions").iterdir())) == 1
+
+
+# ---- the real thing
+
+
+@pytest.mark.slow
+def test_real_bundle_answers(model: Path, prefix: Path, tmp_path: Path) -> None:
+    """Real wheels, flashhead-edge's own built here: what is installed says what this environment says, with nothing from it."""
+    try:
+        bundle(model, tmp_path / "real.tar", target=TARGET)
+    except FlashHeadError as error:
+        if "pip download failed" in str(error):
+            pytest.skip(f"no package index here: {error}")
+        raise
+    with tarfile.open(tmp_path / "real.tar") as archive:
+        archive.extractall(tmp_path / "real", filter="data")
+    (script,) = (tmp_path / "real").glob("*/install.sh")
+    result = run(script, "--prefix", prefix)
+    assert result.returncode == 0, result.stderr
+    arguments = ["generate", str(prefix / "current/model"), "--prompt", "ab", "--raw", "--max-new-tokens", "8"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))}
+    answers = [
+        subprocess.run([command, *arguments], capture_output=True, check=True, env=clean, cwd=tmp_path).stdout
+        for command in (prefix / "bin/flashhead", Path(sys.executable).parent / "flashhead")
+    ]
+    assert answers[0] == answers[1] and answers[0].strip()
+    size = sum(p.lstat().st_blocks * 512 for p in prefix.rglob("*"))
+    needed = re.search(r"^NEEDED_KIB='(\d+)'$", script.read_text(), re.MULTILINE)
+    assert needed and size <= int(needed[1]) << 10  # else the check of the disk would promise too much
 
 
 # ---- a full disk

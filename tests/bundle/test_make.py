@@ -52,6 +52,17 @@ def nvrtc(folder: Path) -> Path:
     return folder / "nvrtc"
 
 
+def test_checkpoint_for_a_jetson(checkpoint: Path, wheels: Path, tmp_path: Path, offline: None) -> None:
+    """There the cuda backend runs it; its environment sees the system's TensorRT, a Debian's does not."""
+    result = bundle(checkpoint, tmp_path / "a.tar", target="jetpack7", find_links=[wheels, nvrtc(tmp_path)])
+    assert result.model == "checkpoint" and result.libraries is None  # the wheel was given: what it carries is not ours to say
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+        script = archive.extractfile(f"flashhead-{__version__}-jetpack7/install.sh")
+        assert script is not None and b"SYSTEM_PACKAGES='--system-site-packages'" in script.read()
+    assert "model/flash_head_assets/index.safetensors" in names and "wheels/nvidia_cuda_nvrtc-13.0.88-py3-none-manylinux2014_aarch64.whl" in names
+
+
 def test_conditions_are_those_of_the_target(tmp_path: Path, offline: None) -> None:
     """pip alone would leave out what only an older Python than its own needs, and take what only its own does."""
     write_wheel(tmp_path / "links", "app", "1", requires=["old; python_version < '3.11'", "arm; platform_machine == 'aarch64'", "extra-one; extra == 'more'"])
@@ -130,6 +141,13 @@ def test_bad_input_writes_nothing(model: Path, checkpoint: Path, wheels: Path, t
         bundle(model, out, target="jetpack6", find_links=[tmp_path / "absent"])
     with pytest.raises(FlashHeadError, match=r"pip download failed"):  # NVRTC is nowhere
         bundle(model, out, target="jetpack6", find_links=[wheels])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_environment_without_pip(model: Path, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashhead_edge.bundle.wheels.find_spec", lambda name: None)
+    with pytest.raises(FlashHeadError, match=r"^pip: \S+ does not have it, expected it to fetch and build wheels; type: \S+ -m ensurepip$"):
+        bundle(model, tmp_path / "out.tar", target="jetpack6", find_links=[wheels])
     assert list(tmp_path.iterdir()) == []
 
 
