@@ -17,7 +17,7 @@ import pytest
 openai = pytest.importorskip("openai")
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
-LONG = {**ASK, "max_tokens": 8000}  # seconds of work
+LONG = {**ASK, "max_tokens": 8000, "logit_bias": {"255": -100}}  # seconds of work: 255 is what would end it
 
 
 def send(address, body, path="/v1/chat/completions", kind="application/json", **headers):
@@ -101,6 +101,18 @@ def test_who_goes_away_takes_the_text_along(server):
             server.until(lambda: server.metric("flashhead_texts_active") == 1, "the text has not begun")
         server.until(lambda: server.metric("flashhead_texts_active") == 0, "the text goes on without its reader")
     assert server.metric('flashhead_texts_total{ended="cancelled"}') == before + 2
+
+
+def test_who_does_not_read_is_given_up_and_harms_nobody(server):
+    """A stream of 20 MB, more than any buffer on the way: the text ends when 4,096 tokens wait, though the connection stands."""
+    before = server.metric('flashhead_texts_total{ended="reader too slow"}')
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", int(server.address.rpartition(":")[2])))
+        connection.sendall(post(json.dumps({**LONG, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()))
+        server.until(lambda: server.metric('flashhead_texts_total{ended="reader too slow"}') == before + 1, "the text goes on", 60)
+        assert server.metric("flashhead_texts_active") == 0
+        assert send(server.address, json.dumps({**ASK, "max_tokens": 2}).encode())[0] == 200
 
 
 def test_full_queue_is_answered_with_429_and_when_to_come_back(start_server):
