@@ -74,6 +74,9 @@ class Guard:
         return None
 
 
+MOST_DROPPED = 16 << 20  # bytes of a body that is too large: read and dropped, for most clients look for an answer when they have sent all
+
+
 async def read_body(request: Request, limits: Limits) -> bytes:
     """A request's body of JSON.
 
@@ -86,19 +89,20 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         raise Refusal("content-type: it is not application/json, expected that; set the header", 415, headers={"Connection": "close"})
     length = request.headers.get("content-length", "0")
     parts: list[bytes] = []
-    size = int(length) if length.isascii() and length.isdigit() else 0
+    said, size = int(length) if length.isascii() and length.isdigit() else 0, 0
     try:
-        if size <= limits.body_bytes:
-            size = 0
+        if said <= MOST_DROPPED:
             with anyio.fail_after(limits.body_seconds):
                 async for part in request.stream():
                     size += len(part)
-                    if size > limits.body_bytes:
+                    if size <= limits.body_bytes and said <= limits.body_bytes:
+                        parts.append(part)
+                    if size > MOST_DROPPED:
                         break
-                    parts.append(part)
     except TimeoutError as error:
         message = f"body: it was not here after {limits.body_seconds:g} s, expected it sooner; send it at once"
         raise Refusal(message, 408, headers={"Connection": "close"}) from error
+    size = max(size, said)
     if size > limits.body_bytes:
         found = f"body: it has {size} bytes or more, expected at most {limits.body_bytes}; send less"
         raise Refusal(found, 413, "body_too_large", headers={"Connection": "close"})
