@@ -39,14 +39,14 @@ mountpoint -q "$work/root/proc" || mount -t proc none "$work/root/proc"
 
 echo "== the bundle"
 "$flashhead" bundle "$model" "$work/bundle.tar" --target linux-aarch64-cp311 --overwrite 2>"$work/bundle.log" || { tail -n 3 "$work/bundle.log" >&2; exit 1; }
-rm -rf "$work/root/root/b" && mkdir -p "$work/root/root/b"
-tar xf "$work/bundle.tar" -C "$work/root/root/b"
+rm -rf "$work/root/srv/bundle" && mkdir -p "$work/root/srv/bundle"
+tar xf "$work/bundle.tar" -C "$work/root/srv/bundle"
 
 # a network namespace of its own, with nothing but its loopback: what is installed cannot have come from elsewhere
 inside() { unshare --net chroot "$work/root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 "$@"; }
 echo "== on $(inside uname -m), without a network"
-inside sh -c 'sh /root/b/flashhead-*/install.sh check'
-inside sh -c 'sh /root/b/flashhead-*/install.sh'
+inside sh -c 'sh /srv/bundle/flashhead-*/install.sh check'
+inside sh -c 'sh /srv/bundle/flashhead-*/install.sh'
 inside /opt/flashhead/bin/flashhead --version
 asked="What is the capital of France?"
 here=$("$flashhead" generate "$model" --prompt "$asked" --max-new-tokens 12 2>/dev/null)
@@ -70,5 +70,5 @@ fcntl.ioctl(s, 0x8914, struct.pack(\"16sh\", b\"lo\", 0x1 | 0x40))"
 else
     echo "== no answer over HTTP: this version has no flashhead serve"
 fi
-inside sh -c 'sh /root/b/flashhead-*/install.sh uninstall'
-rm -rf "$work/root/root/b"
+inside sh -c 'sh /srv/bundle/flashhead-*/install.sh uninstall'
+rm -rf "$work/root/srv/bundle"
