@@ -9,7 +9,7 @@ namespace fh {
 // While a launch waits for latency the memory would stand idle: this is how a decode step reads its weights all the time.
 __device__ inline void prefetch_ahead(const u8* at, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
-  constexpr u32 kPiece = 4096;
+  constexpr u32 kPiece = 16384;
   if (threadIdx.x >= 32) return;
   const u32 blocks = gridDim.x * gridDim.y * gridDim.z, block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   for (u32 i = (block + threadIdx.x * blocks) * kPiece; i < bytes; i += 32 * blocks * kPiece) {

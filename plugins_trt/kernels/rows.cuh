@@ -49,6 +49,7 @@ __device__ inline float add_lanes(float v) {
 // What a row of d elements is multiplied by: 1 / sqrt(mean square + epsilon), of its warps' sums of squares.
 __device__ inline float norm_factor(const float* warp_sums, int warps, int d, float epsilon) {
   float total = 0.f;
+#pragma unroll 4
   for (int w = 0; w < warps; ++w) total += warp_sums[w];
   return rsqrtf(total / d + epsilon);
 }

@@ -50,95 +50,79 @@ struct Chunks {
 
 constexpr int kRowsAtOnce = 4;  // whose loads are in flight together
 
-// The vectors of eight elements of a row that this thread has: those of rms_norm's threads lane, lane + 32, ... of its warps warp, warp + warps, ...
-template <class Body>
-__device__ void for_vectors(int d, int virtual_warp, Body body) {
-  const int threads = norm_threads(d);
-  for (int i = (virtual_warp * 32 + int(threadIdx.x) % 32) * 8; i < d; i += threads * 8) body(i);
-}
-
 // rows[M][row_stride(d)] = what rms_norm makes of x, or of its sum with the residual, which block 0 writes; first_norm: x is normalised by it before.
-// sums: floats [M][warps of norm_threads(d)], free again when the barrier at the end is passed.
+// Warps take the parts of rms_norm's warps warp, warp + warps, ...: sums have its order. gain, first_gain: of the first vector of this thread.
+// sums: floats [2][M][warps of norm_threads(d)], free again when the barrier at the end is passed.
+// Loops are not unrolled where that only repeats code: it runs once, and a cold fetch of its instructions costs more than a jump.
 template <class T>
 __device__ void normalise_rows(const u16* x, const Surroundings& s, int M, int d, u16* rows, float* sums, uint4 first_gain, uint4 gain) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int virtual_warps = norm_threads(d) / 32, held = (warp * 32 + lane) * 8;  // the vector whose gains were loaded before
-  const int stride = row_stride(d);
+  const int threads = norm_threads(d), parts = threads / 32, stride = row_stride(d), held = threadIdx.x * 8;
 
-  // Sums of squares of x (plus the residual) into sums, the elements into rows.
-  auto read = [&](const u16* residual) {
-    for (int v = warp; v < virtual_warps; v += warps) {
-      for (int first = 0; first < M; first += kRowsAtOnce) {
-        float squares[kRowsAtOnce] = {};
-        for_vectors(d, v, [&](int i) {
-          uint4 h[kRowsAtOnce], other[kRowsAtOnce];
-#pragma unroll
-          for (int r = 0; r < kRowsAtOnce; ++r) {
-            const size_t at = size_t(first + r) * d + i;
-            h[r] = load_if(first + r < M, x + at);
-            other[r] = load_if(residual && first + r < M, residual + at);
-          }
-#pragma unroll
-          for (int r = 0; r < kRowsAtOnce; ++r) {
-            if (first + r >= M) continue;
-            if (residual) {
-              h[r] = add_rounded<T>(h[r], other[r]);
-              if (blockIdx.x == 0) *reinterpret_cast<uint4*>(s.sum + size_t(first + r) * d + i) = h[r];
-            }
-            *reinterpret_cast<uint4*>(rows + (first + r) * stride + i) = h[r];
-            squares[r] = add_squares<T>(h[r], squares[r]);
-          }
-        });
+#pragma unroll 1
+  for (int part = warp; part < parts; part += warps) {
+#pragma unroll 1
+    for (int first = 0; first < M; first += kRowsAtOnce) {
+      float squares[kRowsAtOnce] = {};
+#pragma unroll 1
+      for (int i = (part * 32 + lane) * 8; i < d; i += threads * 8) {
+        uint4 h[kRowsAtOnce], other[kRowsAtOnce];
 #pragma unroll
         for (int r = 0; r < kRowsAtOnce; ++r) {
-          if (first + r >= M) continue;
-          const float total = add_lanes(squares[r]);
-          if (lane == 0) sums[(first + r) * virtual_warps + v] = total;
+          const size_t at = size_t(first + r) * d + i;
+          h[r] = load_if(first + r < M, x + at);
+          other[r] = load_if(s.residual && first + r < M, s.residual + at);  // behind a first norm: for the L1 cache
+        }
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+          if (first + r >= M) break;
+          if (s.residual && !s.first_norm) {
+            h[r] = add_rounded<T>(h[r], other[r]);
+            if (blockIdx.x == 0) *reinterpret_cast<uint4*>(s.sum + size_t(first + r) * d + i) = h[r];
+          }
+          *reinterpret_cast<uint4*>(rows + (first + r) * stride + i) = h[r];
+          squares[r] = add_squares<T>(h[r], squares[r]);
         }
       }
-    }
-    __syncthreads();
-  };
-
-  if (s.first_norm) {
-    read(nullptr);
-    float* second = sums + M * virtual_warps;
-    for (int v = warp; v < virtual_warps; v += warps) {
-      for (int r = 0; r < M; ++r) {
-        const float factor = norm_factor(sums + r * virtual_warps, virtual_warps, d, s.epsilon);
-        float squares = 0.f;
-        for_vectors(d, v, [&](int i) {
-          uint4* at = reinterpret_cast<uint4*>(rows + r * stride + i);
-          const uint4 other = load_if(s.residual, s.residual + size_t(r) * d + i);
-          const uint4 weight = i == held ? first_gain : __ldg(reinterpret_cast<const uint4*>(s.first_norm + i));
-          uint4 h = normalised<T>(*at, weight, factor, s.weight_offset);
-          if (s.residual) {
-            h = add_rounded<T>(h, other);
-            if (blockIdx.x == 0) *reinterpret_cast<uint4*>(s.sum + size_t(r) * d + i) = h;
-          }
-          *at = h;
-          squares = add_squares<T>(h, squares);
-        });
-        squares = add_lanes(squares);
-        if (lane == 0) second[r * virtual_warps + v] = squares;
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        if (first + r >= M) break;
+        const float total = add_lanes(squares[r]);
+        if (lane == 0) sums[(first + r) * parts + part] = total;
       }
-    }
-    sums = second;
-    __syncthreads();
-  } else {
-    read(s.residual);
-  }
-
-  for (int r = 0; r < M; ++r) {
-    const float factor = norm_factor(sums + r * virtual_warps, virtual_warps, d, s.epsilon);
-    for (int v = warp; v < virtual_warps; v += warps) {
-      for_vectors(d, v, [&](int i) {
-        uint4* at = reinterpret_cast<uint4*>(rows + r * stride + i);
-        *at = normalised<T>(*at, i == held ? gain : __ldg(reinterpret_cast<const uint4*>(s.norm + i)), factor, s.weight_offset);
-      });
     }
   }
   __syncthreads();
+
+#pragma unroll 1
+  for (bool last = !s.first_norm;; last = true, sums += M * parts) {
+#pragma unroll 1
+    for (int r = 0; r < M; ++r) {
+      const float factor = norm_factor(sums + r * parts, parts, d, s.epsilon);
+#pragma unroll 1
+      for (int part = warp; part < parts; part += warps) {
+        float squares = 0.f;
+#pragma unroll 1
+        for (int i = (part * 32 + lane) * 8; i < d; i += threads * 8) {
+          uint4* at = reinterpret_cast<uint4*>(rows + r * stride + i);
+          const uint4* weights = reinterpret_cast<const uint4*>((last ? s.norm : s.first_norm) + i);
+          uint4 h = normalised<T>(*at, i != held ? __ldg(weights) : last ? gain : first_gain, factor, s.weight_offset);
+          if (!last) {
+            if (s.residual) {
+              h = add_rounded<T>(h, load_if(true, s.residual + size_t(r) * d + i));
+              if (blockIdx.x == 0) *reinterpret_cast<uint4*>(s.sum + size_t(r) * d + i) = h;
+            }
+            squares = add_squares<T>(h, squares);
+          }
+          *at = h;
+        }
+        if (!last) squares = add_lanes(squares);
+        if (!last && lane == 0) sums[(M + r) * parts + part] = squares;
+      }
+    }
+    __syncthreads();
+    if (last) break;
+  }
 }
 
 // blockDim.x / 32 warps split K; a block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of 16 outputs each, with GATED pairs of them: a gate's and,
@@ -162,19 +146,16 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   };
   Chunks<GROUP, ASYMMETRIC> now, next;
   uint4 activations[kChunksAhead][2];
-  auto load_activations = [&](int panel) {
+  auto load_activations = [&](int i, int panel) {
+    const int chunk = panel * panel_chunks + i * warps + warp;
+    const bool inside = chunk < count && token < M;
 #pragma unroll
-    for (int i = 0; i < kChunksAhead; ++i) {
-      const int chunk = panel * panel_chunks + i * warps + warp;
-      const bool inside = chunk < count && token < M;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = chunk * kChunk + half * 32 + lane % 4 * 8;
-        if (NORM) {
-          activations[i][half] = inside ? *reinterpret_cast<const uint4*>(rows + token * row_stride(K) + at) : make_uint4(0, 0, 0, 0);
-        } else {
-          activations[i][half] = load_if(inside, x + size_t(token) * K + at);
-        }
+    for (int half = 0; half < 2; ++half) {
+      const int at = chunk * kChunk + half * 32 + lane % 4 * 8;
+      if (NORM) {
+        activations[i][half] = inside ? *reinterpret_cast<const uint4*>(rows + token * row_stride(K) + at) : make_uint4(0, 0, 0, 0);
+      } else {
+        activations[i][half] = load_if(inside, x + size_t(token) * K + at);
       }
     }
   };
@@ -193,7 +174,8 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   wait_for_previous();
   release_next();
   if (NORM) normalise_rows<T>(x, s, M, K, rows, partial, first_gain, gain);
-  load_activations(0);
+#pragma unroll
+  for (int i = 0; i < kChunksAhead; ++i) load_activations(i, 0);
 
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
   int item = 0, panel = 0;
@@ -220,6 +202,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
           group[0] = group[1] = group[2] = group[3] = 0.f;
         }
       }
+      if (panels > 1 && ahead_item < items) load_activations(i, ahead_panel);
     }
 
     if (panel + 1 == panels) {
@@ -249,7 +232,6 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
     }
     item = ahead_item, panel = ahead_panel;
     if (item >= items) break;
-    if (panels > 1) load_activations(panel);
     now = next;
     ahead_panel = panel + 1 == panels ? 0 : panel + 1;
     ahead_item = item + (ahead_panel == 0);
