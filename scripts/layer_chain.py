@@ -1,6 +1,6 @@
 """A decoder's body in W4A16 by launches of one step each and by five fused launches a layer: equal bits, and times side by side.
 
-    python scripts/layer_chain.py [--models NAME ...] [--no-checks] [--no-times] [--json figures.json]
+    python scripts/layer_chain.py [--models NAME ...] [--quick] [--no-checks] [--no-times] [--json figures.json]
 
 Made weights of five models' shapes, distinct for each layer and together more than three times the L2 cache, 512 cached positions, CUDA graphs of whole
 bodies. A check that fails is said at the end, with exit status 1; times are taken all the same. Needs a GPU of capability 9.0 or newer for the overlap.
@@ -299,9 +299,14 @@ def check_cases(shapes: Sequence[Shape]) -> Iterator[tuple[Shape, torch.dtype, i
             yield few, dtype, batch, queries, asymmetric
 
 
-def check_all(shapes: Sequence[Shape]) -> list[str]:
+def quick_cases(shapes: Sequence[Shape]) -> Iterator[tuple[Shape, torch.dtype, int, int, bool]]:
+    for shape, (batch, queries, asymmetric) in itertools.product(shapes, ((1, 1, False), (1, 1, True), (4, 1, False), (1, 4, False))):
+        yield replace(shape, layers=3, window=64 if shape.window else 0), torch.bfloat16, batch, queries, asymmetric
+
+
+def check_all(cases: Iterator[tuple[Shape, torch.dtype, int, int, bool]]) -> list[str]:
     wrong, count, facts = [], 0, facts_of(torch.device("cuda", 0))
-    for shape, dtype, batch, queries, asymmetric in check_cases(shapes):
+    for shape, dtype, batch, queries, asymmetric in cases:
         name = f"{shape.name} {str(dtype)[6:]} groups of {shape.group} {'asymmetric' if asymmetric else 'symmetric'} batch {batch} queries {queries}"
         count += 1
         try:
@@ -321,7 +326,7 @@ def spread(times: np.ndarray) -> str:
     return f"{mid:8.1f} ({low:.1f} to {high:.1f})"
 
 
-def time_shape(shape: Shape, dtype: torch.dtype, figures: list[dict[str, Any]], bandwidth: float, phases: bool) -> None:
+def time_shape(shape: Shape, dtype: torch.dtype, figures: list[dict[str, Any]], bandwidth: float, quick: bool, phases: bool) -> None:
     facts = facts_of(torch.device("cuda", 0))
     cold = 3 * torch.cuda.get_device_properties(0).L2_cache_size
     one = made_body(shape, dtype, 1, 1, False, facts, 0)
@@ -342,14 +347,17 @@ def time_shape(shape: Shape, dtype: torch.dtype, figures: list[dict[str, Any]], 
         print(f"  {name:44s} {spread(times)}  {middle / shape.layers:6.2f} a layer", flush=True)
         return middle
 
-    measure("unfused", unfused, False, bodies)
     measure("unfused, overlap", unfused, True, bodies)
-    measure("fused", fused, False, bodies)
+    if not quick:
+        measure("unfused", unfused, False, bodies)
+        measure("fused", fused, False, bodies)
     best = (measure("fused, overlap", fused, True, bodies), bodies, "none")
-    for lead in (0.0, 0.125, 0.25, 0.5, 1.0):
+    for lead in () if quick else (0.0, 0.25, 1.0):
         ahead = [read_ahead(b, lead * layer) for b in bodies]
         took = measure(f"fused, overlap, {lead:g} of a layer ahead", fused, True, ahead)
         best = min(best, (took, ahead, f"{lead:g}"), key=lambda row: row[0] if row[0] == row[0] else math.inf)
+    if quick:
+        return
     short = [made_body(shape, dtype, 1, 1, False, facts, i, max_length=1024) for i in range(len(bodies))]
     measure("fused, overlap, cache of 1,024", fused, True, short)
     del short
@@ -365,15 +373,15 @@ def time_shape(shape: Shape, dtype: torch.dtype, figures: list[dict[str, Any]], 
             measure(f"  unfused, overlap, {phase} alone", unfused, True, bodies, [phase])
 
 
-def compile_ahead(shapes: Sequence[Shape], checks: bool) -> None:
+def compile_ahead(shapes: Sequence[Shape], quick: bool) -> None:
     """All instances, side by side on the host's cores."""
     architecture = facts_of(torch.device("cuda", 0)).architecture
     jobs = set()
-    dtypes = ("fh::Bf16", "fh::Fp16") if checks else ("fh::Bf16",)
-    for e in dtypes:
+    groups = {s.group for s in shapes} if quick else {32, 64, 128}
+    for e in ("fh::Bf16",) if quick else ("fh::Bf16", "fh::Fp16"):
         jobs |= {("elementwise.cu", f"fh::rms_norm<{e}>"), ("attention.cu", f"fh::attention_rope_write<{e}>")}
         jobs |= {("elementwise.cu", f"fh::gated_product<{e}, {flag}>") for flag in ("true", "false")}
-        for group, zeros in itertools.product((32, 64, 128), ("true", "false") if checks else ("false",)):
+        for group, zeros in itertools.product(groups, ("true", "false")):
             jobs.add(("w4a16.cu", f"fh::w4a16_decode<{e}, {group}, {zeros}>"))
             jobs |= {("w4a16_fused.cu", f"fh::w4a16_fused<{e}, {group}, {zeros}, {form}>") for form in ("false, false", "true, false", "true, true")}
         for size, cluster, kind in itertools.product({s.head_size for s in shapes}, ("true", "false"), ("", "rope_")):
@@ -388,19 +396,20 @@ def compile_ahead(shapes: Sequence[Shape], checks: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[s.name for s in SHAPES], choices=[s.name for s in SHAPES], metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="few checks and times: half a minute")
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--no-times", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     shapes = [s for s in SHAPES if s.name in options.models]
-    compile_ahead(shapes, not options.no_checks)
-    wrong = [] if options.no_checks else check_all(shapes)
+    compile_ahead(shapes, options.quick)
+    wrong = [] if options.no_checks else check_all((quick_cases if options.quick else check_cases)(shapes))
     figures: list[dict[str, Any]] = []
     if not options.no_times:
         bandwidth = copy_bandwidth()
         print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s", flush=True)
         for shape in shapes:
-            time_shape(shape, torch.bfloat16, figures, bandwidth, phases=shape.name in ("Llama-3.2-1B", "SmolLM2-135M"))
+            time_shape(shape, torch.bfloat16, figures, bandwidth, options.quick, phases=not options.quick and shape.name in ("Llama-3.2-1B", "SmolLM2-135M"))
     if options.json:
         options.json.write_text(json.dumps({"wrong": wrong, "figures": figures}, indent=1))
     print("\n".join([f"\n{len(wrong)} chains differ", *wrong[:20]]) if wrong else "\nall chains equal", flush=True)

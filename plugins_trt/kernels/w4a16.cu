@@ -50,7 +50,7 @@ template <class T, int GROUP, bool ASYMMETRIC>
 __global__ void __launch_bounds__(512, 1)
     w4a16_decode(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K) {
   extern __shared__ uint4 raw[];
-  decode_block<T, GROUP, ASYMMETRIC, false, false>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, {});
+  decode_block<T, GROUP, ASYMMETRIC, false, false, false>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, {});
 }
 
 // What a team of warps reads for one chunk of K: ROWS outputs and TOKENS tokens.

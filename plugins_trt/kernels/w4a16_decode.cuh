@@ -127,7 +127,9 @@ __device__ void normalise_rows(const u16* x, const Surroundings& s, int M, int d
 
 // blockDim.x / 32 warps split K; a block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of 16 outputs each, with GATED pairs of them: a gate's and,
 // half of the matrix on, its partner's. shared: floats [2, with GATED 4][warps][128], with NORM then u16 [M][row_stride(K)].
-template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED>
+// EARLY: the next launch may begin before the one before this has ended, when this one's blocks have all begun: only where what the next one reads before it
+// waits was written two launches ago or earlier.
+template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool EARLY>
 __device__ void decode_block(float* shared, const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K,
                              const Surroundings& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -171,8 +173,9 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
     if (held < K && s.first_norm) first_gain = __ldg(reinterpret_cast<const uint4*>(s.first_norm + held));
   }
   prefetch_ahead(s.ahead, s.ahead_bytes);
+  if (EARLY) release_next();
   wait_for_previous();
-  release_next();
+  if (!EARLY) release_next();
   if (NORM) normalise_rows<T>(x, s, M, K, rows, partial, first_gain, gain);
 #pragma unroll
   for (int i = 0; i < kChunksAhead; ++i) load_activations(i, 0);

@@ -14,14 +14,17 @@ __global__ void w4a16_fused(const uint4* codes, const u16* scales, const u8* zer
                             u16* sum, const u16* first_norm, const u16* norm, float weight_offset, float epsilon, int gelu, const u8* ahead, int ahead_bytes);
 
 #ifdef __CUDACC__
-// Dynamic shared memory: fh_w4a16_fused_shared_bytes.
+// Dynamic shared memory: that of fh_w4a16_make_fused_plan.
 template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED>
 __global__ void __launch_bounds__(512, 1)
     w4a16_fused(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K, const u16* residual, u16* sum,
                 const u16* first_norm, const u16* norm, float weight_offset, float epsilon, int gelu, const u8* ahead, int ahead_bytes) {
   extern __shared__ float4 raw[];
   const Surroundings s{residual, first_norm, norm, sum, weight_offset, epsilon, gelu, ahead, u32(ahead_bytes)};
-  decode_block<T, GROUP, ASYMMETRIC, NORM, GATED>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, s);
+  // In a layer o, gate and up, and down are followed by products, which read weights alone before they wait. Behind q, k and v stands attention, which reads
+  // lengths and the cache.
+  constexpr bool kEarly = !NORM || GATED;
+  decode_block<T, GROUP, ASYMMETRIC, NORM, GATED, kEarly>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, s);
 }
 #endif
 
