@@ -73,8 +73,12 @@ def examine() -> dict[str, Any]:
         torch_cuda,
         lambda: library("CUDA driver", "cuda", "running kernels on an NVIDIA GPU"),
         lambda: library(
-            "CUDA NVRTC", "nvrtc", "flashhead_edge.kernels: compiling them without a toolchain", packages=("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+            "CUDA NVRTC",
+            "nvrtc",
+            "flashhead_edge.kernels and generate --backend cuda: compiling kernels without a toolchain",
+            packages=("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
         ),
+        launchers,
         lambda: package("vllm", "serving: vllm serve OUT (0.26 or newer, on a GPU)"),
         onnxruntime,
         lambda: package("onnxruntime-genai", "export onnx with the decoder's body (extra: export)"),
@@ -186,6 +190,14 @@ def library(name: str, short: str, enables: str, packages: tuple[str, ...] = ())
             return Fact(name, True, version, f"package {package_name}", enables)
     path = ctypes.util.find_library(short)
     return Fact(name, path is not None, None, path, enables)
+
+
+def launchers() -> Fact:
+    """The launchers of our kernels, which a C++ compiler made when the package was installed; not whether they load: that is a backend's to say."""
+    enables = "generate --backend cuda: checkpoints on an NVIDIA GPU (8.0 or newer) with NVRTC, without torch"
+    found = importlib.util.find_spec("flashhead_edge.jetson._cuda")
+    why = "installed where no C++ compiler was, or not on Linux" if found is None else None
+    return Fact("CUDA launchers", found is not None, None, why or (found.origin if found else None), enables)
 
 
 def tensorrt() -> list[Fact]:

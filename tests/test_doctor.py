@@ -19,7 +19,20 @@ def test_report_of_this_machine() -> None:
     assert report["flashhead_edge"] == __version__
     facts = {f["name"]: f for f in report["facts"]}
     assert len(facts) == len(report["facts"])
-    expected = {"Python", "torch", "transformers", "NVIDIA GPU", "torch CUDA", "CUDA driver", "CUDA NVRTC", "TensorRT", "vllm", "ONNX Runtime", "Jetson"}
+    expected = {
+        "Python",
+        "torch",
+        "transformers",
+        "NVIDIA GPU",
+        "torch CUDA",
+        "CUDA driver",
+        "CUDA NVRTC",
+        "CUDA launchers",
+        "TensorRT",
+        "vllm",
+        "ONNX Runtime",
+        "Jetson",
+    }
     assert expected <= facts.keys()
     assert facts["Python"]["found"]
     assert facts["Python"]["version"] == ".".join(map(str, sys.version_info[:3])) + ("+" if sys.version.split()[0].endswith("+") else "")

@@ -111,6 +111,37 @@ def tensorrt(
             click.echo(f"plots: {plot}", err=True)
 
 
+@bench.command(short_help="Time whole texts on a GPU by our kernels alone: steps, tokens a second, the first token.")
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made model, such as Llama-3.2-1B. Repeatable.  [default: all known]")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 32), help="Texts at a time. Repeatable.  [default: 1, 4, 8]")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page with plots to this file.")
+@json_option
+@common_options
+@click.pass_obj
+def decode(settings: Settings, out: Path | None, shapes: tuple[str, ...], batches: tuple[int, ...], plot: Path | None, as_json: bool) -> None:
+    """Time the torch-free CUDA backend: a decode step, tokens a second with the host reading them, the first token of a prompt of 512.
+
+    OUT is a checkpoint. Without it models are made: real shapes with random 4-bit weights, heads that open as many clusters as a real one.
+    """
+    if out is not None and shapes:
+        raise click.UsageError("a checkpoint has its own shape: leave --shape out.")
+    check_page(plot, "--plot")
+    command = shlex.join(["flashhead", *settings.arguments])
+    with answer_only() as stdout:
+        with shown_progress("looking for a GPU") as progress:
+            from flashhead_edge.bench.decode import bench_decode
+            from flashhead_edge.report.decoding import show_decoding, write_decoding
+
+            document = bench_decode(out, shapes, batches, command, progress)
+        show_decoding(document, person(stdout, as_json))
+        if as_json:
+            write_json(document, stdout)
+        if plot is not None:
+            write_decoding(document, plot)
+            click.echo(f"plots: {plot}", err=True)
+
+
 @bench.command(short_help="Time decode steps of vLLM on a GPU: dense, published, FlashHead.")
 @click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made model, such as Llama-3.2-1B. Repeatable.  [default: all known]")
 @click.option("--runner", "runners", multiple=True, type=click.Choice(["v1", "v2"]), help="vLLM's model runner. Repeatable.  [default: both]")

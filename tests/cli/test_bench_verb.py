@@ -17,6 +17,7 @@ from rich.console import Console
 from flashhead_edge.bench import head as bench
 from flashhead_edge.cli.bench import head as head_command
 from flashhead_edge.errors import FlashHeadError
+from flashhead_edge.report.decoding import show_decoding, write_decoding
 from flashhead_edge.report.engines import show_engines, write_engines
 from flashhead_edge.report.heads import show_heads, write_heads
 from flashhead_edge.report.serving import show_serving, write_serving
@@ -218,6 +219,37 @@ def test_engines_have_a_table_and_a_page(tmp_path: Path) -> None:
     write_engines(engines_document(), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count("<figure>") == 1 and "FlashHead alone, batch 4: 100.0 us a step" in page
+
+
+def decoding_document():
+    """As `bench_decode` returns it, with invented times."""
+    common = {
+        "device": "H100", "command": "flashhead bench decode", "cached": 512, "prompt": 512, "first_token_seconds": 0.004, "graph_nodes": 148,
+        "device_bytes": 1_097_000_000,
+    }  # fmt: skip
+    return {"records": [
+        common | {"model": name, "batch": batch, "microseconds": time * batch, "spread": [time, 2 * time * batch], "tokens_per_second": 1e6 / time}
+        for name, time in (("Llama-3.2-1B", 476.0), ("Qwen3-0.6B", 400.0)) for batch in (1, 4)
+    ]}  # fmt: skip
+
+
+def test_decoding_has_a_table_and_a_page(tmp_path: Path) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    show_decoding(decoding_document(), console)
+    text = console.export_text()
+    assert "476.0 (476.0 to 952.0)" in text and "128,000" in text and "1,097" in text
+    write_decoding(decoding_document(), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<figure>") == 1 and "Qwen3-0.6B, batch 4: 2,500 tokens a second" in page
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")
+def test_decoding_without_a_gpu_is_one_sentence(inside) -> None:
+    result = inside("bench", "decode", "--shape", "Llama-3.2-1B")
+    assert (result.returncode, result.stdout) == (1, "") and result.stderr.splitlines()[-1].startswith("flashhead: GPU: ")
+    result = inside("bench", "decode", "--shape", "Llama-9")
+    assert result.returncode == 2 and "bench decode: Llama-9 is not known" in result.stderr
+    assert inside("bench", "decode", "somewhere", "--shape", "Llama-3.2-1B").returncode == 2
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")

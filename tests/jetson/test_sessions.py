@@ -144,8 +144,8 @@ def test_without_onnx_runtime_the_extra_is_named(folder):
 def test_settings_out_of_range_are_refused(folder, tmp_path_factory):
     with pytest.raises(SettingsError, match="threads is 0, expected 1 or more"):
         open_engine(folder, threads=0)
-    with pytest.raises(SettingsError, match="backend is 'cuda', expected auto, onnxruntime, tensorrt"):
-        open_engine(folder, "cuda")
+    with pytest.raises(SettingsError, match="backend is 'rocm', expected auto, onnxruntime, tensorrt, cuda"):
+        open_engine(folder, "rocm")
     empty = tmp_path_factory.mktemp("empty")
     assert not is_exported(empty)
     with pytest.raises(CheckpointError, match="no exported model"):
