@@ -11,7 +11,7 @@
 // Floor: 4 * kv_heads * positions * head_size bytes; at 4,096 positions and 3.01 TB/s (H100): Llama-3.2-1B 2.8 us, Qwen3-1.7B 5.6 us.
 // Predicted 4.9 and 9.0 us (half as much again, and an empty launch). Measured behind rope_write, as in a model: 6.8 and 10.3 us; with every launch
 // waiting for the one before: 8.1 and 12.1 us. Verdict: not there. A trace of the blocks shows the bytes at their floor; what is left is latency
-// around them: lengths and addresses 1,500 cycles, the merge of the warps 1,000, two barriers of the cluster 2,000. Heads of 256 with one key-value
+// around them: lengths and addresses 1,500 cycles, the merge of the warps 1,000, two barriers of the cluster 2,000 (one since, not traced again). Heads of 256 with one key-value
 // head (Gemma-3-1B: 9.9 us for 4.2 MB) fill 32 multiprocessors only.
 #include "element.cuh"
 
