@@ -33,7 +33,6 @@ from flashhead_edge.kernels.layers import Facts, attention_plan, facts_of
 
 CACHED, MAX_LENGTH = 512, 4096
 PHASES = ("qkv", "attention", "o", "gate_up", "down")
-SHARES = {"qkv": 1.8, "attention": 3.5, "o": 1.6, "gate_up": 4.5, "down": 3.3}  # of a layer's time, for the plan of what is read ahead
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,12 @@ SHAPES = (
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A packed matrix, and where its bytes lie in the model's."""
+    """A packed matrix."""
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     group: int
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +105,6 @@ class Body:
     workspace: Tensor
     batch: int
     queries: int
-    ahead: dict[tuple[int, str], Tensor]  # what a launch asks for, by layer and phase
 
     @property
     def offset(self) -> float:
@@ -129,24 +125,24 @@ def made_body(shape: Shape, dtype: torch.dtype, batch: int, queries: int, asymme
     group, at, places = shape.group, 0, []
     for _ in range(shape.layers):
         for name, (n, k) in shape.matrices().items():
-            parts, begin = [], at
+            parts = []
             for size in (n * k // 2, n * k // group * 2, n * k // group if asymmetric else 0):
                 parts.append((at, size))
                 at += -(-size // 256) * 256
-            places.append((name, n, k, begin, at, parts))
+            places.append((name, n, k, parts))
     weights = torch.randint(0, 256, (at,), dtype=torch.uint8, device="cuda", generator=g)
     stack: list[Layer] = []
     q, kv, size = shape.q_heads, shape.kv_heads, shape.head_size
     workspace = 16
     for i in range(shape.layers):
         matrices = {}
-        for name, n, k, begin, end, parts in places[4 * i : 4 * i + 4]:
+        for name, n, k, parts in places[4 * i : 4 * i + 4]:
             codes, scales, zeros = (weights[a : a + s] for a, s in parts)
             scales = scales.view(dtype).view(n // 16, k // group, 16)
             small = (0.2 if name in ("o", "down") else 1) / (4.6 * math.sqrt(k))
             scales.copy_((torch.rand(scales.shape, device="cuda", generator=g) + 0.5) * small)
             zero = (zeros.copy_(zeros % 16)).view(n // 16, k // group, 16) if asymmetric else None
-            matrices[name] = Matrix(codes.view(n // 16, k // 64, 512), scales, zero, group, begin, end)
+            matrices[name] = Matrix(codes.view(n // 16, k // 64, 512), scales, zero, group)
         gains = {"first": shape.d, "second": shape.d}
         gains |= {"q": size, "k": size} if shape.head_norms else {}
         gains |= {"behind_attention": shape.d, "behind_mlp": shape.d} if shape.gemma else {}
@@ -160,25 +156,8 @@ def made_body(shape: Shape, dtype: torch.dtype, batch: int, queries: int, asymme
     lengths = torch.tensor([CACHED + queries - 3 * i for i in range(batch)], dtype=torch.int32, device="cuda")
     return Body(
         shape, facts, stack, weights, normal(shape.d, scale=0.1) + (not shape.gemma), normal(batch * queries, shape.d), lengths,
-        torch.stack([angle.cos(), angle.sin()], 2).float().contiguous(), torch.zeros(workspace, dtype=torch.uint8, device="cuda"), batch, queries, {},
+        torch.stack([angle.cos(), angle.sin()], 2).float().contiguous(), torch.zeros(workspace, dtype=torch.uint8, device="cuda"), batch, queries,
     )  # fmt: skip
-
-
-def read_ahead(body: Body, lead: float) -> Body:
-    """The body with a plan of what each launch asks into the L2 cache: bytes at an even rate, `lead` bytes before a layer begins."""
-    total = sum(SHARES.values())
-    starts = dict(zip(PHASES, np.cumsum([0, *SHARES.values()]) / total))
-    ends = {p: starts[p] + SHARES[p] / total for p in PHASES}
-    ahead = {}
-    for i, layer in enumerate(body.stack):
-        first, last = layer.matrices["qkv"].begin, layer.matrices["down"].end
-        after = {"qkv": layer.matrices["qkv"].end, "attention": layer.matrices["o"].begin} | {p: layer.matrices[p].end for p in ("o", "gate_up", "down")}
-        for phase in PHASES:
-            begin, end = (max(int(first + lead + (last - first) * share) // 256 * 256, after[phase]) for share in (starts[phase], ends[phase]))
-            begin, end = min(begin, body.weights.numel()), min(end, body.weights.numel())
-            if end > begin:
-                ahead[i, phase] = body.weights[begin:end]
-    return replace(body, ahead=ahead)
 
 
 def unfused(body: Body, overlap: bool, only: Sequence[str] = PHASES) -> tuple[Tensor, Tensor]:
@@ -233,9 +212,8 @@ def fused(body: Body, overlap: bool, only: Sequence[str] = PHASES) -> tuple[Tens
         i: int, name: str, x: Tensor, first: Tensor | None = None, norm: Tensor | None = None, add: Tensor | None = None, activation: str = ""
     ) -> tuple[Tensor, Tensor]:
         m, total = body.stack[i].matrices[name], None if add is None else torch.empty_like(add)
-        ahead = body.ahead.get((i, name))
         y = layers.w4a16_fused(
-            x, m.codes, m.scales, m.zeros, m.group, add, total, first, norm, offset, 1e-6, activation, ahead, f.architecture, f.multiprocessors, overlap
+            x, m.codes, m.scales, m.zeros, m.group, add, total, first, norm, offset, 1e-6, activation, f.architecture, f.multiprocessors, overlap
         )
         return y, x if total is None else total
 
@@ -246,8 +224,7 @@ def fused(body: Body, overlap: bool, only: Sequence[str] = PHASES) -> tuple[Tens
         if "attention" in only:
             attended = layers.attention_rope_decode(
                 qkv.view(body.batch, body.queries, -1, s.head_size), body.rotations, layer.norms.get("q"), layer.norms.get("k"), offset, 1e-6,
-                body.lengths, layer.cache_k, layer.cache_v, body.workspace, layer.plan, layer.window, s.head_size**-0.5, body.ahead.get((i, "attention")),
-                f.architecture, overlap,
+                body.lengths, layer.cache_k, layer.cache_v, body.workspace, layer.plan, layer.window, s.head_size**-0.5, f.architecture, overlap,
             ).view(rows, -1)  # fmt: skip
         if "o" in only:
             x, _ = product(i, "o", attended)
@@ -310,7 +287,7 @@ def check_all(cases: Iterator[tuple[Shape, torch.dtype, int, int, bool]]) -> lis
         name = f"{shape.name} {str(dtype)[6:]} groups of {shape.group} {'asymmetric' if asymmetric else 'symmetric'} batch {batch} queries {queries}"
         count += 1
         try:
-            body = read_ahead(made_body(shape, dtype, batch, queries, asymmetric, facts, seed=count, max_length=1024), 1 << 20)
+            body = made_body(shape, dtype, batch, queries, asymmetric, facts, seed=count, max_length=1024)
             found = check_body(body, overlap=count % 4 != 0)
         except (FlashHeadError, RuntimeError) as error:  # one failure does not end the run
             found = f"{type(error).__name__}: {error}"
@@ -351,29 +328,20 @@ def time_shape(shape: Shape, dtype: torch.dtype, figures: list[dict[str, Any]], 
     if not quick:
         measure("unfused", unfused, False, bodies)
         measure("fused", fused, False, bodies)
-    best = (measure("fused, overlap", fused, True, bodies), bodies, "none")
-    for lead in () if quick else (0.0, 0.25, 1.0):
-        ahead = [read_ahead(b, lead * layer) for b in bodies]
-        took = measure(f"fused, overlap, {lead:g} of a layer ahead", fused, True, ahead)
-        best = min(best, (took, ahead, f"{lead:g}"), key=lambda row: row[0] if row[0] == row[0] else math.inf)
+    measure("fused, overlap", fused, True, bodies)
     if quick:
         return
     short = [made_body(shape, dtype, 1, 1, False, facts, i, max_length=1024) for i in range(len(bodies))]
     measure("fused, overlap, cache of 1,024", fused, True, short)
     del short
     if phases:
-        print(f"  by phase, without it (ahead {best[2]}):", flush=True)
         for phase in PHASES:
-            others = [p for p in PHASES if p != phase]
-            measure(f"  fused, all but {phase}", fused, True, best[1], others)
-            measure(f"  fused, nothing ahead, all but {phase}", fused, True, bodies, others)
-            measure(f"  unfused, overlap, all but {phase}", unfused, True, bodies, others)
-        for phase in PHASES:
-            measure(f"  fused, nothing ahead, {phase} alone", fused, True, bodies, [phase])
-            measure(f"  unfused, overlap, {phase} alone", unfused, True, bodies, [phase])
+            for name, chain in (("unfused", unfused), ("fused", fused)):
+                measure(f"  {name}, overlap, all but {phase}", chain, True, bodies, [p for p in PHASES if p != phase])
+                measure(f"  {name}, overlap, {phase} alone", chain, True, bodies, [phase])
 
 
-def compile_ahead(shapes: Sequence[Shape], quick: bool) -> None:
+def compile_all(shapes: Sequence[Shape], quick: bool) -> None:
     """All instances, side by side on the host's cores."""
     architecture = facts_of(torch.device("cuda", 0)).architecture
     jobs = set()
@@ -402,7 +370,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     shapes = [s for s in SHAPES if s.name in options.models]
-    compile_ahead(shapes, options.quick)
+    compile_all(shapes, options.quick)
     wrong = [] if options.no_checks else check_all((quick_cases if options.quick else check_cases)(shapes))
     figures: list[dict[str, Any]] = []
     if not options.no_times:

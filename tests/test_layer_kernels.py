@@ -96,14 +96,14 @@ def test_fakes_say_the_shapes():
         assert layers.gated_product(x, "silu", "sm_90", False).shape == (3, 64)
         assert layers.rms_norm(x, None, torch.empty(128, **half), 0.0, 1e-6, "sm_90", False).shape == (3, 128)
         half_norm = (torch.empty(128, **half), 0.0, 1e-6)
-        assert layers.w4a16_fused(x, codes, scales, None, 128, None, None, None, *half_norm, "silu", None, "sm_90", 132, False).shape == (3, 32)
-        assert layers.w4a16_fused(x, codes, scales, None, 128, None, None, None, *half_norm, "", None, "sm_90", 132, False).shape == (3, 64)
+        assert layers.w4a16_fused(x, codes, scales, None, 128, None, None, None, *half_norm, "silu", "sm_90", 132, False).shape == (3, 32)
+        assert layers.w4a16_fused(x, codes, scales, None, 128, None, None, None, *half_norm, "", "sm_90", 132, False).shape == (3, 64)
         cache, lengths = torch.empty(2, 4, 100, 64, **half), torch.empty(2, dtype=torch.int32, device="cuda")
         turn = torch.empty(100, 32, 2, device="cuda")
         q = layers.attention_rope_write(torch.empty(2, 1, 16, 64, **half), turn, None, None, 0.0, 1e-6, lengths, cache, cache, "sm_90", False)
         assert q.shape == (2, 1, 8, 64)
         rope = (torch.empty(2, 1, 16, 64, **half), turn, None, None, 0.0, 1e-6, lengths, cache, cache)
-        out = layers.attention_rope_decode(*rope, torch.empty(16, dtype=torch.uint8, device="cuda"), [8, 8, 2, 1, 512], 0, 0.125, None, "sm_90", True)
+        out = layers.attention_rope_decode(*rope, torch.empty(16, dtype=torch.uint8, device="cuda"), [8, 8, 2, 1, 512], 0, 0.125, "sm_90", True)
         assert out.shape == (2, 1, 8, 64)
 
 

@@ -232,7 +232,6 @@ def w4a16_fused(
     weight_offset: float,
     epsilon: float,
     activation: str,
-    ahead: Tensor | None,
     architecture: str,
     multiprocessors: int,
     overlap: bool,
@@ -246,11 +245,10 @@ def w4a16_fused(
         x: [M, K] of the scales' type, M at most 8; residual, total [M, K], total neither x nor residual; first_norm, norm [K]; weight_offset of both.
             Without norm there is neither residual nor first_norm nor activation.
         activation: "" or one of `gated_product`; the first half of W's rows are the gate's.
-        ahead: contiguous bytes that later launches read, asked into the L2 cache (capability 9.0 and up).
     """
     n, k = 16 * codes.shape[0], 64 * codes.shape[1]
     name = "w4a16_fused"
-    _check(name, x, codes=codes, scales=scales, zeros=zeros, residual=residual, total=total, first_norm=first_norm, norm=norm, ahead=ahead)
+    _check(name, x, codes=codes, scales=scales, zeros=zeros, residual=residual, total=total, first_norm=first_norm, norm=norm)
     fits = x.ndim == 2 and 1 <= len(x) <= DECODE_ROWS and x.shape[1] == k and x.dtype == scales.dtype
     _want(fits, name, "x", f"{x.dtype} {list(x.shape)}", f"{scales.dtype} [1 to {DECODE_ROWS}, {k}]")
     for what, tensor, shape in (("residual", residual, x.shape), ("total", total, x.shape), ("first_norm", first_norm, (k,)), ("norm", norm, (k,))):
@@ -269,18 +267,13 @@ def w4a16_fused(
     grid = w4a16_fused_plan(n, k, len(x), norm is not None, bool(activation), multiprocessors)
     flags = ", ".join("true" if flag else "false" for flag in (zeros is not None, norm is not None, activation))
     _run("w4a16_fused.cu", f"fh::w4a16_fused<{_element(x)}, {group}, {flags}>", grid, x.device, architecture, overlap, codes, scales, zeros, x, y, len(x), n,
-         k, residual, total, first_norm, norm, weight_offset, epsilon, int(activation == "gelu_tanh"), ahead, _bytes_of(ahead))  # fmt: skip
+         k, residual, total, first_norm, norm, weight_offset, epsilon, int(activation == "gelu_tanh"))  # fmt: skip
     return y
 
 
 @w4a16_fused.register_fake
-def _(x, codes, scales, zeros, group, residual, total, first_norm, norm, weight_offset, epsilon, activation, ahead, *device):  # type: ignore[no-untyped-def]
+def _(x, codes, scales, zeros, group, residual, total, first_norm, norm, weight_offset, epsilon, activation, *device):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], codes.shape[0] * (8 if activation else 16))
-
-
-def _bytes_of(ahead: Tensor | None) -> int:
-    """Of what shall be read ahead, in whole units of 16."""
-    return 0 if ahead is None else ahead.numel() * ahead.element_size() // 16 * 16
 
 
 # Elementwise steps
@@ -485,17 +478,16 @@ def attention_rope_decode(
     plan: Sequence[int],
     window: int,
     scale: float,
-    ahead: Tensor | None,
     architecture: str,
     overlap: bool,
 ) -> Tensor:
     """`attention_rope_write` and `attention_decode` in one launch, with their bits: [batch, queries, q_heads, head_size], queries at most 8.
 
     Args:
-        ahead: contiguous bytes that later launches read, asked into the L2 cache (capability 9.0 and up); all others as in those two.
+        As in those two.
     """
     name = "attention_rope_decode"
-    _check(name, qkv, rotations=rotations, q_norm=q_norm, k_norm=k_norm, lengths=lengths, cache_k=cache_k, cache_v=cache_v, workspace=workspace, ahead=ahead)
+    _check(name, qkv, rotations=rotations, q_norm=q_norm, k_norm=k_norm, lengths=lengths, cache_k=cache_k, cache_v=cache_v, workspace=workspace)
     kv_heads, max_length, head_size = cache_k.shape[1:]
     batch, queries, heads = qkv.shape[:3]
     q_heads = heads - 2 * kv_heads
@@ -509,8 +501,7 @@ def attention_rope_decode(
     grid = Grid((splits, kv_heads * row_blocks, batch), threads, attention_shared_bytes(head_size, threads, rows, cluster, queries), cluster)
     expression = f"fh::attention_rope_decode<{_element(qkv)}, {head_size}, {'true' if cluster > 1 else 'false'}>"
     _run("attention.cu", expression, grid, qkv.device, architecture, overlap, qkv, rotations, q_norm, k_norm, norm_offset, epsilon, cache_k, cache_v,
-         lengths, out, workspace, None, queries, q_heads // kv_heads, kv_heads, rows, row_blocks, max_length, window, scale * LOG2E, ahead,
-         _bytes_of(ahead))  # fmt: skip
+         lengths, out, workspace, None, queries, q_heads // kv_heads, kv_heads, rows, row_blocks, max_length, window, scale * LOG2E)  # fmt: skip
     return out
 
 

@@ -11,9 +11,9 @@
 // Floor: 4 * kv_heads * positions * head_size bytes; at 4,096 positions and 3.01 TB/s (H100): Llama-3.2-1B 2.8 us, Qwen3-1.7B 5.6 us.
 // Predicted 4.9 and 9.0 us (half as much again, and an empty launch). Measured behind rope_write, as in a model: 6.8 and 10.3 us; with every launch
 // waiting for the one before: 8.1 and 12.1 us. Verdict: not there. A trace of the blocks shows the bytes at their floor; what is left is latency
-// around them: lengths and addresses 1,500 cycles, the merge of the warps 1,000, two barriers of the cluster 2,000. Heads of 256 with one key-value
+// around them: lengths and addresses 1,500 cycles, the merge of the warps 1,000, two barriers of the cluster 2,000 (one since, not traced again). Heads of 256 with one key-value
 // head (Gemma-3-1B: 9.9 us for 4.2 MB) fill 32 multiprocessors only.
-#include "ahead.cuh"
+#include "element.cuh"
 
 namespace fh {
 
@@ -32,8 +32,6 @@ struct NewTokens {
   const u16 *q_norm, *k_norm;
   float norm_offset, epsilon;
   u16 *cache_k, *cache_v;
-  const u8* ahead;
-  u32 ahead_bytes;
 };
 
 // Groups of four float4 of a block's results that each block of a cluster merges.
@@ -45,8 +43,7 @@ __global__ void attention_decode(const u16* q, const u16* cache_k, const u16* ca
 template <class T, int HEAD, bool CLUSTER>
 __global__ void attention_rope_decode(const u16* qkv, const float2* rotations, const u16* q_norm, const u16* k_norm, float norm_offset, float epsilon,
                                       u16* cache_k, u16* cache_v, const int* lengths, u16* out, float* workspace, u32* arrivals_apart, int queries,
-                                      int heads, int kv_heads, int rows, int row_blocks, int max_length, int window, float scale, const u8* ahead,
-                                      int ahead_bytes);
+                                      int heads, int kv_heads, int rows, int row_blocks, int max_length, int window, float scale);
 template <class T>
 __global__ void attention_rope_write(const u16* qkv, const float2* rotations, const u16* q_norm, const u16* k_norm, float norm_offset, float epsilon,
                                      const int* lengths, u16* q, u16* cache_k, u16* cache_v, int q_heads, int kv_heads, int head_size, int max_length);
@@ -155,10 +152,10 @@ __device__ void attend(float4* raw, const u16* q, const u16* cache_k, const u16*
   const int kv_head = row_blocks == 1 ? blockIdx.y : blockIdx.y / row_blocks, first_row = (blockIdx.y - kv_head * row_blocks) * rows;
   const int shares = CLUSTER ? cluster_shares(rows, HEAD, splits) : 0;
   float* merged = reinterpret_cast<float*>(raw);                                    // [kWarps][rows][HEAD]
-  float4* inbox = reinterpret_cast<float4*>(merged + kWarps * rows * HEAD);         // [splits][shares][4]: this block's share of each block's sums
+  [[maybe_unused]] float4* inbox = reinterpret_cast<float4*>(merged + kWarps * rows * HEAD);         // [splits][shares][4]: this block's share of each block's sums
   u16* turned = reinterpret_cast<u16*>(inbox + splits * shares * 4);                // [rows + 2 * queries][HEAD]: queries, new keys, new values
   float2* merged_stats = reinterpret_cast<float2*>(turned + (ROPE ? (rows + 2 * queries) * HEAD : 0));  // [kWarps][rows]: maximum, sum of weights
-  float2* inbox_stats = merged_stats + kWarps * rows;                               // [splits][rows]
+  [[maybe_unused]] float2* inbox_stats = merged_stats + kWarps * rows;                               // [splits][rows]
 #if __CUDA_ARCH__ >= 900
   if (CLUSTER) cluster_arrive();  // who waits for this below knows that all blocks have begun: their memory may be written
 #endif
@@ -228,7 +225,6 @@ __device__ void attend(float4* raw, const u16* q, const u16* cache_k, const u16*
       for (int s = 0; s < kSegments; ++s) value[j][s] = load_if(inside && (HEAD % 64 == 0 || s * 64 + g * 8 < HEAD), values + at * HEAD + s * 64);
     }
     if (ROPE && unit == first_unit) {
-      prefetch_ahead(fresh.ahead, fresh.ahead_bytes);
       wait_for_previous();
       release_next();
       turn_heads();
@@ -481,9 +477,9 @@ template <class T, int HEAD, bool CLUSTER>
 __global__ void __launch_bounds__(block_threads(HEAD), 1)
     attention_rope_decode(const u16* qkv, const float2* rotations, const u16* q_norm, const u16* k_norm, float norm_offset, float epsilon, u16* cache_k,
                           u16* cache_v, const int* lengths, u16* out, float* workspace, u32* arrivals_apart, int queries, int heads, int kv_heads, int rows,
-                          int row_blocks, int max_length, int window, float scale, const u8* ahead, int ahead_bytes) {
+                          int row_blocks, int max_length, int window, float scale) {
   extern __shared__ float4 raw[];
-  const NewTokens fresh{qkv, rotations, q_norm, k_norm, norm_offset, epsilon, cache_k, cache_v, ahead, u32(ahead_bytes)};
+  const NewTokens fresh{qkv, rotations, q_norm, k_norm, norm_offset, epsilon, cache_k, cache_v};
   attend<T, HEAD, CLUSTER, true>(raw, nullptr, cache_k, cache_v, lengths, out, workspace, arrivals_apart, queries, heads, kv_heads, rows, row_blocks,
                                  max_length, window, scale, fresh);
 }
@@ -565,7 +561,7 @@ const char* decode(const fh_attention_shape& s, const fh_attention_plan& plan, c
                   plan.cluster > 1 ? attention_rope_decode<T, HEAD, true> : attention_rope_decode<T, HEAD, false>, static_cast<const u16*>(f->qkv),
                   reinterpret_cast<const float2*>(f->rotations), static_cast<const u16*>(f->q_norm), static_cast<const u16*>(f->k_norm), f->norm_offset,
                   f->epsilon, const_cast<u16*>(a.k), const_cast<u16*>(a.v), a.lengths, a.out, a.workspace, a.arrivals, s.queries, heads, s.kv_heads,
-                  plan.rows, plan.row_blocks, s.max_length, s.window, scale, static_cast<const u8*>(f->ahead), int(f->ahead_bytes));
+                  plan.rows, plan.row_blocks, s.max_length, s.window, scale);
   }
   return launch("attention_decode", device, stream, grid, plan.cluster > 1 ? attention_decode<T, HEAD, true> : attention_decode<T, HEAD, false>, a.q, a.k,
                 a.v, a.lengths, a.out, a.workspace, a.arrivals, s.queries, heads, s.kv_heads, plan.rows, plan.row_blocks, s.max_length, s.window, scale);
@@ -622,9 +618,6 @@ const char* fh_attention_rope_decode(const fh_attention_shape* shape, const fh_a
   if (shape->queries > FH_ATTENTION_FUSED_QUERIES) {
     return failure("attention_rope_decode: queries is %d, expected at most %d; launch fh_attention_rope_write and fh_attention_decode", shape->queries,
                    FH_ATTENTION_FUSED_QUERIES);
-  }
-  if (fusion->ahead_bytes % 16 || reinterpret_cast<size_t>(fusion->ahead) % 16 || (fusion->ahead == nullptr && fusion->ahead_bytes)) {
-    return failure("attention_rope_decode: ahead is %u bytes at %p, expected whole units of 16 bytes; round both down", fusion->ahead_bytes, fusion->ahead);
   }
   const Arguments a{nullptr, static_cast<u16*>(cache_k), static_cast<u16*>(cache_v), lengths, static_cast<u16*>(out), static_cast<float*>(workspace), arrivals,
                     fusion};

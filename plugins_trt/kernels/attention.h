@@ -72,8 +72,6 @@ typedef struct {
   const void* k_norm;
   float norm_offset;
   float epsilon;
-  const void* ahead;    /* bytes that later launches read, which no launch writes: asked into the L2 cache on the way (capability 90 and up) */
-  unsigned ahead_bytes; /* a multiple of 16, as the address is */
 } fh_attention_fusion;
 
 /* fh_attention_rope_write and fh_attention_decode in one launch, with their bits, out and cache alike; queries at most 8. plan, workspace and arrivals as in

@@ -1,6 +1,5 @@
 // w4a16_decode.cuh: the product of up to eight rows with a W4A16 matrix, one block's part: of w4a16.cu alone, and of w4a16_fused.cu with the steps around.
 #pragma once
-#include "ahead.cuh"
 #include "rows.cuh"
 #include "w4a16_codes.cuh"
 
@@ -14,8 +13,6 @@ struct Surroundings {
   u16* sum;
   float weight_offset, epsilon;
   int gelu;
-  const u8* ahead;
-  u32 ahead_bytes;
 };
 
 // A row of normalised activations in shared memory: the 64 bytes more put neighbouring tokens' reads on other banks.
@@ -172,7 +169,6 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
     if (held < K) gain = __ldg(reinterpret_cast<const uint4*>(s.norm + held));
     if (held < K && s.first_norm) first_gain = __ldg(reinterpret_cast<const uint4*>(s.first_norm + held));
   }
-  prefetch_ahead(s.ahead, s.ahead_bytes);
   if (EARLY) release_next();
   wait_for_previous();
   if (!EARLY) release_next();

@@ -26,14 +26,12 @@ typedef struct {
   float epsilon;
   int gated;
   fh_activation activation;
-  const void* ahead;    /* bytes that later launches read, which no launch writes: asked into the L2 cache on the way (capability 90 and up) */
-  unsigned ahead_bytes; /* a multiple of 16, as the address is */
 } fh_w4a16_fusion;
 
 /* As fh_w4a16_make_plan, for M up to 8. */
 void fh_w4a16_make_fused_plan(const fh_w4a16_weight* weight, const fh_w4a16_fusion* fusion, int M, const fh_device* device, fh_w4a16_plan* plan);
 
-/* M is 1 to 8; x[M, K], y[M, N] or gated [M, N / 2]. With device->overlap the weights, the norms and `ahead` are read while the launch before this one runs,
+/* M is 1 to 8; x[M, K], y[M, N] or gated [M, N / 2]. With device->overlap the weights and the norms are read while the launch before this one runs,
  * and a launch without norm or with a gate lets the one behind it begin while several before it still run: behind it belongs what reads, before it waits,
  * weights alone, as the launches here and fh_rms_norm do, but not attention, which reads lengths and the cache.
  */

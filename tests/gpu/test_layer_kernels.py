@@ -152,10 +152,10 @@ def test_attention_over_what_rope_wrote(batch, queries, q_heads, kv_heads, head_
         assert torch.equal(attention_decode(q, *arguments), out)  # the workspace is left ready, the bits are the same
 
 
-def fused(matrix, x, f, residual=None, total=None, first_norm=None, norm=None, activation="", ahead=None):
+def fused(matrix, x, f, residual=None, total=None, first_norm=None, norm=None, activation=""):
     m = matrix
     return w4a16_fused(
-        x, m.codes, m.scales, m.zeros, m.group, residual, total, first_norm, norm, 1.0, 1e-6, activation, ahead, f.architecture, f.multiprocessors, f.overlap
+        x, m.codes, m.scales, m.zeros, m.group, residual, total, first_norm, norm, 1.0, 1e-6, activation, f.architecture, f.multiprocessors, f.overlap
     )
 
 
@@ -170,12 +170,12 @@ def test_a_fused_product_has_the_bits_of_its_steps(n, k, group, asymmetric, dtyp
     f = facts(board)
     codes, scales, zeros, _ = neutral(n, k, group, dtype, asymmetric)
     matrix = w4a16(codes, (scales.float() / k**0.5).to(dtype), zeros, f)  # outputs about 1, where an activation bends
-    first_norm, norm, ahead = random(k, dtype=dtype, seed=7), random(k, dtype=dtype, seed=8), random(4096, dtype=dtype)
+    first_norm, norm = random(k, dtype=dtype, seed=7), random(k, dtype=dtype, seed=8)
     for m in (1, 3, 8):
         if m * (k + 32) * 2 + 32768 > f.shared_bytes:
             continue  # refused by the launch; the steps are launched one by one
         x, residual = random(m, k, dtype=dtype, seed=m), random(m, k, dtype=dtype, seed=20 + m)
-        assert torch.equal(fused(matrix, x, f, ahead=ahead), matrix(x))
+        assert torch.equal(fused(matrix, x, f), matrix(x))
         for first, added, activation in ((0, 0, ""), (0, 1, "silu"), (1, 1, "gelu_tanh"), (1, 0, "")):
             h, total = residual.clone(), torch.full_like(x, torch.nan)
             start = rms_norm(x, None, first_norm, 1.0, 1e-6, f.architecture, f.overlap) if first else x
@@ -183,7 +183,7 @@ def test_a_fused_product_has_the_bits_of_its_steps(n, k, group, asymmetric, dtyp
             want = gated_product(want, activation, f.architecture, f.overlap) if activation else want
             assert want.isfinite().all()
             given = {"residual": residual, "total": total} if added else {}
-            found = fused(matrix, x, f, first_norm=first_norm if first else None, norm=norm, activation=activation, ahead=ahead, **given)
+            found = fused(matrix, x, f, first_norm=first_norm if first else None, norm=norm, activation=activation, **given)
             assert torch.equal(found, want), (m, first, added, activation)
             assert not added or torch.equal(total, h)
 
@@ -212,8 +212,8 @@ def test_attention_with_rope_has_the_bits_of_both(batch, queries, q_heads, kv_he
             q = attention_rope_write(*rope, f.architecture, f.overlap)
             out = attention_decode(q, cache_k, cache_v, lengths, workspace, *seen, f.architecture, f.overlap)
         else:
-            out = attention_rope_decode(*rope, workspace, *seen, qkv, f.architecture, f.overlap)
-            assert torch.equal(attention_rope_decode(*rope, workspace, *seen, None, f.architecture, f.overlap), out)
+            out = attention_rope_decode(*rope, workspace, *seen, f.architecture, f.overlap)
+            assert torch.equal(attention_rope_decode(*rope, workspace, *seen, f.architecture, f.overlap), out)
         assert out.isfinite().all()
         found.append((out, cache_k, cache_v))
     for apart, together in zip(*found):
@@ -255,7 +255,7 @@ def test_a_layer_is_captured_and_traced():
     x.copy_(random(4, d, dtype=dtype, seed=10))
     graph.replay()
     assert torch.equal(found, layer(x))
-    arguments = (x, up.codes, up.scales, None, 128, None, None, None, weight, 0.0, 1e-6, "silu", None, f.architecture, f.multiprocessors, False)
+    arguments = (x, up.codes, up.scales, None, 128, None, None, None, weight, 0.0, 1e-6, "silu", f.architecture, f.multiprocessors, False)
     assert torch.equal(w4a16_fused(*arguments), layer(x))
     torch.library.opcheck(torch.ops.flashhead.w4a16_fused.default, arguments, test_utils=("test_schema", "test_faketensor"))
     arguments = (x, up.codes, up.scales, None, 128, f.architecture, f.multiprocessors, False)
