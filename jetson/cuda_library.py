@@ -52,7 +52,7 @@ class Fusion(ctypes.Structure):
 
     _fields_ = [
         *[(n, P) for n in ("residual", "sum", "first_norm", "norm")],
-        *[("weight_offset", F), ("epsilon", F), ("gated", I), ("activation", I), ("ahead", P), ("ahead_bytes", ctypes.c_uint32)],
+        *[("weight_offset", F), ("epsilon", F), ("gated", I), ("activation", I)],
     ]
 
 
@@ -61,7 +61,7 @@ class AttentionFusion(ctypes.Structure):
 
     _fields_ = [
         *[(n, P) for n in ("qkv", "rotations", "q_norm", "k_norm")],
-        *[("norm_offset", F), ("epsilon", F), ("ahead", P), ("ahead_bytes", ctypes.c_uint32)],
+        *[("norm_offset", F), ("epsilon", F)],
     ]
 
 

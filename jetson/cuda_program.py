@@ -347,14 +347,14 @@ def fused_arguments(m: Model, node: Node) -> tuple[native.Linear, native.Fusion]
     """A fused product's structures, without its activations."""
     a: Mapping[str, Any] = node.attributes
     weight = native.Linear(m.weight(a["codes"]), m.weight(a["scales"]), m.weight(a["zeros"]), a["n"], a["k"], a["group"], m.dtype)
-    return weight, native.Fusion(None, None, m.weight(a["first_norm"]), m.weight(a["norm"]), a["offset"], a["epsilon"], a["gated"], a["activation"], None, 0)
+    return weight, native.Fusion(None, None, m.weight(a["first_norm"]), m.weight(a["norm"]), a["offset"], a["epsilon"], a["gated"], a["activation"])
 
 
 def _rope_attention(m: Model, node: Node, run: Run) -> None:
     a: Mapping[str, Any] = node.attributes
     shape, plan, key, value = attention_arguments(m, node, run)
     fusion = native.AttentionFusion(
-        m.value(node.inputs[0]), m.weight(a["rotations"]), m.weight(a["q_norm"]), m.weight(a["k_norm"]), a["norm_offset"], a["epsilon"], None, 0
+        m.value(node.inputs[0]), m.weight(a["rotations"]), m.weight(a["q_norm"]), m.weight(a["k_norm"]), a["norm_offset"], a["epsilon"]
     )  # fmt: skip
     out = m.value(node.outputs[0])
     m.put("fh_attention_rope_decode", shape, plan, fusion, key, value, run.lengths, out, m.block("partials"), m.block("arrivals"))
