@@ -35,6 +35,7 @@ class Cuda:
     model: Model
     settings: ExportSettings
     owner: CudaBody | None = None  # whose text the cache holds
+    turn: int = 0  # of the cache: how often a text has taken it over
     rows: tuple[np.ndarray, np.ndarray | None] | None = None
     wide: tuple[Memory, Pinned] | None = field(default=None)  # full-width logits, where they have been asked for
 
@@ -60,7 +61,7 @@ class Cuda:
         }
 
     def body(self) -> CudaBody:
-        self.owner = CudaBody(self)
+        self.owner, self.turn = CudaBody(self), self.turn + 1
         return self.owner
 
     def close(self) -> None:
@@ -121,7 +122,8 @@ class Cuda:
             steps: tokens of each text.
             sampling: None is greedy; row b draws with seed + b, as if it were alone. The device has temperature, top-p and min-p in float32.
         Raises:
-            SettingsError: too many texts, or settings that the device does not have. EngineError: a text does not fit.
+            SettingsError: too many texts, or settings that the device does not have.
+            EngineError: a text does not fit, or another one has taken over the cache meanwhile.
         """
         s, rows, m = sampling or Sampling(), len(prompts), self.model
         if not 1 <= rows <= m.program.batch:
@@ -133,14 +135,17 @@ class Cuda:
         longest = max(map(len, prompts))
         if longest + steps - 1 > m.program.context:
             raise EngineError(f"decode: {longest:,} tokens and {steps:,} steps, expected at most the program's {m.program.context:,} positions; ask for fewer")
-        self.owner = None
         self._use()
+        self.owner, self.turn = None, self.turn + 1
+        turn = self.turn
         sample(m, s, [s.seed + row for row in range(rows)])
         try:
             for mail in cuda_session.decode(m, prompts, steps):
                 yield mail.token
+                if self.turn != turn:
+                    raise EngineError("decode: another text has taken over the cache, expected one at a time; begin this one again")
         finally:
-            if m.device is not None and m.device.open:  # else the host's block is gone with all else
+            if self.turn == turn and m.device is not None and m.device.open:  # else the settings are another's, or gone
                 sample(m, Sampling(), [0] * m.program.batch)
 
     def _use(self) -> None:

@@ -1,6 +1,6 @@
 """Time the decode step of the torch-free CUDA backend over made models, on this machine's GPU; numpy alone.
 
-python scripts/cuda_step.py OUT.json [--rows 1,4] [--precision bfloat16] [--no-overlap] [--plain] [SHAPE ...]
+python scripts/cuda_step.py OUT.json [--rows 1,4] [--precision bfloat16] [--no-overlap] [--plain] [--context 4096] [SHAPE ...]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flashhead_edge.bench.cuda import bench_cuda
+from flashhead_edge.bench.cuda import CONTEXT, bench_cuda
 
 
 def main() -> None:
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float16")
     parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--plain", action="store_true", help="the program as it is, without fused nodes")
+    parser.add_argument("--context", type=int, default=CONTEXT)
     given = parser.parse_args()
     rows, records = [int(n) for n in given.rows.split(",")], []
 
@@ -46,7 +47,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="flashhead-cuda-") as work:
         overlap = False if given.no_overlap else None
-        bench_cuda(Path(work), given.shapes, rows, given.precision, overlap, not given.plain, progress, took)
+        bench_cuda(Path(work), given.shapes, rows, given.precision, overlap, not given.plain, given.context, progress, took)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ def bench_cuda(
     precision: str = "float16",
     overlap: bool | None = None,
     fuses: bool = True,
+    context: int = CONTEXT,
     progress: Progress = silent,
     took: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[dict[str, Any]]:
@@ -170,6 +171,7 @@ def bench_cuda(
 
     Args:
         work: a folder for their weights; each is removed when it has been timed.
+        context: positions of the cache, for which attention's launches are cut.
         took: called with each record as soon as it is there.
         shapes: of `models()`; none is all.
     Returns:
@@ -191,7 +193,7 @@ def bench_cuda(
         progress(f"{name}: making weights", None)
         device = Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
         begun = time.perf_counter()
-        program = made_program(work / name, model, vocab, device, group=group, precision=precision, batch=max(batches))
+        program = made_program(work / name, model, vocab, device, group=group, precision=precision, context=context, batch=max(batches))
         making = time.perf_counter() - begun
         begun = time.perf_counter()
         m = open_model(program, overlap=overlap, fuses=fuses, progress=progress)

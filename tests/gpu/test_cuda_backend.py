@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
@@ -13,7 +14,8 @@ from cuda_truth import CHUNK, CONTEXT, MODELS, Truth, small_program
 
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import EngineError, SettingsError
-from flashhead_edge.jetson import cuda_session
+from flashhead_edge.generation import stream
+from flashhead_edge.jetson import cuda_session, open_engine
 from flashhead_edge.jetson.cuda_backend import open_program, sample
 from flashhead_edge.jetson.driver import device_facts
 from flashhead_edge.program.head import Device
@@ -225,6 +227,18 @@ def test_what_does_not_fit_is_a_sentence(llama):
     llama.body().feed([3])
     with pytest.raises(EngineError, match="another text has taken over the cache"):
         older.feed([4])
+
+
+@pytest.mark.skipif("FLASHHEAD_CHECKPOINT" not in os.environ, reason="FLASHHEAD_CHECKPOINT names no checkpoint")
+def test_a_checkpoints_text_is_the_same_by_the_loop_and_on_the_device():
+    """The kernels' way from `generate --backend cuda`: the second opening reads what the first has made."""
+    for _ in range(2):
+        engine = open_engine(os.environ["FLASHHEAD_CHECKPOINT"], "cuda")
+        with engine.backend as b:
+            ids = engine.tokenizer("The capital of France is")["input_ids"]
+            by_loop = [token.id for token in stream(engine, ids, 24)]
+            on_device = [int(t[0]) for t in b.decode([ids], 24)]
+            assert by_loop == on_device[: len(by_loop)] and np.isfinite(b.body().feed(ids)).all()
 
 
 def test_pycudas_stream_is_ours_too(programs):

@@ -239,3 +239,19 @@ said.append(left())
     assert said[0].startswith("cuda backend: w4a16_fused could not be launched in") and "out of memory" in said[0]
     assert said[1].startswith("GPU: cuStreamQuery gives")
     assert said[2] == [0] * 8
+
+
+def test_measurements_replay_steps_that_the_host_does_not_count_and_texts_go_on(opened) -> None:
+    times, alone, tokens, rates, left = opened("""
+from flashhead_edge.bench import cuda, decode
+cuda.WARM_SECONDS, decode.ROUNDS = 0.01, 2
+m = cuda_session.open_model(program, chunk=CHUNK)
+times, alone = cuda.step_times(m, 1).tolist(), cuda.step_times(m, 2, only="RmsNorm", together=4).tolist()
+tokens = [mail.token.tolist() for mail in cuda_session.decode(m, [[1, 2, 3], [7]], 3)]
+rates = [cuda.tokens_a_second(m, 2, 20) > 0, len(decode.first_token_seconds(m, 10)) == 2]
+m.close()
+said = [times, alone, tokens, rates, left()]
+""")
+    assert times == alone == [10.0] * 7  # the made driver's millisecond between two events, for a hundred steps
+    assert tokens == [[1, 1], [2, 2], [3, 3]] and rates == [True, True]
+    assert left == [0] * 8

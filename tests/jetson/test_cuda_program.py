@@ -193,6 +193,26 @@ def test_what_does_not_fit_is_a_sentence(programs):
         assert not called
 
 
+def test_a_text_that_has_lost_the_cache_says_so(programs):
+    """Settings of the text that took it over stay."""
+    with emulated(programs("llama")) as (m, _):
+        b = opened(m)
+        for take in (b.body, lambda: next(b.decode([[5]], 9, Sampling(temperature=0.75)))):
+            text = b.decode([[1, 2]], 9)
+            next(text), next(text)
+            kept = take()
+            with pytest.raises(EngineError, match="decode: another text has taken over the cache"):
+                next(text)
+            del kept
+        want = [int(t[0]) for t in b.decode([[1, 2]], 9)]
+        first, second = b.decode([[1, 2]], 9), b.decode([[3]], 9, Sampling(temperature=0.75, seed=3))
+        next(first), next(second)
+        first.close()
+        assert cuda_session.setting(m, "temperature")[0] == 0.75
+        second.close()
+        assert cuda_session.setting(m, "temperature")[0] == 0 and [int(t[0]) for t in b.decode([[1, 2]], 9)] == want
+
+
 def test_a_program_for_another_gpu_is_refused(programs):
     from cuda_emulator import FACTS
 
