@@ -253,5 +253,5 @@ m.close()
 said = [times, alone, tokens, rates, left()]
 """)
     assert times == alone == [10.0] * 7  # the made driver's millisecond between two events, for a hundred steps
-    assert tokens == [[1, 1], [2, 2], [3, 3]] and rates == [True, True]
+    assert tokens == [[2, 2], [3, 3], [4, 4]] and rates == [True, True]  # up from the token 1 of the measurement
     assert left == [0] * 8
