@@ -47,6 +47,30 @@ class Linear(ctypes.Structure):
     _fields_ = [*[(n, P) for n in ("codes", "scales", "zeros")], *[(n, I) for n in ("n", "k", "group", "dtype")]]
 
 
+class Fusion(ctypes.Structure):
+    """`fh_w4a16_fusion` of w4a16_fused.h."""
+
+    _fields_ = [
+        *[(n, P) for n in ("residual", "sum", "first_norm", "norm")],
+        *[("weight_offset", F), ("epsilon", F), ("gated", I), ("activation", I)],
+    ]
+
+
+class AttentionFusion(ctypes.Structure):
+    """`fh_attention_fusion` of attention.h."""
+
+    _fields_ = [
+        *[(n, P) for n in ("qkv", "rotations", "q_norm", "k_norm")],
+        *[("norm_offset", F), ("epsilon", F)],
+    ]
+
+
+class LinearPlan(ctypes.Structure):
+    """`fh_w4a16_plan` of w4a16.h."""
+
+    _fields_ = [(n, I) for n in ("decode", "wide", "tile_outputs", "tile_tokens", "grid_x", "grid_y", "threads", "shared_bytes")]
+
+
 class DrawSettings(ctypes.Structure):
     """`FlashHeadSettings` of settings.h."""
 
@@ -69,7 +93,7 @@ class Advance(ctypes.Structure):
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    Advance, Arguments, DecodeArguments, DrawSettings, Widen, AttentionPlan, AttentionShape, DeviceLimits, Linear,
+    Advance, Arguments, DecodeArguments, DrawSettings, Widen, AttentionFusion, AttentionPlan, AttentionShape, DeviceLimits, Fusion, Linear,
 )  # fmt: skip # in the order of fh_sizes
 LAUNCHERS: dict[str, tuple[Any, ...]] = {  # and what each takes before the device and the stream
     "fh_embedding": (P, P, F, P, I, I, I, I),
@@ -79,6 +103,8 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {  # and what each takes before the devi
     "fh_w4a16_linear": (P, P, P, I),
     "fh_attention_rope_write": (P, P, P, P, P, F, F, P, P, P, P),
     "fh_attention_decode": (P, P, P, P, P, P, P, P, P),
+    "fh_w4a16_fused": (P, P, P, P, I),
+    "fh_attention_rope_decode": (P, P, P, P, P, P, P, P, P),
     "fh_head_step": (P,),
     "fh_head_widen": (P,),
     "fh_draw_settings": (P,),
@@ -105,6 +131,7 @@ def library() -> ctypes.CDLL:
         function = getattr(found, name)
         function.argtypes, function.restype = [*takes, P, P], ctypes.c_char_p
     found.fh_attention_make_plan.argtypes, found.fh_attention_make_plan.restype = [P, P, P], ctypes.c_char_p
+    found.fh_w4a16_make_fused_plan.argtypes, found.fh_w4a16_make_fused_plan.restype = [P, P, I, P, P], None
     found.fh_kernel.restype = found.fh_seen.restype = ctypes.c_char_p
     found.fh_expression.argtypes, found.fh_expression.restype = [ctypes.c_char_p], P
     found.fh_free.argtypes, found.fh_free.restype = [P], None
@@ -146,6 +173,13 @@ def attention_plan(shape: AttentionShape, device: DeviceLimits) -> AttentionPlan
     if said is not None:
         raise EngineError(f"cuda backend: {said.decode(errors='replace')}")
     return plan
+
+
+def fused_shared_bytes(weight: Linear, fusion: Fusion, rows: int, device: DeviceLimits) -> int:
+    """Shared memory that a block of a fused product takes."""
+    plan = LinearPlan()
+    library().fh_w4a16_make_fused_plan(ctypes.addressof(weight), ctypes.addressof(fusion), rows, ctypes.addressof(device), ctypes.addressof(plan))
+    return plan.shared_bytes
 
 
 def limits_of(facts: DeviceFacts, *, overlap: bool | None = None) -> DeviceLimits:

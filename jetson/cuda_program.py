@@ -21,6 +21,7 @@ from flashhead_edge.jetson.cuda_library import AttentionShape, DeviceLimits, att
 from flashhead_edge.jetson.cuda_memory import Mailbox, Range, laid_out
 from flashhead_edge.jetson.driver import Device, DeviceFacts, Graph, Pinned, Stream
 from flashhead_edge.kernels.packing import Arguments, DecodeArguments, Layout, Widen, layout_of
+from flashhead_edge.program import fuse
 from flashhead_edge.program.nodes import Attention, Node, Stored
 
 SLOTS = 64  # of the mailbox: more than steps that the host leaves unread
@@ -123,6 +124,7 @@ class Model:
     limits: DeviceLimits
     plan: MemoryPlan
     chunk: int
+    fuses: bool = True  # whether steps run fused nodes, where they take their rows
     base: int = DRY  # address of the range
     stream_handle: int = 0
     mail_address: int = DRY
@@ -214,9 +216,13 @@ def value_sizes(program: Program, tokens: int) -> dict[str, int]:
 
 
 def placed_values(program: Program, tokens: int) -> tuple[dict[str, int], int]:
-    """Where values lie, and how many bytes that takes: a value's place is free again behind its last reader. The head's state stays."""
+    """Where values lie, and how many bytes that takes: a value's place is free again behind its last reader. The head's state stays.
+
+    A fused node reads its inputs until it has written its outputs, so that these live as long.
+    """
     sizes = {name: -(-size // 256) * 256 for name, size in value_sizes(program, tokens).items()}
     last = {name: at for at, node in enumerate(program.nodes) for name in (*node.outputs, *node.inputs)}
+    last |= {name: max(last.get(name, 0), step.last) for step in fuse.fused(program.nodes) for name in step.node.inputs}
     last[program.nodes[-1].inputs[0]] = len(program.nodes)
     found: dict[str, int] = {}
     living: dict[str, tuple[int, int]] = {}  # name: start, end
@@ -296,14 +302,20 @@ def _gated(m: Model, node: Node, run: Run) -> None:
     m.put("fh_gated_product", m.value(node.inputs[0]), m.value(y), run.tokens, width, node.attributes["activation"], m.dtype)
 
 
-def _attention(m: Model, node: Node, run: Run) -> None:
+def attention_arguments(m: Model, node: Node, run: Run) -> tuple[AttentionShape, native.AttentionPlan, int, int]:
+    """Shape and plan of an attention's launch, and the addresses of its keys and values."""
     a: Mapping[str, Any] = node.attributes
     which = Attention(a["q_heads"], a["kv_heads"], a["head_size"], a["window"], a["scale"])
     shape = attention_shape(m.program, which, run.rows, run.queries, m.dtype)
-    plan = attention_plan(shape, m.limits)
     layer = node.inputs[1].split(".")[1]
     row = 2 * which.kv_heads * m.program.context * which.head_size
     key, value = (m.block(f"cache.{layer}.{part}", run.first * row) for part in ("key", "value"))
+    return shape, attention_plan(shape, m.limits), key, value
+
+
+def _attention(m: Model, node: Node, run: Run) -> None:
+    a: Mapping[str, Any] = node.attributes
+    shape, plan, key, value = attention_arguments(m, node, run)
     q, norms = m.block("queries"), (m.weight(a["q_norm"]), m.weight(a["k_norm"]))
     m.put(
         "fh_attention_rope_write", shape, m.value(node.inputs[0]), m.weight(a["rotations"]), *norms, a["norm_offset"], a["epsilon"], run.lengths, q, key, value
@@ -322,9 +334,36 @@ def _combine(m: Model, node: Node, run: Run) -> None:
     m.put("fh_combine", m.value(x), m.value(other), int(constant), combination, m.value(y), run.tokens, width, m.dtype)
 
 
+def _fused_linear(m: Model, node: Node, run: Run) -> None:
+    x, residual = node.inputs
+    y, total = node.outputs
+    weight, fusion = fused_arguments(m, node)
+    if residual:
+        fusion.residual, fusion.sum = m.value(residual), m.value(total)
+    m.put("fh_w4a16_fused", weight, fusion, m.value(x), m.value(y), run.tokens)
+
+
+def fused_arguments(m: Model, node: Node) -> tuple[native.Linear, native.Fusion]:
+    """A fused product's structures, without its activations."""
+    a: Mapping[str, Any] = node.attributes
+    weight = native.Linear(m.weight(a["codes"]), m.weight(a["scales"]), m.weight(a["zeros"]), a["n"], a["k"], a["group"], m.dtype)
+    return weight, native.Fusion(None, None, m.weight(a["first_norm"]), m.weight(a["norm"]), a["offset"], a["epsilon"], a["gated"], a["activation"])
+
+
+def _rope_attention(m: Model, node: Node, run: Run) -> None:
+    a: Mapping[str, Any] = node.attributes
+    shape, plan, key, value = attention_arguments(m, node, run)
+    fusion = native.AttentionFusion(
+        m.value(node.inputs[0]), m.weight(a["rotations"]), m.weight(a["q_norm"]), m.weight(a["k_norm"]), a["norm_offset"], a["epsilon"]
+    )  # fmt: skip
+    out = m.value(node.outputs[0])
+    m.put("fh_attention_rope_decode", shape, plan, fusion, key, value, run.lengths, out, m.block("partials"), m.block("arrivals"))
+
+
 OPERATORS: dict[str, Callable[[Model, Node, Run], None]] = {
     "TokenEmbedding": _embedding, "RmsNorm": _norm, "W4A16Linear": _linear, "GatedProduct": _gated, "DecodeAttention": _attention, "Add": _combine,
     "Mul": _combine,
+    fuse.LINEAR: _fused_linear, fuse.ATTENTION: _rope_attention,
 }  # fmt: skip
 
 
@@ -385,10 +424,20 @@ def put_advance(m: Model, rows: int, first: int, drawn: bool) -> None:
     ))  # fmt: skip
 
 
+def step_nodes(m: Model, rows: int) -> tuple[Node, ...]:
+    """The nodes before the head that a step of some rows runs: fused where all of them fit the device."""
+    plain = tuple(m.program.nodes[:-1])
+    if not m.fuses or rows > fuse.MOST_ROWS:
+        return plain
+    nodes = tuple(step.node for step in fuse.fused(plain))
+    fits = all(native.fused_shared_bytes(*fused_arguments(m, n), rows, m.limits) <= m.limits.shared_bytes for n in nodes if n.op == fuse.LINEAR)
+    return nodes if fits else plain
+
+
 def put_step(m: Model, rows: int, drawn: bool, without: Collection[str] = ()) -> None:
     """A decode step of the first rows. A measurement leaves kinds of nodes out: `without` their names; Draw and Advance are two."""
     run = Run(rows, 1, 0, m.block("ids"), m.block("lengths"))
-    put_body(m, run, [n for n in m.program.nodes[:-1] if n.op not in without])
+    put_body(m, run, [n for n in step_nodes(m, rows) if n.op not in without])
     if "FlashHead" not in without:
         put_head(m, m.value(m.head.node.inputs[0]), rows, 0)
     if drawn and "Draw" not in without:
@@ -403,14 +452,20 @@ def slot_words(m: Model) -> int:
 
 def dry_pass(m: Model) -> None:
     """Every launch that the model can make, once for each shape."""
-    kinds: dict[Any, Node] = {}
-    for node in m.program.nodes[:-1]:
-        said = tuple((k, bool(v.name) if isinstance(v, Stored) else v) for k, v in node.attributes.items())
-        kinds.setdefault((node.op, said, len(node.inputs), m.program.widths.get(node.outputs[0])), node)
     for rows in range(1, m.program.batch + 1):
-        put_body(m, Run(rows, 1, 0, DRY, DRY), list(kinds.values()))
+        put_body(m, Run(rows, 1, 0, DRY, DRY), _kinds(m, step_nodes(m, rows)))
         put_head(m, DRY, rows, 0, DRY)
         put_draw(m, rows, 0)
         put_advance(m, rows, 0, True)
-    for queries in range(2, min(m.chunk, m.program.context) + 1):
-        put_body(m, Run(1, queries, 0, DRY, DRY), list(kinds.values()))
+    kinds = _kinds(m, m.program.nodes[:-1])
+    for queries in range(1, min(m.chunk, m.program.context) + 1):
+        put_body(m, Run(1, queries, 0, DRY, DRY), kinds)
+
+
+def _kinds(m: Model, nodes: Sequence[Node]) -> list[Node]:
+    """Of nodes that launch alike the first."""
+    kinds: dict[Any, Node] = {}
+    for node in nodes:
+        said = tuple((k, bool(v.name) if isinstance(v, Stored) else v) for k, v in node.attributes.items())
+        kinds.setdefault((node.op, said, tuple(map(bool, node.inputs)), m.program.widths.get(node.outputs[0])), node)
+    return list(kinds.values())

@@ -65,7 +65,7 @@ def check_program(program: Program, head: Head, facts: DeviceFacts) -> None:
 
 
 def open_model(
-    program: Program, *, chunk: int = CHUNK, stream: int | None = None, overlap: bool | None = None, progress: Progress = silent
+    program: Program, *, chunk: int = CHUNK, stream: int | None = None, overlap: bool | None = None, fuses: bool = True, progress: Progress = silent
 ) -> Model:  # fmt: skip
     """Put a program on this machine's GPU, its kernels compiled where the cache has none.
 
@@ -73,6 +73,7 @@ def open_model(
         chunk: tokens of a prompt that are read together.
         stream: the handle of a stream to work in, such as pycuda's; None: one of its own.
         overlap: whether launches begin while the one before them ends; None: where the GPU can.
+        fuses: whether steps of up to eight rows run fused nodes, with the same bits; a measurement compares both.
     Raises:
         DeviceError: no GPU, or too little memory; nothing stays allocated.
         EngineError: the program is another GPU's, or a kernel does not compile.
@@ -82,7 +83,7 @@ def open_model(
     limits = native.limits_of(facts, overlap=overlap)
     chunk = min(chunk, program.context)
     dtype = native.BF16 if program.precision == "bfloat16" else native.FP16
-    m = Model(program, head, facts, limits, memory_plan(program, head, limits, chunk, dtype), chunk)
+    m = Model(program, head, facts, limits, memory_plan(program, head, limits, chunk, dtype), chunk, fuses)
     m.readied = ready(lambda: dry_pass(m), facts, progress)
     m.device = Device()
     try:

@@ -1,6 +1,6 @@
 """Time the decode step of the torch-free CUDA backend over made models, on this machine's GPU; numpy alone.
 
-python scripts/cuda_step.py OUT.json [--rows 1,4] [--precision bfloat16] [--no-overlap] [--context 4096] [SHAPE ...]
+python scripts/cuda_step.py OUT.json [--rows 1,4] [--precision bfloat16] [--no-overlap] [--plain] [--context 4096] [SHAPE ...]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1")
     parser.add_argument("--precision", default="float16")
     parser.add_argument("--no-overlap", action="store_true")
+    parser.add_argument("--plain", action="store_true", help="the program as it is, without fused nodes")
     parser.add_argument("--context", type=int, default=CONTEXT)
     given = parser.parse_args()
     rows, records = [int(n) for n in given.rows.split(",")], []
@@ -45,7 +46,8 @@ def main() -> None:
         print(text, file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="flashhead-cuda-") as work:
-        bench_cuda(Path(work), given.shapes, rows, given.precision, False if given.no_overlap else None, given.context, progress, took)
+        overlap = False if given.no_overlap else None
+        bench_cuda(Path(work), given.shapes, rows, given.precision, overlap, not given.plain, given.context, progress, took)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,36 @@ def fh_attention_decode(
     half.write(out, found)
 
 
+def fh_w4a16_fused(w: native.Linear, f: native.Fusion, x: int, y: int, m: int) -> None:
+    """By the launches that it stands for; x and residual are read to the end, so that they must not lie where sum and y do."""
+    dtype, kept = w.dtype, [x, *filter(None, [f.residual])]
+    assert m <= 8 and (f.residual is None) == (f.sum is None) and (f.norm is not None or not f.gated)
+    before = [bytes(at(address, np.uint8, 2 * m * w.k)) for address in kept]
+    made, both, given = (np.zeros(2 * m * width, np.uint8) for width in (w.k, w.n, w.k))
+    ctypes.memmove(given.ctypes.data, x, given.size)
+    if f.first_norm is not None:
+        fh_rms_norm(given.ctypes.data, None, None, f.first_norm, f.weight_offset, f.epsilon, given.ctypes.data, m, w.k, dtype)
+    if f.norm is None:
+        made[:] = given
+    else:
+        fh_rms_norm(given.ctypes.data, f.residual, f.sum, f.norm, f.weight_offset, f.epsilon, made.ctypes.data, m, w.k, dtype)
+    fh_w4a16_linear(w, made.ctypes.data, both.ctypes.data if f.gated else y, m)
+    if f.gated:
+        fh_gated_product(both.ctypes.data, y, m, w.n // 2, f.activation, dtype)
+    assert before == [bytes(at(address, np.uint8, 2 * m * w.k)) for address in kept]
+
+
+def fh_attention_rope_decode(
+    s: native.AttentionShape, plan: native.AttentionPlan, f: native.AttentionFusion, k: int, v: int, lengths: int, out: int, workspace: int, arrivals: int
+) -> None:  # fmt: skip
+    assert s.queries <= 8
+    q = np.zeros(2 * s.batch * s.queries * s.q_heads * s.head_size, np.uint8)
+    before = bytes(at(f.qkv, np.uint8, 2 * s.batch * s.queries * (s.q_heads + 2 * s.kv_heads) * s.head_size))
+    fh_attention_rope_write(s, f.qkv, f.rotations, f.q_norm, f.k_norm, f.norm_offset, f.epsilon, lengths, q.ctypes.data, k, v)
+    fh_attention_decode(s, plan, q.ctypes.data, k, v, lengths, out, workspace, arrivals)
+    assert before == bytes(at(f.qkv, np.uint8, len(before)))
+
+
 def fh_head_step(a: Any) -> None:
     """The best rows of all, found by multiplying with every one."""
     half, l = Half(a.weight_bf16), a.layout
@@ -225,11 +255,11 @@ def host_bytes(size: int) -> Any:
 
 
 @contextmanager
-def emulated(program: Any, chunk: int = CHUNK) -> Iterator[tuple[cuda.Model, list[str]]]:
+def emulated(program: Any, chunk: int = CHUNK, fuses: bool = True) -> Iterator[tuple[cuda.Model, list[str]]]:
     """A program that is open in the host's memory, and the launchers that have been called."""
     head, limits = cuda.head_of(program), native.limits_of(FACTS)
     dtype = PRECISIONS.index(program.precision)
-    m = cuda.Model(program, head, FACTS, limits, cuda.memory_plan(program, head, limits, chunk, dtype), chunk)
+    m = cuda.Model(program, head, FACTS, limits, cuda.memory_plan(program, head, limits, chunk, dtype), chunk, fuses)
     memory = np.full(m.plan.size + 256, 0xFF, np.uint8)  # NaN in whatever nobody has written
     m.base = -(-memory.ctypes.data // 256) * 256
     start = m.base - memory.ctypes.data

@@ -10,15 +10,15 @@ import torch
 
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.kernels import build, layers
-from flashhead_edge.kernels.layers import Facts, attention_plan, norm_threads, w4a16_plan
+from flashhead_edge.kernels.layers import Facts, attention_plan, norm_threads, w4a16_fused_plan, w4a16_plan
 
 FACTS = [Facts("sm_87", 8, 163 << 10), Facts("sm_87", 16, 163 << 10), Facts("sm_90", 132, 227 << 10), Facts("sm_120", 84, 99 << 10)]
 PLANS = r"""
 #include <cstdio>
-#include "w4a16.h"
+#include "w4a16_fused.h"
 #include "attention.h"
 int main() {
-  int n, k, group, rows, processors, capability, kind, s[7];
+  int n, k, group, rows, processors, capability, kind, norm, gated, s[7];
   while (std::scanf("%d", &kind) == 1) {
     if (kind == 0) {
       if (std::scanf("%d %d %d %d %d %d", &n, &k, &group, &rows, &processors, &capability) != 6) return 1;
@@ -27,6 +27,16 @@ int main() {
       fh_w4a16_plan p;
       fh_w4a16_make_plan(&w, rows, &d, &p);
       std::printf("%d %d %d %d %d %d %d %d\n", p.decode, p.wide, p.tile_outputs, p.tile_tokens, p.grid_x, p.grid_y, p.threads, p.shared_bytes);
+    } else if (kind == 2) {
+      if (std::scanf("%d %d %d %d %d %d", &n, &k, &rows, &norm, &gated, &processors) != 6) return 1;
+      fh_w4a16_weight w{nullptr, nullptr, nullptr, n, k, 64, FH_FP16};
+      fh_w4a16_fusion f{};
+      f.norm = norm ? &w : nullptr;
+      f.gated = gated;
+      fh_device d{87, processors, 232448, 0};
+      fh_w4a16_plan p;
+      fh_w4a16_make_fused_plan(&w, &f, rows, &d, &p);
+      std::printf("%d %d %d\n", p.grid_x, p.threads, p.shared_bytes);
     } else {
       for (int& x : s) if (std::scanf("%d", &x) != 1) return 1;
       if (std::scanf("%d %d", &processors, &capability) != 2) return 1;
@@ -46,7 +56,7 @@ int main() {
 def test_plans_are_those_of_the_launchers(tmp_path):
     folder, program = build.sources_folder(), tmp_path / "plans"
     (tmp_path / "plans.cu").write_text(PLANS)
-    sources = [str(folder / "w4a16.cu"), str(folder / "attention.cu"), str(tmp_path / "plans.cu")]
+    sources = [*(str(folder / f"{name}.cu") for name in ("w4a16", "w4a16_fused", "attention")), str(tmp_path / "plans.cu")]
     subprocess.run(["nvcc", "-std=c++17", "-arch=sm_90", f"-I{folder}", *sources, "-o", str(program)], check=True, timeout=600)
     linear = list(itertools.product((16, 2048, 16384), (64, 576, 2048, 8192), (32, 64), (1, 8, 9, 100, 512, 4096), (8, 16, 132), (87, 90, 120)))
     linear = [c for c in linear if c[1] % c[2] == 0]
@@ -54,6 +64,8 @@ def test_plans_are_those_of_the_launchers(tmp_path):
     attention = [((b, q, *heads, size, length, window), f) for (b, q, heads, size, length, window) in shapes for f in FACTS]
     lines = [f"0 {' '.join(map(str, c))}" for c in linear]
     lines += [f"1 {' '.join(map(str, shape))} {f.multiprocessors} {f.capability}" for shape, f in attention]
+    fused = list(itertools.product((32, 3072, 16384), (64, 576, 2048, 8192), (1, 8), ((0, 0), (1, 0), (1, 1)), (8, 16, 132)))
+    lines += [f"2 {n} {k} {rows} {norm} {gated} {processors}" for n, k, rows, (norm, gated), processors in fused]
     result = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
     found = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
     want: list[tuple[int, ...]] = []
@@ -63,6 +75,9 @@ def test_plans_are_those_of_the_launchers(tmp_path):
     for shape, f in attention:
         split = attention_plan(*shape, f)
         want.append((*split.words(), split.workspace_bytes))
+    for n, k, rows, (norm, gated), processors in fused:
+        grid = w4a16_fused_plan(n, k, rows, bool(norm), bool(gated), processors)
+        want.append((grid.blocks[0], grid.threads, grid.shared_bytes))
     assert found == want
 
 
@@ -80,10 +95,16 @@ def test_fakes_say_the_shapes():
         assert (y.shape, y.dtype) == ((3, 64), torch.float16)
         assert layers.gated_product(x, "silu", "sm_90", False).shape == (3, 64)
         assert layers.rms_norm(x, None, torch.empty(128, **half), 0.0, 1e-6, "sm_90", False).shape == (3, 128)
+        half_norm = (torch.empty(128, **half), 0.0, 1e-6)
+        assert layers.w4a16_fused(x, codes, scales, None, 128, None, None, None, *half_norm, "silu", "sm_90", 132, False).shape == (3, 32)
+        assert layers.w4a16_fused(x, codes, scales, None, 128, None, None, None, *half_norm, "", "sm_90", 132, False).shape == (3, 64)
         cache, lengths = torch.empty(2, 4, 100, 64, **half), torch.empty(2, dtype=torch.int32, device="cuda")
         turn = torch.empty(100, 32, 2, device="cuda")
         q = layers.attention_rope_write(torch.empty(2, 1, 16, 64, **half), turn, None, None, 0.0, 1e-6, lengths, cache, cache, "sm_90", False)
         assert q.shape == (2, 1, 8, 64)
+        rope = (torch.empty(2, 1, 16, 64, **half), turn, None, None, 0.0, 1e-6, lengths, cache, cache)
+        out = layers.attention_rope_decode(*rope, torch.empty(16, dtype=torch.uint8, device="cuda"), [8, 8, 2, 1, 512], 0, 0.125, "sm_90", True)
+        assert out.shape == (2, 1, 8, 64)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +135,7 @@ def test_a_shape_without_a_plan_is_refused():
     [
         ("elementwise.cu", "fh::rms_norm<fh::Fp16>"),
         ("w4a16.cu", "fh::w4a16_decode<fh::Bf16, 128, false>"),
+        ("w4a16_fused.cu", "fh::w4a16_fused<fh::Bf16, 128, false, true, true>"),
         ("attention.cu", "fh::attention_decode<fh::Bf16, 64, true>"),
     ],
 )

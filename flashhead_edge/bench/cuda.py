@@ -22,7 +22,7 @@ CACHED = 512  # tokens in the cache of a timed step
 CONTEXT = 1024
 ROUNDS, REPLAYS = 7, 100
 WARM_SECONDS = 0.2
-KINDS = ("TokenEmbedding", "RmsNorm", "W4A16Linear", "GatedProduct", "DecodeAttention", "FlashHead", "Advance")
+ENDS = ("FlashHead", "Advance", "Draw")  # of a step, behind its nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ def step_times(m: Any, rows: int, drawn: bool = False, without: Collection[str] 
     """
     from flashhead_edge.jetson.cuda_program import put_step
 
-    left_out = [kind for kind in (*KINDS, "Draw") if kind != only] if only else without
+    left_out = [kind for kind in (*kinds(m, rows), "Draw") if kind != only] if only else without
     rewind(m, CACHED)
     put_step(m, rows, drawn)  # what the head reads is a state that it could meet
     m.stream.wait()
@@ -149,12 +149,20 @@ def step_times(m: Any, rows: int, drawn: bool = False, without: Collection[str] 
         graph.close()
 
 
+def kinds(m: Any, rows: int) -> list[str]:
+    """The kinds of nodes that a greedy step of some rows runs."""
+    from flashhead_edge.jetson.cuda_program import step_nodes
+
+    return [*dict.fromkeys(n.op for n in step_nodes(m, rows)), *ENDS[:2]]
+
+
 def bench_cuda(
     work: Path,
     shapes: Sequence[str],
     batches: Sequence[int] = (1,),
     precision: str = "float16",
     overlap: bool | None = None,
+    fuses: bool = True,
     context: int = CONTEXT,
     progress: Progress = silent,
     took: Callable[[dict[str, Any]], None] = lambda record: None,
@@ -188,7 +196,7 @@ def bench_cuda(
         program = made_program(work / name, model, vocab, device, group=group, precision=precision, context=context, batch=max(batches))
         making = time.perf_counter() - begun
         begun = time.perf_counter()
-        m = open_model(program, overlap=overlap, progress=progress)
+        m = open_model(program, overlap=overlap, fuses=fuses, progress=progress)
         try:
             opening = time.perf_counter() - begun
             for rows in batches:
@@ -198,15 +206,15 @@ def bench_cuda(
                 assert m.readied is not None and m.memory is not None
                 record: dict[str, Any] = {
                     "model": name, "rows": rows, "device": facts.name, "precision": precision, "group": group, "cached": CACHED, "context": program.context,
-                    "overlap": bool(m.limits.overlap), "making_seconds": making, "opening_seconds": opening, "kernels": m.readied.kernels,
+                    "overlap": bool(m.limits.overlap), "fused": fuses, "making_seconds": making, "opening_seconds": opening, "kernels": m.readied.kernels,
                     "compiled": m.readied.compiled, "compiling_seconds": m.readied.seconds, "device_bytes": m.plan.size, "weight_bytes": m.plan.weight_bytes,
                     "cache_bytes": m.plan.cache_bytes, "virtual_memory": m.memory.virtual, "graph_nodes": step_graph(m, rows, False).nodes, "tokens": tokens,
                 }  # fmt: skip
                 for drawn in (False, True):
                     record["drawn" if drawn else "greedy"] = _figures(step_times(m, rows, drawn))
                 record["four_a_graph"] = _figures(step_times(m, rows, together=4))
-                record["without"] = {kind: _figures(step_times(m, rows, without=(kind,))) for kind in KINDS}
-                record["alone"] = {kind: _figures(step_times(m, rows, only=kind)) for kind in KINDS}
+                record["without"] = {kind: _figures(step_times(m, rows, without=(kind,))) for kind in kinds(m, rows)}
+                record["alone"] = {kind: _figures(step_times(m, rows, only=kind)) for kind in kinds(m, rows)}
                 record["tokens_per_second"] = tokens_a_second(m, rows)
                 records.append(record)
                 took(record)

@@ -21,6 +21,7 @@ GROUPS, HEAD_SIZES, ACTIVATIONS = (32, 64, 128), (64, 96, 128, 256), ("silu", "g
 DECODE_ROWS = 8  # w4a16.h: up to so many rows the decode kernel runs
 WIDE_FORMS = ((256, 128, 83), (128, 128, 50), (128, 64, 41))  # w4a16.cu: outputs and tokens of a block of wgmma, and what a chunk takes it
 MOST_ROWS, MOST_CLUSTER, STEP = 8, 8, 16  # attention.cu: query rows of a block, blocks of a cluster, positions a warp takes at once
+FUSED_QUERIES = 8  # attention.h: new tokens of a sequence that attention rotates itself
 LOG2E = 1.4426950408889634
 
 
@@ -207,6 +208,74 @@ def _(x, codes, scales, zeros, group, architecture, multiprocessors, overlap):  
     return x.new_empty(x.shape[0], 16 * codes.shape[0])
 
 
+FUSED_WIDTH = 16384  # w4a16_fused.h: inputs of a product behind a norm
+
+
+def w4a16_fused_plan(n: int, k: int, rows: int, norm: bool, gated: bool, multiprocessors: int) -> Grid:
+    """The grid of `fh_w4a16_make_fused_plan`, rows up to 8."""
+    grid = w4a16_plan(n, k, 128, rows, multiprocessors, 80).grid
+    blocks = min(grid.blocks[0], n // 32) if gated else grid.blocks[0]
+    return Grid((blocks, 1, 1), grid.threads, grid.shared_bytes * (1 + gated) + norm * rows * (k + 32) * 2)
+
+
+@torch.library.custom_op("flashhead::w4a16_fused", mutates_args={"total"}, device_types="cuda")
+def w4a16_fused(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group: int,
+    residual: Tensor | None,
+    total: Tensor | None,
+    first_norm: Tensor | None,
+    norm: Tensor | None,
+    weight_offset: float,
+    epsilon: float,
+    activation: str,
+    architecture: str,
+    multiprocessors: int,
+    overlap: bool,
+) -> Tensor:
+    """A product of up to eight rows with the steps around it in one launch, with the bits of the operators that it replaces.
+
+    a = x, or `rms_norm` of x by first_norm; h = a, or a + residual, written to total; y = `rms_norm` of h by norm, or x; then `w4a16_linear`; with an
+    activation then `gated_product`, y [M, N / 2].
+
+    Args:
+        x: [M, K] of the scales' type, M at most 8; residual, total [M, K], total neither x nor residual; first_norm, norm [K]; weight_offset of both.
+            Without norm there is neither residual nor first_norm nor activation.
+        activation: "" or one of `gated_product`; the first half of W's rows are the gate's.
+    """
+    n, k = 16 * codes.shape[0], 64 * codes.shape[1]
+    name = "w4a16_fused"
+    _check(name, x, codes=codes, scales=scales, zeros=zeros, residual=residual, total=total, first_norm=first_norm, norm=norm)
+    fits = x.ndim == 2 and 1 <= len(x) <= DECODE_ROWS and x.shape[1] == k and x.dtype == scales.dtype
+    _want(fits, name, "x", f"{x.dtype} {list(x.shape)}", f"{scales.dtype} [1 to {DECODE_ROWS}, {k}]")
+    for what, tensor, shape in (("residual", residual, x.shape), ("total", total, x.shape), ("first_norm", first_norm, (k,)), ("norm", norm, (k,))):
+        right = tensor is None or (tensor.shape == shape and tensor.dtype == x.dtype)
+        _want(right, name, what, None if tensor is None else f"{tensor.dtype} {list(tensor.shape)}", f"{x.dtype} {list(shape)}")
+    _want((residual is None) == (total is None), name, "one of residual and total", None, "both or neither")
+    if total is not None and residual is not None:
+        apart = total.data_ptr() not in (x.data_ptr(), residual.data_ptr())
+        _want(apart, name, "total", "x or residual, which other blocks still read", "a third tensor")
+    _want(activation in ("", *ACTIVATIONS), name, "activation", repr(activation), f"empty or one of {', '.join(ACTIVATIONS)}")
+    alone = norm is not None or (residual is None and first_norm is None and not activation)
+    _want(alone, name, "norm", None, "a tensor beside a residual, a first norm or an activation")
+    _want(norm is None or k <= FUSED_WIDTH, name, "K", k, f"at most {FUSED_WIDTH} behind a norm")
+    _want(not activation or n % 32 == 0, name, "N", n, "a multiple of 32 with an activation")
+    y = x.new_empty(len(x), n // 2 if activation else n)
+    grid = w4a16_fused_plan(n, k, len(x), norm is not None, bool(activation), multiprocessors)
+    flags = ", ".join("true" if flag else "false" for flag in (zeros is not None, norm is not None, activation))
+    _run("w4a16_fused.cu", f"fh::w4a16_fused<{_element(x)}, {group}, {flags}>", grid, x.device, architecture, overlap, codes, scales, zeros, x, y, len(x), n,
+         k, residual, total, first_norm, norm, weight_offset, epsilon, int(activation == "gelu_tanh"))  # fmt: skip
+    return y
+
+
+@w4a16_fused.register_fake
+def _(x, codes, scales, zeros, group, residual, total, first_norm, norm, weight_offset, epsilon, activation, *device):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], codes.shape[0] * (8 if activation else 16))
+
+
 # Elementwise steps
 
 
@@ -301,6 +370,13 @@ def attention_plan(batch: int, queries: int, q_heads: int, kv_heads: int, head_s
     return AttentionPlan(splits, cluster, rows, row_blocks, threads, _workspace_bytes(items, splits, cluster, rows, head_size))
 
 
+def attention_shared_bytes(head_size: int, threads: int, rows: int, cluster: int, queries: int) -> int:
+    """Of one block, as attention.cu's `shared_bytes`; queries: 0 without the rotary embedding in the launch."""
+    shares = -(-rows * head_size // 16 // cluster) if cluster > 1 else 0
+    inbox = cluster * (shares * 64 + rows * 8) if cluster > 1 else 0
+    return 4 * (threads // 32) * rows * (head_size + 2) + inbox + ((rows + 2 * queries) * head_size * 2 if queries else 0)
+
+
 def _workspace_bytes(items: int, splits: int, cluster: int, rows: int, head_size: int) -> int:
     """Of partial results and arrivals; a cluster needs none."""
     return 0 if cluster > 1 else 4 * items * (splits * rows * (head_size + 2) + 1)
@@ -335,7 +411,7 @@ def attention_decode(
     need = _workspace_bytes(batch * kv_heads * row_blocks, splits, cluster, rows, head_size)
     _want(workspace.numel() >= need, "attention_decode", "workspace", f"{workspace.numel()} bytes", f"{need} bytes")
     out = torch.empty_like(q)
-    grid = Grid((splits, kv_heads * row_blocks, batch), threads, 4 * (threads // 32 + 1) * rows * (head_size + 2), cluster)
+    grid = Grid((splits, kv_heads * row_blocks, batch), threads, attention_shared_bytes(head_size, threads, rows, cluster, 0), cluster)
     expression = f"fh::attention_decode<{_element(q)}, {head_size}, {'true' if cluster > 1 else 'false'}>"
     _run("attention.cu", expression, grid, q.device, architecture, overlap, q, cache_k, cache_v, lengths, out, workspace, None,
          queries, q_heads // kv_heads, kv_heads, rows, row_blocks, max_length, window, scale * LOG2E)  # fmt: skip
@@ -374,12 +450,7 @@ def attention_rope_write(
     batch, queries, heads = qkv.shape[:3]
     q = qkv.new_empty(batch, queries, heads - 2 * kv_heads, head_size)
     _check_cache("attention_rope_write", q, cache_k, cache_v, lengths)
-    fits = rotations.dtype == torch.float32 and rotations.shape == (max_length, head_size // 2, 2)
-    found = f"{rotations.dtype} {list(rotations.shape)}"
-    _want(fits, "attention_rope_write", "rotations", found, f"float32 [{max_length}, {head_size // 2}, 2]")
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        right = norm is None or (norm.shape == (head_size,) and norm.dtype == qkv.dtype)
-        _want(right, "attention_rope_write", name, None if norm is None else f"{norm.dtype} {list(norm.shape)}", f"{qkv.dtype} [{head_size}]")
+    _check_rope("attention_rope_write", qkv, rotations, q_norm, k_norm, max_length, head_size)
     grid = Grid((-(-heads // 4), queries, batch), 128)
     _run("attention.cu", f"fh::attention_rope_write<{_element(qkv)}>", grid, qkv.device, architecture, overlap, qkv, rotations, q_norm, k_norm,
          norm_offset, epsilon, lengths, q, cache_k, cache_v, heads - 2 * kv_heads, kv_heads, head_size, max_length)  # fmt: skip
@@ -390,6 +461,63 @@ def attention_rope_write(
 def _(qkv, rotations, q_norm, k_norm, norm_offset, epsilon, lengths, cache_k, cache_v, architecture, overlap):  # type: ignore[no-untyped-def]
     batch, queries, heads, head_size = qkv.shape
     return qkv.new_empty(batch, queries, heads - 2 * cache_k.shape[1], head_size)
+
+
+@torch.library.custom_op("flashhead::attention_rope_decode", mutates_args={"cache_k", "cache_v", "workspace"}, device_types="cuda")
+def attention_rope_decode(
+    qkv: Tensor,
+    rotations: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_offset: float,
+    epsilon: float,
+    lengths: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    workspace: Tensor,
+    plan: Sequence[int],
+    window: int,
+    scale: float,
+    architecture: str,
+    overlap: bool,
+) -> Tensor:
+    """`attention_rope_write` and `attention_decode` in one launch, with their bits: [batch, queries, q_heads, head_size], queries at most 8.
+
+    Args:
+        As in those two.
+    """
+    name = "attention_rope_decode"
+    _check(name, qkv, rotations=rotations, q_norm=q_norm, k_norm=k_norm, lengths=lengths, cache_k=cache_k, cache_v=cache_v, workspace=workspace)
+    kv_heads, max_length, head_size = cache_k.shape[1:]
+    batch, queries, heads = qkv.shape[:3]
+    q_heads = heads - 2 * kv_heads
+    out = qkv.new_empty(batch, queries, q_heads, head_size)
+    _check_cache(name, out, cache_k, cache_v, lengths)
+    _check_rope(name, qkv, rotations, q_norm, k_norm, max_length, head_size)
+    _want(queries <= FUSED_QUERIES, name, "queries", queries, f"at most {FUSED_QUERIES}")
+    splits, cluster, rows, row_blocks, threads = plan
+    need = _workspace_bytes(batch * kv_heads * row_blocks, splits, cluster, rows, head_size)
+    _want(workspace.numel() >= need, name, "workspace", f"{workspace.numel()} bytes", f"{need} bytes")
+    grid = Grid((splits, kv_heads * row_blocks, batch), threads, attention_shared_bytes(head_size, threads, rows, cluster, queries), cluster)
+    expression = f"fh::attention_rope_decode<{_element(qkv)}, {head_size}, {'true' if cluster > 1 else 'false'}>"
+    _run("attention.cu", expression, grid, qkv.device, architecture, overlap, qkv, rotations, q_norm, k_norm, norm_offset, epsilon, cache_k, cache_v,
+         lengths, out, workspace, None, queries, q_heads // kv_heads, kv_heads, rows, row_blocks, max_length, window, scale * LOG2E)  # fmt: skip
+    return out
+
+
+@attention_rope_decode.register_fake
+def _(qkv, rotations, q_norm, k_norm, norm_offset, epsilon, lengths, cache_k, *rest):  # type: ignore[no-untyped-def]
+    batch, queries, heads, head_size = qkv.shape
+    return qkv.new_empty(batch, queries, heads - 2 * cache_k.shape[1], head_size)
+
+
+def _check_rope(operator: str, qkv: Tensor, rotations: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, max_length: int, head_size: int) -> None:
+    fits = rotations.dtype == torch.float32 and rotations.shape == (max_length, head_size // 2, 2)
+    found = f"{rotations.dtype} {list(rotations.shape)}"
+    _want(fits, operator, "rotations", found, f"float32 [{max_length}, {head_size // 2}, 2]")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        right = norm is None or (norm.shape == (head_size,) and norm.dtype == qkv.dtype)
+        _want(right, operator, name, None if norm is None else f"{norm.dtype} {list(norm.shape)}", f"{qkv.dtype} [{head_size}]")
 
 
 def _check_cache(operator: str, q: Tensor, cache_k: Tensor, cache_v: Tensor, lengths: Tensor) -> None:

@@ -11,7 +11,7 @@
 // Floor: 4 * kv_heads * positions * head_size bytes; at 4,096 positions and 3.01 TB/s (H100): Llama-3.2-1B 2.8 us, Qwen3-1.7B 5.6 us.
 // Predicted 4.9 and 9.0 us (half as much again, and an empty launch). Measured behind rope_write, as in a model: 6.8 and 10.3 us; with every launch
 // waiting for the one before: 8.1 and 12.1 us. Verdict: not there. A trace of the blocks shows the bytes at their floor; what is left is latency
-// around them: lengths and addresses 1,500 cycles, the merge of the warps 1,000, two barriers of the cluster 2,000. Heads of 256 with one key-value
+// around them: lengths and addresses 1,500 cycles, the merge of the warps 1,000, two barriers of the cluster 2,000 (one since, not traced again). Heads of 256 with one key-value
 // head (Gemma-3-1B: 9.9 us for 4.2 MB) fill 32 multiprocessors only.
 #include "element.cuh"
 
@@ -25,9 +25,25 @@ constexpr int kStep = 16;                     // positions a warp takes at once:
 // A step's loads, the sums and the query fill a lane's registers; heads of 64 leave room for twice the warps.
 __host__ __device__ constexpr int block_threads(int head_size) { return head_size == 64 ? 512 : 256; }
 
+// What attention_rope_decode has besides attention_decode: the fused projection instead of the queries, and what rope_write does with it.
+struct NewTokens {
+  const u16* qkv;
+  const float2* rotations;
+  const u16 *q_norm, *k_norm;
+  float norm_offset, epsilon;
+  u16 *cache_k, *cache_v;
+};
+
+// Groups of four float4 of a block's results that each block of a cluster merges.
+__host__ __device__ constexpr int cluster_shares(int rows, int head_size, int splits) { return (rows * head_size / 16 + splits - 1) / splits; }
+
 template <class T, int HEAD, bool CLUSTER>
 __global__ void attention_decode(const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace, u32* arrivals_apart,
                                  int queries, int heads, int kv_heads, int rows, int row_blocks, int max_length, int window, float scale);
+template <class T, int HEAD, bool CLUSTER>
+__global__ void attention_rope_decode(const u16* qkv, const float2* rotations, const u16* q_norm, const u16* k_norm, float norm_offset, float epsilon,
+                                      u16* cache_k, u16* cache_v, const int* lengths, u16* out, float* workspace, u32* arrivals_apart, int queries,
+                                      int heads, int kv_heads, int rows, int row_blocks, int max_length, int window, float scale);
 template <class T>
 __global__ void attention_rope_write(const u16* qkv, const float2* rotations, const u16* q_norm, const u16* k_norm, float norm_offset, float epsilon,
                                      const int* lengths, u16* q, u16* cache_k, u16* cache_v, int q_heads, int kv_heads, int head_size, int max_length);
@@ -58,9 +74,8 @@ __device__ float4 add_across(float4 v) {
 }
 
 #if __CUDA_ARCH__ >= 900
-__device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // What lies at this block's shared address p, in the cluster's block `rank`.
 __device__ inline u32 address_in_rank(const void* p, int rank) {
@@ -69,36 +84,81 @@ __device__ inline u32 address_in_rank(const void* p, int rank) {
   return at;
 }
 
-__device__ inline float2 load_from_rank(const float2* p, int rank) {
-  float2 v;
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address_in_rank(p, rank)) : "memory");
-  return v;
+__device__ inline void store_in_rank(float2* p, int rank, float2 v) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address_in_rank(p, rank)), "f"(v.x), "f"(v.y) : "memory");
 }
 
-__device__ inline float4 load_from_rank(const float4* p, int rank) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address_in_rank(p, rank)) : "memory");
-  return v;
+__device__ inline void store_in_rank(float4* p, int rank, float4 v) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address_in_rank(p, rank)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 #endif
 
-// Grid: (splits, kv_heads * row_blocks, batch). Dynamic shared memory: (kWarps + 1) * rows * (HEAD + 2) floats.
+// One head of a new token by a warp: normalised where norm is given, rotated, rounded; written to `to` and, where given, `also`.
+// PAIRS: of elements that turn together, at most, for each lane. head_size is even.
+template <class T, int PAIRS>
+__device__ void rope_head(const u16* in, const float2* rotation, const u16* norm, float norm_offset, float epsilon, int head_size, u16* to, u16* also) {
+  const int lane = threadIdx.x % 32, half = head_size / 2;
+  u16 first[PAIRS], second[PAIRS], first_gain[PAIRS], second_gain[PAIRS];
+  u32 neighbours[PAIRS];
+  float2 turn[PAIRS];
+#pragma unroll
+  for (int p = 0; p < PAIRS; ++p) {
+    const int i = lane + p * 32;
+    const bool inside = i < half;
+    first[p] = inside ? in[i] : u16(0), second[p] = inside ? in[i + half] : u16(0);
+    turn[p] = inside ? rotation[i] : make_float2(0.f, 0.f);
+    if (norm) {
+      neighbours[p] = inside ? reinterpret_cast<const u32*>(in)[i] : 0;
+      first_gain[p] = inside ? norm[i] : u16(0), second_gain[p] = inside ? norm[i + half] : u16(0);
+    }
+  }
+  float factor = 1.f;
+  if (norm) {
+    float squares = 0.f;
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+      const float2 pair = T::to_float2(neighbours[p]);
+      squares = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, squares));
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
+    factor = rsqrtf(squares / head_size + epsilon);
+  }
+#pragma unroll
+  for (int p = 0; p < PAIRS; ++p) {
+    const int i = lane + p * 32;
+    if (i >= half) continue;
+    float a = T::to_float(first[p]), b = T::to_float(second[p]);
+    if (norm) a *= factor * (norm_offset + T::to_float(first_gain[p])), b *= factor * (norm_offset + T::to_float(second_gain[p]));
+    const u16 low = from_float<T>(fmaf(a, turn[p].x, -(b * turn[p].y))), high = from_float<T>(fmaf(b, turn[p].x, a * turn[p].y));
+    to[i] = low, to[i + half] = high;
+    if (also) also[i] = low, also[i + half] = high;
+  }
+}
+
+// Grid: (splits, kv_heads * row_blocks, batch). Dynamic shared memory: shared_bytes below.
 // CLUSTER: the splits are one cluster, workspace is not used. Else workspace: partial sums float [items, splits, rows, HEAD], items = batch * kv_heads *
 // row_blocks; then maxima and sums of weights float2 [items, splits, rows]; then, unless apart, arrivals uint32 [items], zero between launches.
-template <class T, int HEAD, bool CLUSTER>
-__global__ void __launch_bounds__(block_threads(HEAD), 1)
-    attention_decode(const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace, u32* arrivals_apart,
-                     int queries, int heads, int kv_heads, int rows, int row_blocks, int max_length, int window, float scale) {
+// ROPE: a block takes its queries, and the new keys and values of its head, from the fused projection; they reach the cache by one block of a head, and
+// nobody reads them there.
+template <class T, int HEAD, bool CLUSTER, bool ROPE>
+__device__ void attend(float4* raw, const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace,
+                       u32* arrivals_apart, int queries, int heads, int kv_heads, int rows, int row_blocks, int max_length, int window, float scale,
+                       const NewTokens& fresh) {
   constexpr int kThreads = block_threads(HEAD), kWarps = kThreads / 32;
   constexpr int kTiles = kStep / 8, kBlocks = HEAD / 32, kSegments = (HEAD + 63) / 64;  // of 8 positions; of 32 and of 64 elements
-  extern __shared__ float4 raw[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int splits = gridDim.x, split = blockIdx.x, batch = blockIdx.z, row_count = queries * heads;
   const int kv_head = row_blocks == 1 ? blockIdx.y : blockIdx.y / row_blocks, first_row = (blockIdx.y - kv_head * row_blocks) * rows;
-  float* merged = reinterpret_cast<float*>(raw);                              // [kWarps][rows][HEAD]
-  float* block_sum = merged + kWarps * rows * HEAD;                           // [rows][HEAD]
-  float2* merged_stats = reinterpret_cast<float2*>(block_sum + rows * HEAD);  // [kWarps][rows]: maximum, sum of weights
-  float2* block_stats = merged_stats + kWarps * rows;                         // [rows]
+  const int shares = CLUSTER ? cluster_shares(rows, HEAD, splits) : 0;
+  float* merged = reinterpret_cast<float*>(raw);                                    // [kWarps][rows][HEAD]
+  [[maybe_unused]] float4* inbox = reinterpret_cast<float4*>(merged + kWarps * rows * HEAD);         // [splits][shares][4]: this block's share of each block's sums
+  u16* turned = reinterpret_cast<u16*>(inbox + splits * shares * 4);                // [rows + 2 * queries][HEAD]: queries, new keys, new values
+  float2* merged_stats = reinterpret_cast<float2*>(turned + (ROPE ? (rows + 2 * queries) * HEAD : 0));  // [kWarps][rows]: maximum, sum of weights
+  [[maybe_unused]] float2* inbox_stats = merged_stats + kWarps * rows;                               // [splits][rows]
+#if __CUDA_ARCH__ >= 900
+  if (CLUSTER) cluster_arrive();  // who waits for this below knows that all blocks have begun: their memory may be written
+#endif
 
   const int length = min(max(lengths[batch], queries), max_length), old = length - queries;
   const int begin = window > 0 ? max(0, old + 1 - window) : 0;
@@ -115,28 +175,88 @@ __global__ void __launch_bounds__(block_threads(HEAD), 1)
   float sum[kSegments][4][4] = {};
   float maximum = kNothing, weight = 0.f;  // of row g, the weight over this lane's positions
 
-  // One copy of the code for every step: what runs once is paid for in instruction fetches.
+  // A warp takes a head: the block's queries, then the new tokens' keys, then their values.
+  auto turn_heads = [&] {
 #pragma unroll 1
-  for (int unit = first_unit; unit < units; unit += splits * kWarps) {
+    for (int job = warp; job < rows + 2 * queries; job += kWarps) {
+      const bool is_query = job < rows, is_value = job >= rows + queries;
+      const int query_row = first_row + job;
+      if (is_query && query_row >= row_count) continue;
+      const int of = is_query ? query_row / heads : (job - rows) % queries;  // the new token
+      const int head = is_query ? kv_head * heads + query_row - of * heads : (heads + is_value) * kv_heads + kv_head;
+      const u16* in = fresh.qkv + ((size_t(batch) * queries + of) * (heads + 2) * kv_heads + head) * HEAD;
+      u16* to = turned + job * HEAD;
+      u16* also = nullptr;
+      if (!is_query && split == 0 && first_row == 0) also = (is_value ? fresh.cache_v : fresh.cache_k) + head_at + size_t(old + of) * HEAD;
+      if (is_value) {
+        for (int i = lane; i < HEAD / 2; i += 32) {
+          const u32 pair = reinterpret_cast<const u32*>(in)[i];
+          reinterpret_cast<u32*>(to)[i] = pair;
+          if (also) reinterpret_cast<u32*>(also)[i] = pair;
+        }
+      } else {
+        rope_head<T, kSegments>(in, fresh.rotations + size_t(old + of) * (HEAD / 2), is_query ? fresh.q_norm : fresh.k_norm, fresh.norm_offset, fresh.epsilon,
+                                HEAD, to, also);
+      }
+    }
+  };
+
+  // One copy of the code for every step: what runs once is paid for in instruction fetches. With ROPE a warp without positions passes once too: all of its
+  // weights are zero.
+  const int cached = ROPE ? old : length;  // positions that are read from the cache
+#pragma unroll 1
+  for (int unit = first_unit; unit < units || (ROPE && unit == first_unit); unit += splits * kWarps) {
     const int first = begin + unit * kStep;
-    if (first + kStep > old) wait_for_previous();  // new positions: the launch before this one writes them
+    if (!ROPE && first + kStep > old) wait_for_previous();  // new positions: the launch before this one writes them
     uint4 key[kTiles][kBlocks], value[4][kSegments];
     const u16* keys = cache_k + head_at + size_t(first + g) * HEAD + t * 8;
     const u16* values = cache_v + head_at + size_t(first + t * 2) * HEAD + g * 8;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const bool inside = first + i * 8 + g < length;
+      const bool inside = first + i * 8 + g < cached;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) key[i][b] = load_if(inside, keys + i * 8 * HEAD + b * 32);
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int at = j / 2 * 8 + j % 2;
-      const bool inside = first + t * 2 + at < length;
+      const bool inside = first + t * 2 + at < cached;
 #pragma unroll
       for (int s = 0; s < kSegments; ++s) value[j][s] = load_if(inside && (HEAD % 64 == 0 || s * 64 + g * 8 < HEAD), values + at * HEAD + s * 64);
     }
-    if (unit == first_unit) {
+    if (ROPE && unit == first_unit) {
+      wait_for_previous();
+      release_next();
+      turn_heads();
+      __syncthreads();
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        query[b] = row_exists ? *reinterpret_cast<const uint4*>(turned + g * HEAD + t * 8 + b * 32) : make_uint4(0, 0, 0, 0);
+      }
+    }
+    if (ROPE && first + kStep > old) {
+      const u16* new_keys = turned + rows * HEAD + t * 8;
+      const u16* new_values = turned + (rows + queries) * HEAD + g * 8;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const int at = first + i * 8 + g - old;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          if (at >= 0 && at < queries) key[i][b] = *reinterpret_cast<const uint4*>(new_keys + at * HEAD + b * 32);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int at = first + t * 2 + j / 2 * 8 + j % 2 - old;
+#pragma unroll
+        for (int s = 0; s < kSegments; ++s) {
+          if (at >= 0 && at < queries && (HEAD % 64 == 0 || s * 64 + g * 8 < HEAD)) {
+            value[j][s] = *reinterpret_cast<const uint4*>(new_values + at * HEAD + s * 64);
+          }
+        }
+      }
+    }
+    if (!ROPE && unit == first_unit) {
       wait_for_previous();
       const u16* query_row = q + ((size_t(batch) * queries + token) * kv_heads * heads + kv_head * heads + row - token * heads) * HEAD + t * 8;
 #pragma unroll
@@ -229,8 +349,15 @@ __global__ void __launch_bounds__(block_threads(HEAD), 1)
 #pragma unroll
     for (int step = kWarps / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
     if (r < rows) merged_stats[w * rows + r].x = keep;
-    if (r < rows && w == 0) (CLUSTER ? block_stats : stats + split * rows)[r] = make_float2(highest, total);
+    if (!CLUSTER && r < rows && w == 0) stats[split * rows + r] = make_float2(highest, total);
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER) cluster_wait();
+    if (CLUSTER && r < rows && w < splits) store_in_rank(inbox_stats + split * rows + r, w, make_float2(highest, total));
+#endif
   }
+#if __CUDA_ARCH__ >= 900
+  else if (CLUSTER) cluster_wait();
+#endif
   __syncthreads();
   const int quads = outputs / 4;
 #pragma unroll 1
@@ -243,7 +370,10 @@ __global__ void __launch_bounds__(block_threads(HEAD), 1)
       add_weighted(total, v, merged_stats[w * rows + quad * 4 / HEAD].x);
     }
     total = add_across<8>(total);
-    if (lane < 8) reinterpret_cast<float4*>(CLUSTER ? block_sum : partials + split * outputs)[quad] = total;
+    if (!CLUSTER && lane < 8) reinterpret_cast<float4*>(partials + split * outputs)[quad] = total;
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER && lane < 8) store_in_rank(inbox + (split * shares + quad / 4 / splits) * 4 + quad % 4, quad / 4 % splits, total);
+#endif
   }
   auto write = [&](int quad, float4 total, float weight) {
     const int r = first_row + quad * 4 / HEAD;
@@ -256,14 +386,16 @@ __global__ void __launch_bounds__(block_threads(HEAD), 1)
 
 #if __CUDA_ARCH__ >= 900
   if (CLUSTER) {
-    cluster_sync();
+    cluster_arrive();
+    cluster_wait();  // nobody writes here any more, and nobody waits for what this block holds
     // The cluster's warps share the outputs out: a lane for four outputs of one block.
 #pragma unroll 1
-    for (int first = (warp * splits + split) * 4; first < quads; first += kWarps * splits * 4) {
-      const int quad = first + lane % 4, rank = lane / 4;
+    for (int share = warp; share < shares; share += kWarps) {
+      const int quad = (share * splits + split) * 4 + lane % 4, rank = lane / 4;
+      if (quad >= quads) break;
       float2 own = make_float2(kNothing, 0.f);
       float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (rank < splits) own = load_from_rank(block_stats + quad * 4 / HEAD, rank), total = load_from_rank(reinterpret_cast<float4*>(block_sum) + quad, rank);
+      if (rank < splits) own = inbox_stats[rank * rows + quad * 4 / HEAD], total = inbox[(rank * shares + share) * 4 + lane % 4];
       float highest = own.x;
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, step));
@@ -276,7 +408,6 @@ __global__ void __launch_bounds__(block_threads(HEAD), 1)
       for (int step = 4; step < 32; step *= 2) total_weight += __shfl_xor_sync(kAllLanes, total_weight, step);
       if (rank == 0) write(quad, weighted, total_weight);
     }
-    cluster_sync();  // no block leaves while another reads its memory
     return;
   }
 #endif
@@ -333,6 +464,26 @@ __global__ void __launch_bounds__(block_threads(HEAD), 1)
   }
 }
 
+template <class T, int HEAD, bool CLUSTER>
+__global__ void __launch_bounds__(block_threads(HEAD), 1)
+    attention_decode(const u16* q, const u16* cache_k, const u16* cache_v, const int* lengths, u16* out, float* workspace, u32* arrivals_apart,
+                     int queries, int heads, int kv_heads, int rows, int row_blocks, int max_length, int window, float scale) {
+  extern __shared__ float4 raw[];
+  attend<T, HEAD, CLUSTER, false>(raw, q, cache_k, cache_v, lengths, out, workspace, arrivals_apart, queries, heads, kv_heads, rows, row_blocks, max_length,
+                                  window, scale, {});
+}
+
+template <class T, int HEAD, bool CLUSTER>
+__global__ void __launch_bounds__(block_threads(HEAD), 1)
+    attention_rope_decode(const u16* qkv, const float2* rotations, const u16* q_norm, const u16* k_norm, float norm_offset, float epsilon, u16* cache_k,
+                          u16* cache_v, const int* lengths, u16* out, float* workspace, u32* arrivals_apart, int queries, int heads, int kv_heads, int rows,
+                          int row_blocks, int max_length, int window, float scale) {
+  extern __shared__ float4 raw[];
+  const NewTokens fresh{qkv, rotations, q_norm, k_norm, norm_offset, epsilon, cache_k, cache_v};
+  attend<T, HEAD, CLUSTER, true>(raw, nullptr, cache_k, cache_v, lengths, out, workspace, arrivals_apart, queries, heads, kv_heads, rows, row_blocks,
+                                 max_length, window, scale, fresh);
+}
+
 // A warp takes one head of one new token. Grid: (ceil((q_heads + 2 kv_heads) / 4), queries, batch); 128 threads.
 template <class T>
 __global__ void __launch_bounds__(128)
@@ -356,25 +507,8 @@ __global__ void __launch_bounds__(128)
     for (int i = lane * 2; i < head_size; i += 64) *reinterpret_cast<u32*>(to + i) = *reinterpret_cast<const u32*>(in + i);
     return;
   }
-  const u16* norm = is_query ? q_norm : k_norm;
-  float factor = 1.f;
-  if (norm) {
-    float squares = 0.f;
-    for (int i = lane * 2; i < head_size; i += 64) {
-      const float2 pair = T::to_float2(*reinterpret_cast<const u32*>(in + i));
-      squares = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, squares));
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
-    factor = rsqrtf(squares / head_size + epsilon);
-  }
-  for (int i = lane; i < half; i += 32) {
-    const float2 rotation = rotations[size_t(position) * half + i];
-    float a = T::to_float(in[i]), b = T::to_float(in[i + half]);
-    if (norm) a *= factor * (norm_offset + T::to_float(norm[i])), b *= factor * (norm_offset + T::to_float(norm[i + half]));
-    to[i] = from_float<T>(a * rotation.x - b * rotation.y);
-    to[i + half] = from_float<T>(b * rotation.x + a * rotation.y);
-  }
+  constexpr int kPairs = 4;  // heads of 256
+  rope_head<T, kPairs>(in, rotations + size_t(position) * half, is_query ? q_norm : k_norm, norm_offset, epsilon, head_size, to, nullptr);
 }
 #endif
 
@@ -385,6 +519,12 @@ __global__ void __launch_bounds__(128)
 #include "launch.h"
 
 namespace fh {
+
+// Of one block; queries: 0 without the rotary embedding in the launch.
+static int shared_bytes(int head_size, int rows, int cluster, int queries) {
+  const int warps = block_threads(head_size) / 32, shares = cluster > 1 ? cluster_shares(rows, head_size, cluster) : 0;
+  return 4 * warps * rows * (head_size + 2) + (cluster > 1 ? cluster * (shares * 64 + rows * 8) : 0) + (queries ? (rows + 2 * queries) * head_size * 2 : 0);
+}
 
 static const char* check(const fh_attention_shape& s) {
   if (s.head_size != 64 && s.head_size != 96 && s.head_size != 128 && s.head_size != 256) {
@@ -407,15 +547,24 @@ using Arguments = struct {
   u16* out;
   float* workspace;
   u32* arrivals;
+  const fh_attention_fusion* fusion;  // NULL: q is given
 };
 
 template <class T, int HEAD>
 const char* decode(const fh_attention_shape& s, const fh_attention_plan& plan, const Arguments& a, const fh_device& device, cudaStream_t stream) {
-  const int shared = (block_threads(HEAD) / 32 + 1) * plan.rows * (HEAD + 2) * int(sizeof(float));
-  const float log2e = 1.4426950408889634f;
-  return launch("attention_decode", device, stream, {dim3(plan.splits, s.kv_heads * plan.row_blocks, s.batch), plan.threads, shared, plan.cluster},
-                plan.cluster > 1 ? attention_decode<T, HEAD, true> : attention_decode<T, HEAD, false>, a.q, a.k, a.v, a.lengths, a.out, a.workspace,
-                a.arrivals, s.queries, s.q_heads / s.kv_heads, s.kv_heads, plan.rows, plan.row_blocks, s.max_length, s.window, s.scale * log2e);
+  const Grid grid{dim3(plan.splits, s.kv_heads * plan.row_blocks, s.batch), plan.threads,
+                  shared_bytes(HEAD, plan.rows, plan.cluster, a.fusion ? s.queries : 0), plan.cluster};
+  const float scale = s.scale * 1.4426950408889634f;
+  const int heads = s.q_heads / s.kv_heads;
+  if (const fh_attention_fusion* f = a.fusion) {
+    return launch("attention_rope_decode", device, stream, grid,
+                  plan.cluster > 1 ? attention_rope_decode<T, HEAD, true> : attention_rope_decode<T, HEAD, false>, static_cast<const u16*>(f->qkv),
+                  reinterpret_cast<const float2*>(f->rotations), static_cast<const u16*>(f->q_norm), static_cast<const u16*>(f->k_norm), f->norm_offset,
+                  f->epsilon, const_cast<u16*>(a.k), const_cast<u16*>(a.v), a.lengths, a.out, a.workspace, a.arrivals, s.queries, heads, s.kv_heads,
+                  plan.rows, plan.row_blocks, s.max_length, s.window, scale);
+  }
+  return launch("attention_decode", device, stream, grid, plan.cluster > 1 ? attention_decode<T, HEAD, true> : attention_decode<T, HEAD, false>, a.q, a.k,
+                a.v, a.lengths, a.out, a.workspace, a.arrivals, s.queries, heads, s.kv_heads, plan.rows, plan.row_blocks, s.max_length, s.window, scale);
 }
 
 template <class T>
@@ -457,7 +606,21 @@ const char* fh_attention_decode(const fh_attention_shape* shape, const fh_attent
   using namespace fh;
   if (const char* wrong = check(*shape)) return wrong;
   const Arguments a{static_cast<const u16*>(q), static_cast<const u16*>(cache_k), static_cast<const u16*>(cache_v), lengths,
-                    static_cast<u16*>(out),     static_cast<float*>(workspace),   arrivals};
+                    static_cast<u16*>(out),     static_cast<float*>(workspace),   arrivals, nullptr};
+  return shape->dtype == FH_FP16 ? decode<Fp16>(*shape, *plan, a, *device, stream) : decode<Bf16>(*shape, *plan, a, *device, stream);
+}
+
+const char* fh_attention_rope_decode(const fh_attention_shape* shape, const fh_attention_plan* plan, const fh_attention_fusion* fusion, void* cache_k,
+                                     void* cache_v, const int* lengths, void* out, void* workspace, unsigned* arrivals, const fh_device* device,
+                                     cudaStream_t stream) {
+  using namespace fh;
+  if (const char* wrong = check(*shape)) return wrong;
+  if (shape->queries > FH_ATTENTION_FUSED_QUERIES) {
+    return failure("attention_rope_decode: queries is %d, expected at most %d; launch fh_attention_rope_write and fh_attention_decode", shape->queries,
+                   FH_ATTENTION_FUSED_QUERIES);
+  }
+  const Arguments a{nullptr, static_cast<u16*>(cache_k), static_cast<u16*>(cache_v), lengths, static_cast<u16*>(out), static_cast<float*>(workspace), arrivals,
+                    fusion};
   return shape->dtype == FH_FP16 ? decode<Fp16>(*shape, *plan, a, *device, stream) : decode<Bf16>(*shape, *plan, a, *device, stream);
 }
 

@@ -62,6 +62,25 @@ const char* fh_attention_rope_write(const fh_attention_shape* shape, const void*
                                     float norm_offset, float epsilon, const int* lengths, void* q, void* cache_k, void* cache_v, const fh_device* device,
                                     cudaStream_t stream);
 
+enum { FH_ATTENTION_FUSED_QUERIES = 8 };
+
+/* What fh_attention_rope_decode has besides fh_attention_decode: the arguments of fh_attention_rope_write. */
+typedef struct {
+  const void* qkv;
+  const float* rotations;
+  const void* q_norm;
+  const void* k_norm;
+  float norm_offset;
+  float epsilon;
+} fh_attention_fusion;
+
+/* fh_attention_rope_write and fh_attention_decode in one launch, with their bits, out and cache alike; queries at most 8. plan, workspace and arrivals as in
+ * fh_attention_decode. With device->overlap the launch before this one may write qkv, and nothing else that this one reads.
+ */
+const char* fh_attention_rope_decode(const fh_attention_shape* shape, const fh_attention_plan* plan, const fh_attention_fusion* fusion, void* cache_k,
+                                     void* cache_v, const int* lengths, void* out, void* workspace, unsigned* arrivals, const fh_device* device,
+                                     cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

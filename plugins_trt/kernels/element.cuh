@@ -83,7 +83,7 @@ __device__ inline uint4 load_if(bool inside, const u16* p) {
 }
 
 // The previous launch may still run until wait_for_previous returns: before it, only bytes that it does not write may be read.
-// release_next stands after it, so that whatever runs ahead of us overlaps with this launch alone, not with a chain of them.
+// release_next stands after it, so that whatever runs ahead of us overlaps with this launch alone, not with a chain of them (w4a16_fused.h says where not).
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -20,12 +20,11 @@
 // down 51 (63), 1.6; q, k and v 18 (35), 1.5; o 14 (18), 1.4. Verdict: kept. Up to 515 TFLOP/s. A chunk's time hardly depends on its tokens, nor on the
 // fence or on who copies: reckoned, not traced, it is the latency of codes, products with scales and wgmma in a row. Worst where M is small and K long:
 // 2.9 at M = 64, down.
-#include "w4a16_codes.cuh"
+#include "w4a16_decode.cuh"
 #include "w4a16_wide.cuh"
 
 namespace fh {
 
-constexpr int kChunksAhead = 4;    // a warp's loads in flight for each step
 constexpr int kTeamThreads = 128;  // two warps along the outputs, two along the tokens
 [[maybe_unused]] constexpr int kWarpTiles = 4;
 [[maybe_unused]] constexpr int kPrefillRows = 128;
@@ -46,111 +45,12 @@ template <class V>
 __global__ void w4a16_repack_groups(const V* neutral, V* packed, int N, int groups);
 
 #ifdef __CUDACC__
-// A lane's part of kChunksAhead chunks: codes, and for each group in a chunk the two rows' scales and zero points.
-template <int GROUP, bool ASYMMETRIC>
-struct Chunks {
-  static constexpr int kGroups = GROUP == 32 ? 2 : 1;
-  uint4 codes[kChunksAhead];
-  u32 scales[kChunksAhead][kGroups];
-  u16 zeros[kChunksAhead][ASYMMETRIC ? kGroups : 1];
-
-  // Chunks first, first + stride, ... of one tile; those from count on contribute zero.
-  __device__ void load(const uint4* code, const u16* scale, const u8* zero, int tile, int first, int stride, int count, int lane) {
-    const int groups = count * kChunk / GROUP;
-#pragma unroll
-    for (int i = 0; i < kChunksAhead; ++i) {
-      const int chunk = first + i * stride;
-      const bool inside = chunk < count;
-      codes[i] = inside ? load_once(code + (size_t(tile) * count + chunk) * 32 + lane) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        const size_t at = (size_t(tile) * groups + chunk * kChunk / GROUP + j) * kTileRows + lane / 4 * 2;
-        scales[i][j] = inside ? __ldg(reinterpret_cast<const u32*>(scale + at)) : 0;
-        if (ASYMMETRIC) zeros[i][j] = inside ? __ldg(reinterpret_cast<const u16*>(zero + at)) : 0;
-      }
-    }
-  }
-};
-
-// blockDim.x / 32 warps split K; a block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of 16 outputs each.
 // Dynamic shared memory: 2 * warps * 128 floats.
 template <class T, int GROUP, bool ASYMMETRIC>
 __global__ void __launch_bounds__(512, 1)
     w4a16_decode(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K) {
-  extern __shared__ float partial[];  // [2][warps][8 tokens][16 outputs]
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int token = lane / 4;
-  const int tiles = N / kTileRows, count = K / kChunk, panel_chunks = warps * kChunksAhead;
-  const int panels = (count + panel_chunks - 1) / panel_chunks;
-
-  Chunks<GROUP, ASYMMETRIC> now, next;
-  uint4 activations[kChunksAhead][2];
-  auto load_activations = [&](int panel) {
-#pragma unroll
-    for (int i = 0; i < kChunksAhead; ++i) {
-      const int chunk = panel * panel_chunks + i * warps + warp;
-      const bool inside = chunk < count && token < M;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        activations[i][half] = load_if(inside, x + size_t(token) * K + chunk * kChunk + half * 32 + lane % 4 * 8);
-      }
-    }
-  };
-
-  int tile = blockIdx.x, panel = 0, buffer = 0;
-  now.load(codes, scales, zeros, tile, warp, warps, count, lane);  // weights: no launch before this one writes them
-  wait_for_previous();
-  release_next();
-  load_activations(0);
-
-  float sum[4] = {0.f, 0.f, 0.f, 0.f};
-  while (tile < tiles) {
-    const bool last_panel = panel + 1 == panels;
-    const int next_tile = last_panel ? tile + gridDim.x : tile, next_panel = last_panel ? 0 : panel + 1;
-    if (next_tile < tiles) next.load(codes, scales, zeros, next_tile, next_panel * panel_chunks + warp, warps, count, lane);
-
-#pragma unroll
-    for (int i = 0; i < kChunksAhead; ++i) {
-      float group[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int j = GROUP == 32 ? half : 0;
-        const u32 zero = ASYMMETRIC ? now.zeros[i][j] : 0x0808u;
-        u32 even[4], odd[4];  // the codes of outputs 2g and 2g + 1
-        Codes<T>::decode(even, half ? now.codes[i].z : now.codes[i].x, Codes<T>::offset(zero & 0xffu));
-        Codes<T>::decode(odd, half ? now.codes[i].w : now.codes[i].y, Codes<T>::offset(zero >> 8));
-        const uint4 b = activations[i][half];
-        T::mma(group, even[0], odd[0], even[1], odd[1], b.x, b.y);
-        T::mma(group, even[2], odd[2], even[3], odd[3], b.z, b.w);
-        if (GROUP == 32 || half == 1) {
-          const float2 scale = T::to_float2(now.scales[i][j]);
-          sum[0] = fmaf(scale.x, group[0], sum[0]);
-          sum[1] = fmaf(scale.x, group[1], sum[1]);
-          sum[2] = fmaf(scale.y, group[2], sum[2]);
-          sum[3] = fmaf(scale.y, group[3], sum[3]);
-          group[0] = group[1] = group[2] = group[3] = 0.f;
-        }
-      }
-    }
-
-    if (last_panel) {
-      float* mine = partial + (buffer * warps + warp) * 128 + lane % 4 * 2 * kTileRows + lane / 4 * 2;
-      *reinterpret_cast<float2*>(mine) = make_float2(sum[0], sum[2]);
-      *reinterpret_cast<float2*>(mine + kTileRows) = make_float2(sum[1], sum[3]);
-      sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
-      __syncthreads();
-      for (int i = threadIdx.x; i < M * kTileRows; i += blockDim.x) {
-        float total = 0.f;
-#pragma unroll 4
-        for (int w = 0; w < warps; ++w) total += partial[(buffer * warps + w) * 128 + i];
-        y[size_t(i / kTileRows) * N + tile * kTileRows + i % kTileRows] = from_float<T>(total);
-      }
-      buffer ^= 1;  // the other half is free: its readers passed the barrier above
-    }
-    if (panels > 1 && next_tile < tiles) load_activations(next_panel);
-    now = next;
-    tile = next_tile, panel = next_panel;
-  }
+  extern __shared__ uint4 raw[];
+  decode_block<T, GROUP, ASYMMETRIC, false, false, false>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, {});
 }
 
 // What a team of warps reads for one chunk of K: ROWS outputs and TOKENS tokens.

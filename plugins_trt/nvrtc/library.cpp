@@ -18,6 +18,7 @@
 #include "kernels.h"
 #include "settings.h"
 #include "w4a16.h"
+#include "w4a16_fused.h"
 
 extern "C" {
 extern const char* const flashhead_sources[];  // of each kernel of the table: its CUDA source
@@ -101,9 +102,9 @@ int fh_wait(const unsigned* word, unsigned value, double seconds) {
 }
 
 // Sizes of the structures that callers in other languages lay out themselves, in the order of their names.
-void fh_sizes(int sizes[9]) {
-  const size_t all[9] = {sizeof(FlashHeadAdvance), sizeof(FlashHeadArguments), sizeof(FlashHeadDecode),    sizeof(FlashHeadSettings), sizeof(FlashHeadWiden),
-                         sizeof(fh_attention_plan), sizeof(fh_attention_shape), sizeof(fh_device), sizeof(fh_w4a16_weight)};
-  for (int i = 0; i < 9; ++i) sizes[i] = int(all[i]);
+void fh_sizes(int sizes[11]) {
+  const size_t all[11] = {sizeof(FlashHeadAdvance), sizeof(FlashHeadArguments), sizeof(FlashHeadDecode),    sizeof(FlashHeadSettings), sizeof(FlashHeadWiden),
+                         sizeof(fh_attention_fusion), sizeof(fh_attention_plan), sizeof(fh_attention_shape), sizeof(fh_device), sizeof(fh_w4a16_fusion), sizeof(fh_w4a16_weight)};
+  for (int i = 0; i < 11; ++i) sizes[i] = int(all[i]);
 }
 }

@@ -126,6 +126,22 @@ def test_overlapping_launches_change_nothing(programs, llama):
     assert all(np.array_equal(a, b) for a, b in zip(want, found))
 
 
+def test_fused_steps_have_the_programs_bits(model):
+    """States of a text and tokens of batches, to the last bit; the fused kernels add in the order of those that they stand for."""
+    program, b = model
+    m = cuda_session.open_model(program, chunk=CHUNK, fuses=False)
+    try:
+        plain = type(b)(m, b.settings)
+        for rows in (1, 2, 4):
+            want, found = (np.stack(list(each.decode(PROMPTS[:rows], 40))) for each in (plain, b))
+            assert np.array_equal(want, found)
+        ours, theirs = b.body(), plain.body()
+        for piece in ([5, 6, 7], *([t] for t in range(20, 60))):
+            assert np.array_equal(ours.feed(piece), theirs.feed(piece))
+    finally:
+        m.close()
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 0.75, "top_k": 40}, {"temperature": 1.25, "top_p": 0.875, "min_p": 0.015625}, {"temperature": 0.6875}])
 def test_draws_are_those_of_the_definition(llama, settings):  # of settings that float32 holds exactly, as the device has them
     m = llama.model

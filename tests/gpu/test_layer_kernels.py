@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from flashhead_edge.kernels.layers import Facts, attention_decode, attention_plan, attention_rope_write, facts_of, gated_product, rms_norm, w4a16
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.kernels.layers import (
+    Facts,
+    attention_decode,
+    attention_plan,
+    attention_rope_decode,
+    attention_rope_write,
+    facts_of,
+    gated_product,
+    rms_norm,
+    w4a16,
+    w4a16_fused,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -140,6 +152,92 @@ def test_attention_over_what_rope_wrote(batch, queries, q_heads, kv_heads, head_
         assert torch.equal(attention_decode(q, *arguments), out)  # the workspace is left ready, the bits are the same
 
 
+def fused(matrix, x, f, residual=None, total=None, first_norm=None, norm=None, activation=""):
+    m = matrix
+    return w4a16_fused(
+        x, m.codes, m.scales, m.zeros, m.group, residual, total, first_norm, norm, 1.0, 1e-6, activation, f.architecture, f.multiprocessors, f.overlap
+    )
+
+
+@BOARD
+@DTYPES
+@pytest.mark.parametrize(
+    ("n", "k", "group", "asymmetric"),
+    # one to sixteen warps, one and several panels, more warps of a norm than of a product, blocks with several tiles, a pair of tiles in all
+    [(32, 64, 32, True), (192, 576, 64, False), (8192, 2048, 128, True), (96, 5120, 128, False), (64, 8192, 64, True), (32, 16384, 128, False)],
+)
+def test_a_fused_product_has_the_bits_of_its_steps(n, k, group, asymmetric, dtype, board):
+    f = facts(board)
+    codes, scales, zeros, _ = neutral(n, k, group, dtype, asymmetric)
+    matrix = w4a16(codes, (scales.float() / k**0.5).to(dtype), zeros, f)  # outputs about 1, where an activation bends
+    first_norm, norm = random(k, dtype=dtype, seed=7), random(k, dtype=dtype, seed=8)
+    for m in (1, 3, 8):
+        if m * (k + 32) * 2 + 32768 > f.shared_bytes:
+            continue  # refused by the launch; the steps are launched one by one
+        x, residual = random(m, k, dtype=dtype, seed=m), random(m, k, dtype=dtype, seed=20 + m)
+        assert torch.equal(fused(matrix, x, f), matrix(x))
+        for first, added, activation in ((0, 0, ""), (0, 1, "silu"), (1, 1, "gelu_tanh"), (1, 0, "")):
+            h, total = residual.clone(), torch.full_like(x, torch.nan)
+            start = rms_norm(x, None, first_norm, 1.0, 1e-6, f.architecture, f.overlap) if first else x
+            want = matrix(rms_norm(start, h if added else None, norm, 1.0, 1e-6, f.architecture, f.overlap))
+            want = gated_product(want, activation, f.architecture, f.overlap) if activation else want
+            assert want.isfinite().all()
+            given = {"residual": residual, "total": total} if added else {}
+            found = fused(matrix, x, f, first_norm=first_norm if first else None, norm=norm, activation=activation, **given)
+            assert torch.equal(found, want), (m, first, added, activation)
+            assert not added or torch.equal(total, h)
+
+
+@BOARD
+@DTYPES
+@pytest.mark.parametrize("normed", [False, True], ids=["", "normed"])
+@pytest.mark.parametrize(
+    ("batch", "queries", "q_heads", "kv_heads", "head_size", "window"),
+    [(1, 1, 32, 8, 64, 0), (2, 3, 16, 8, 128, 0), (1, 1, 4, 1, 256, 100), (3, 2, 6, 3, 96, 37), (1, 8, 8, 2, 64, 0), (8, 1, 9, 3, 64, 0)],
+)
+def test_attention_with_rope_has_the_bits_of_both(batch, queries, q_heads, kv_heads, head_size, window, normed, dtype, board):
+    f, length = facts(board), 600
+    # a full cache, one that ends at a warp's step and one a token later, the first tokens of all
+    lengths = torch.tensor([(length, 513, 512, queries, 1)[i % 5] for i in range(batch)], dtype=torch.int32, device="cuda")
+    qkv = random(batch, queries, q_heads + 2 * kv_heads, head_size, dtype=dtype, seed=5)
+    q_norm, k_norm = (random(head_size, dtype=dtype, seed=s) if normed else None for s in (6, 7))
+    plan = attention_plan(batch, queries, q_heads, kv_heads, head_size, length, window, f)
+    found = []
+    for apart in (True, False):
+        cache_k, cache_v = (random(batch, kv_heads, length, head_size, dtype=dtype, seed=s) for s in (3, 4))
+        workspace = torch.zeros(max(16, plan.workspace_bytes), dtype=torch.uint8, device="cuda")
+        rope = (qkv, rotations_of(length, head_size), q_norm, k_norm, 1.0, 1e-6, lengths, cache_k, cache_v)
+        seen = (plan.words(), window, head_size**-0.5)
+        if apart:
+            q = attention_rope_write(*rope, f.architecture, f.overlap)
+            out = attention_decode(q, cache_k, cache_v, lengths, workspace, *seen, f.architecture, f.overlap)
+        else:
+            out = attention_rope_decode(*rope, workspace, *seen, f.architecture, f.overlap)
+            assert torch.equal(attention_rope_decode(*rope, workspace, *seen, f.architecture, f.overlap), out)
+        assert out.isfinite().all()
+        found.append((out, cache_k, cache_v))
+    for apart, together in zip(*found):
+        assert torch.equal(apart, together)
+
+
+def test_what_a_fused_launch_cannot_do_is_refused():
+    f, dtype = facts("found"), torch.float16
+    codes, scales, _, _ = neutral(48, 128, 128, dtype, False)
+    matrix, x, norm = w4a16(codes, scales, None, f), random(2, 128), random(128)
+    for change, said in (
+        ({"residual": x, "total": x.clone()}, "w4a16_fused: norm is None"),
+        ({"residual": x.clone(), "norm": norm}, "one of residual and total is None"),
+        ({"residual": x.clone(), "total": x, "norm": norm}, "total is x or residual, which other blocks still read"),
+        ({"activation": "silu", "norm": norm}, "N is 48, expected a multiple of 32"),
+        ({"activation": "relu", "norm": norm}, "activation is 'relu'"),
+        ({"norm": norm[:64].contiguous()}, r"norm is torch.float16 \[64\]"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            fused(matrix, x, f, **change)
+    with pytest.raises(SettingsError, match="expected torch.float16 .1 to 8, 128."):
+        fused(matrix, random(9, 128), f)
+
+
 def test_a_layer_is_captured_and_traced():
     f, dtype, d = facts("found"), torch.bfloat16, 512
     codes, scales, _, _ = neutral(2 * d, d, 128, dtype, False)
@@ -157,5 +255,8 @@ def test_a_layer_is_captured_and_traced():
     x.copy_(random(4, d, dtype=dtype, seed=10))
     graph.replay()
     assert torch.equal(found, layer(x))
+    arguments = (x, up.codes, up.scales, None, 128, None, None, None, weight, 0.0, 1e-6, "silu", f.architecture, f.multiprocessors, False)
+    assert torch.equal(w4a16_fused(*arguments), layer(x))
+    torch.library.opcheck(torch.ops.flashhead.w4a16_fused.default, arguments, test_utils=("test_schema", "test_faketensor"))
     arguments = (x, up.codes, up.scales, None, 128, f.architecture, f.multiprocessors, False)
     torch.library.opcheck(torch.ops.flashhead.w4a16_linear.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -68,10 +69,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = small_program(folder / "program", "llama")
     head, limits = cuda_program.head_of(program), cuda_program.native.limits_of(FACTS)
     m = cuda_program.Model(program, head, FACTS, limits, cuda_program.memory_plan(program, head, limits, CHUNK, 0), CHUNK)
+    plain = dataclasses.replace(m, fuses=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setattr(cuda_kernels, "_held", {})
         assert cuda_kernels.ready(lambda: cuda_program.dry_pass(m), FACTS).compiled > 8
+        cuda_kernels.ready(lambda: cuda_program.dry_pass(plain), FACTS)
         patch.setattr(cuda_kernels, "_held", {})
         again = cuda_kernels.ready(lambda: cuda_program.dry_pass(m), FACTS)
     assert again.compiled == 0 and again.kernels > 8
@@ -192,15 +195,20 @@ for function in names:
 
 def test_launches_of_a_step_are_the_programs(opened) -> None:
     """In a graph, each node's kernels in their order, then the head's and the end of the step; nothing is copied."""
-    names, nodes = opened("""
-m = cuda_session.open_model(program, chunk=CHUNK)
-notes()
-graph = cuda_session.step_graph(m, 2, True)
-seen = notes()
-names = [note.split(" ")[0] for note in seen[seen.index("begin 1") + 1 :] if not note.startswith("attribute")]
-said = [names, graph.nodes]
-m.close()
+    (fused, fused_nodes), (names, nodes) = opened("""
+said = []
+for fuses in (True, False):
+    m = cuda_session.open_model(program, chunk=CHUNK, fuses=fuses)
+    notes()
+    graph = cuda_session.step_graph(m, 2, True)
+    seen = notes()
+    names = [note.split(" ")[0] for note in seen[seen.index("begin 1") + 1 :] if not note.startswith("attribute")]
+    said.append([names, graph.nodes])
+    m.close()
 """)
+    layer = ["w4a16_fused", "attention_rope_decode", "w4a16_fused", "w4a16_fused", "w4a16_fused"]
+    want = ["embedding", *layer * 3, "rms_norm", "flashhead_step", "flashhead_draw_settings", "flashhead_decode", "flashhead_advance"]
+    assert len(fused) == fused_nodes == len(want) and all(plain in name for name, plain in zip(fused, want))
     layer = [
         "rms_norm",
         "w4a16_decode",
@@ -228,7 +236,7 @@ made.made_fail(b"", 0)
 m.close()
 said.append(left())
 """)
-    assert said[0].startswith("cuda backend: attention_rope_write could not be launched in") and "out of memory" in said[0]
+    assert said[0].startswith("cuda backend: w4a16_fused could not be launched in") and "out of memory" in said[0]
     assert said[1].startswith("GPU: cuStreamQuery gives")
     assert said[2] == [0] * 8
 
