@@ -1,4 +1,4 @@
-"""From what a checkpoint stores to what the W4A16 kernels read: 4 bits, whole zero points, groups of 32, 64 or 128, inputs as they come. numpy only.
+"""From what a checkpoint stores to what the W4A16 kernels read: 4 bits, zero points, groups of 32, 64 or 128, inputs as they come. numpy only.
 
 What the kernels have no form for is coded anew, and told as a reason; the rest keeps its integers and scales bit for bit.
 """
@@ -13,7 +13,7 @@ from flashhead_edge.packed.coded import GROUPS, Coded4, Coded8, paired, requanti
 
 FLOATS = "stored as floats, coded in 4 bits here to the nearest (flashhead quantize codes them better)"
 EIGHT = "stored in 8 bits, coded in 4 bits here to the nearest"
-MINIMA = "with a minimum for each group, coded anew with whole zero points"
+MINIMA = "with a minimum for each group, which became a zero point to the nearest sixteenth of a step"
 ORDER = "whose inputs stand in an order of their own (act-order), coded anew in that of their layer"
 GROUP = "in groups without a kernel, coded anew in groups that have one"
 
@@ -56,7 +56,7 @@ def anew(form: Form, reason: str, group: int) -> Form:
 
 
 def recoded(matrix: Coded4 | Coded8 | np.ndarray, form: Form, group: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """A matrix in the neutral layout: codes [N, K / 2], scales [N, K / group] float32, zeros [N, K / group] or None.
+    """A matrix in the neutral layout: codes [N, K / 2], scales [N, K / group] float32, zeros [N, K / group] as bytes of w4a16.h or None.
 
     Args:
         form: as `form_of` or `anew` gave it.
@@ -67,7 +67,7 @@ def recoded(matrix: Coded4 | Coded8 | np.ndarray, form: Form, group: int, rows: 
         found = requantised(matrix, group)
     else:
         assert isinstance(matrix, Coded4)
-        found = matrix if matrix.minima is None else with_whole_zeros(matrix)
+        found = matrix if matrix.minima is None else with_zeros(matrix)
     parts = (found.codes, _spread(found.scales, found.group, group), None if found.zeros is None else _spread(found.zeros, found.group, group))
     return parts if rows is None else (parts[0][rows], parts[1][rows], None if parts[2] is None else parts[2][rows])
 
@@ -75,6 +75,25 @@ def recoded(matrix: Coded4 | Coded8 | np.ndarray, form: Form, group: int, rows: 
 def _spread(values: np.ndarray, group: int, smaller: int) -> np.ndarray:
     """Values of groups for smaller groups, which say the same."""
     return values if group == smaller else values.repeat(group // smaller, 1)
+
+
+def with_zeros(coded: Coded4) -> Coded4:
+    """A matrix codes * scales + minima as (codes - zeros) * scales, its zeros bytes of w4a16.h: whole in the low nibble, sixteenths in the high one.
+
+    Codes and scales stay; a group whose zero point lies outside of 0 to 15 15/16 is coded anew with a whole one.
+    """
+    assert coded.minima is not None
+    step = np.where(coded.scales == 0, np.float32(1), coded.scales)
+    sixteenths = np.rint(-coded.minima / step * 16)
+    inside = (coded.scales != 0) & (sixteenths >= 0) & (sixteenths <= 255)
+    fine = np.where(inside, sixteenths, 0).astype(np.uint8)
+    zeros = fine >> 4 | (fine & 15) << 4
+    if inside.all():
+        return replace(coded, zeros=zeros, minima=None)
+    whole = with_whole_zeros(coded)
+    assert whole.zeros is not None
+    codes = np.where(inside.repeat(coded.group // 2, 1), coded.codes, whole.codes)
+    return replace(coded, codes=codes, scales=np.where(inside, coded.scales, whole.scales), zeros=np.where(inside, zeros, whole.zeros), minima=None)
 
 
 def with_whole_zeros(coded: Coded4) -> Coded4:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_programs import made_code
+from small_programs import made_code, values_of
 
 from flashhead_edge.packed.coded import Coded4, Coded8, dense, paired, requantised, unpaired
-from flashhead_edge.program.recoding import EIGHT, FLOATS, GROUP, MINIMA, form_of, recoded, with_whole_zeros
+from flashhead_edge.program.recoding import EIGHT, FLOATS, GROUP, MINIMA, form_of, recoded, with_whole_zeros, with_zeros
 
 
 def random() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-def values_of(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
-    group = 2 * codes.shape[1] // scales.shape[1]
-    return dense(Coded4(codes, scales, zeros, None, group, None))
 
 
 def with_minima(n: int = 48, k: int = 256, group: int = 32) -> Coded4:
@@ -101,3 +96,27 @@ def test_groups_on_one_side_of_zero_and_groups_of_one_value(low: float) -> None:
     assert np.isfinite(dense(found)).all() and np.abs(dense(found) - dense(asked)).max() <= span / 15 + 1e-6  # a code's step over the whole span
     flat = Coded4(np.zeros((16, 32), np.uint8), np.zeros((16, 2), np.float32), None, np.full((16, 2), low, np.float32), 32, None)
     assert np.allclose(dense(with_whole_zeros(flat)), low, rtol=1e-6, atol=0)
+
+
+def test_minima_become_zero_points_to_the_sixteenth() -> None:
+    """Codes and scales stay; no weight moves by more than a thirty-second of its step."""
+    asked = with_minima()
+    form = form_of(asked, 32)
+    assert form.reason == MINIMA and not form.symmetric
+    codes, scales, zeros = recoded(asked, form, 32)
+    assert np.array_equal(codes, asked.codes) and np.array_equal(scales, asked.scales) and zeros is not None and (zeros > 15).any()
+    moved = np.abs(values_of(codes, scales, zeros) - dense(asked)) / scales.repeat(32, 1)
+    assert 1 / 64 < moved.max() <= 1 / 32 + 1e-5  # float32 of values of some twenty steps
+
+
+def test_groups_that_no_zero_point_reaches_are_coded_anew_alone() -> None:
+    asked = with_minima()
+    minima = asked.minima.copy()
+    minima[3, 2], minima[5, 1] = 0.4, -20.0
+    asked = Coded4(asked.codes, asked.scales, None, minima, 32, None)
+    found, whole = with_zeros(asked), with_whole_zeros(asked)
+    values, want = values_of(found.codes, found.scales, found.zeros).reshape(48, 8, 32), dense(asked).reshape(48, 8, 32)
+    for row, group in ((3, 2), (5, 1)):
+        assert np.array_equal(values[row, group], dense(whole).reshape(48, 8, 32)[row, group])
+        values[row, group] = want[row, group]
+    assert (np.abs(values - want) <= asked.scales[..., None] * (1 / 32 + 1e-5)).all()
