@@ -51,6 +51,9 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "llama": lambda t: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, **WIDE, rope_parameters=dict(LLAMA3))),
     "llama_biased": lambda t: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, **WIDE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     "smollm3": lambda t: t.SmolLM3ForCausalLM(t.SmolLM3Config(**SIZES | NARROW, no_rope_layers=[1, 0, 1])),
+    "smollm3_windows": lambda t: t.SmolLM3ForCausalLM(
+        t.SmolLM3Config(**SIZES | NARROW, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=WINDOW)
+    ),
     "mistral": lambda t: t.MistralForCausalLM(t.MistralConfig(**SIZES, **WIDE, sliding_window=WINDOW, rope_parameters=dict(LINEAR))),
     "qwen2": lambda t: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES | NARROW, **LATE)),
     "qwen3": lambda t: t.Qwen3ForCausalLM(t.Qwen3Config(**SIZES, **WIDE, **LATE, tie_word_embeddings=True)),
