@@ -115,9 +115,11 @@ def build_program(
     w = _Work(weights, layout, decoder, group, stem, coded, left)
     embedding, exact, bias = _vocabulary(w, names)
     _record(w, embedding)
-    if w.left:
+    # some tools store a bias of zeros for every layer that they quantise
+    foreign = sorted(name for name in w.left if not name.endswith(".bias") or weights.floats(name).any())
+    if foreign:
         raise UnsupportedModelError(
-            f"{min(w.left)}: a parameter that {layout.family} models do not have ({len(w.left)} of them), expected those that config.json describes; "
+            f"{foreign[0]}: a parameter that {layout.family} models do not have ({len(foreign)} of them), expected those that config.json describes; "
             "choose another model, or export it with flashhead export onnx"
         )
     if index.hidden_size != layout.hidden or index.vocab_size > exact.shape[0]:

@@ -164,6 +164,15 @@ def test_head_s_rows_and_bias_are_those_of_the_checkpoint(precision: str, tmp_pa
     assert np.array_equal(p.at("head.bias").view(kind).astype(np.float32), weights.arrays["lm_head.bias"])
 
 
+def test_biases_of_zeros_are_none() -> None:
+    """Older GPTQ checkpoints have one for every layer."""
+    model, weights = small_model("llama")
+    nodes = [node.op for node in built(model, weights).decoder.nodes]
+    weights.arrays |= {f"{name}.bias": np.zeros(2 * code.codes.shape[1], np.float32) for name, code in weights.coded.items()}
+    found = built(model, weights)
+    assert [node.op for node in found.decoder.nodes] == nodes and found.notices == ()
+
+
 # ---- what is refused
 
 
