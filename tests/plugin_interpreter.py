@@ -50,6 +50,11 @@ def unpack_groups(packed: np.ndarray, n: int, groups: int) -> np.ndarray:
     return packed.reshape(n // 16, groups, 16)[row // 16, group, row % 16]
 
 
+def zero_points(zeros: np.ndarray) -> np.ndarray:
+    """Bytes with sixteenths in the high nibble, as numbers."""
+    return (zeros % 16 + zeros // 16 / 16).astype(np.float32)
+
+
 class Interpreter:
     """A decoder.onnx over its folder's file of weights.
 
@@ -131,7 +136,7 @@ class Interpreter:
             n, k, group = at["n"], at["k"], at["group"]
             scales = unpack_groups(self.floats(at, "scales"), n, k // group)
             zeros = self.tensor(at, "zeros", np.uint8)
-            zero = np.full_like(scales, 8) if zeros is None else unpack_groups(zeros, n, k // group).astype(np.float32)
+            zero = np.full_like(scales, 8) if zeros is None else zero_points(unpack_groups(zeros, n, k // group))
             codes = unpack_codes(self.tensor(at, "codes", np.uint8), n, k).astype(np.float32)
             self.matrices[key] = (codes - zero.repeat(group, 1)) * scales.repeat(group, 1)
         return self.rounded(x @ self.matrices[key].T)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from plugin_interpreter import KINDS, Interpreter
+from plugin_interpreter import KINDS, Interpreter, zero_points
 from small_heads import everything_open
 from torch import nn
 
-from flashhead_edge.packed.coded import Coded4, Coded8, dense, paired
+from flashhead_edge.packed.coded import Coded4, Coded8, dense, paired, unpaired
 from flashhead_edge.program.build import Built, build_program
 from flashhead_edge.program.file import Program, write_program
 from flashhead_edge.program.head import Device
@@ -51,6 +51,9 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "llama": lambda t: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, **WIDE, rope_parameters=dict(LLAMA3))),
     "llama_biased": lambda t: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, **WIDE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     "smollm3": lambda t: t.SmolLM3ForCausalLM(t.SmolLM3Config(**SIZES | NARROW, no_rope_layers=[1, 0, 1])),
+    "smollm3_windows": lambda t: t.SmolLM3ForCausalLM(
+        t.SmolLM3Config(**SIZES | NARROW, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=WINDOW)
+    ),
     "mistral": lambda t: t.MistralForCausalLM(t.MistralConfig(**SIZES, **WIDE, sliding_window=WINDOW, rope_parameters=dict(LINEAR))),
     "qwen2": lambda t: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES | NARROW, **LATE)),
     "qwen3": lambda t: t.Qwen3ForCausalLM(t.Qwen3Config(**SIZES, **WIDE, **LATE, tie_word_embeddings=True)),
@@ -97,6 +100,13 @@ def made_code(name: str, n: int, k: int) -> Coded4:
     scales = nearest(random.uniform(0.5, 1.5, (n, k // group)) / (4.6 * k**0.5))
     zeros = random.integers(5, 11, scales.shape, dtype=np.uint8) if seed // 6 % 2 else None
     return Coded4(paired(codes), scales, zeros, None, group, None)
+
+
+def values_of(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+    """The matrix that the kernels make of the neutral layout."""
+    group = 2 * codes.shape[1] // scales.shape[1]
+    zero = np.full_like(scales, 8) if zeros is None else zero_points(zeros)
+    return (unpaired(codes) - zero.repeat(group, 1)) * scales.repeat(group, 1)
 
 
 def text_names(model: Any) -> dict[str, Any]:

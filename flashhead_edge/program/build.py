@@ -17,9 +17,9 @@ from flashhead_edge.errors import CheckpointError, ExportError, SettingsError, U
 from flashhead_edge.index import HeadIndex
 from flashhead_edge.packed import Weights
 from flashhead_edge.packed.coded import GROUPS
-from flashhead_edge.program.families import Layout, describe, rotations
+from flashhead_edge.program.families import Layout, Rope, describe, rotations
 from flashhead_edge.program.head import Device, HeadPart, head_part
-from flashhead_edge.program.nodes import Attention, Decoder, HeadNorm
+from flashhead_edge.program.nodes import Attention, Decoder, HeadNorm, Stored
 from flashhead_edge.program.recoding import MINIMA, ORDER, Form, anew, form_of, recoded
 from flashhead_edge.program.weights import BLOCK_ROWS, PRECISIONS, STORED, Item, Matrix, rounded
 
@@ -59,6 +59,7 @@ class _Work:
     stem: str  # of the names: "model."
     coded: Callable[[_Stored], Neutral]  # a linear layer for the kernels, the last ones kept: each is asked for its codes, its scales and its zeros
     left: set[str]  # parameters that nothing has taken yet
+    tables: dict[Rope | None, Stored] = field(default_factory=dict)  # of the rotary positions
     anew: dict[str, list[str]] = field(default_factory=dict)  # layers that are coded anew, by the reason
 
     def floats(self, name: str, width: int) -> np.ndarray:
@@ -115,9 +116,11 @@ def build_program(
     w = _Work(weights, layout, decoder, group, stem, coded, left)
     embedding, exact, bias = _vocabulary(w, names)
     _record(w, embedding)
-    if w.left:
+    # some tools store a bias of zeros for every layer that they quantise
+    foreign = sorted(name for name in w.left if not name.endswith(".bias") or weights.floats(name).any())
+    if foreign:
         raise UnsupportedModelError(
-            f"{min(w.left)}: a parameter that {layout.family} models do not have ({len(w.left)} of them), expected those that config.json describes; "
+            f"{foreign[0]}: a parameter that {layout.family} models do not have ({len(foreign)} of them), expected those that config.json describes; "
             "choose another model, or export it with flashhead export onnx"
         )
     if index.hidden_size != layout.hidden or index.vocab_size > exact.shape[0]:
@@ -214,11 +217,16 @@ def _attention(w: _Work, i: int, state: str) -> str:
         parts = [("q_proj", q, None), ("k_proj", kv, None), ("v_proj", kv, values)]
     qkv = _linear(w, state, f"{at}.qkv", self_attn, parts, m.hidden)
     norms = [HeadNorm(f"{at}.attn.{p}_norm.layernorm", w.norm(f"{self_attn}.{p}_norm", m.head_size), m.epsilon) if m.head_norms else None for p in "qk"]
-    rope = m.ropes[i]
-    cos, sin = (None, None) if rope is None else rotations(rope, m.head_size, d.context)
     attention = Attention(m.q_heads, m.kv_heads, m.head_size, m.windows[i], m.scale)
-    seen = d.attention(qkv, attention, d.table(cos, sin, m.head_size), norms[0], norms[1], f"{at}.attention")
+    seen = d.attention(qkv, attention, _table(w, m.ropes[i]), norms[0], norms[1], f"{at}.attention")
     return _stack(w, seen, f"{at}.o", self_attn, [("o_proj", o, None)])
+
+
+def _table(w: _Work, rope: Rope | None) -> Stored:
+    if rope not in w.tables:
+        cos, sin = (None, None) if rope is None else rotations(rope, w.layout.head_size, w.decoder.context)
+        w.tables[rope] = w.decoder.table(cos, sin, w.layout.head_size)
+    return w.tables[rope]
 
 
 def _mlp(w: _Work, i: int, state: str) -> str:
@@ -279,7 +287,6 @@ def _stack(w: _Work, x: str, out: str, owner: str, parts: Sequence[tuple[str, Fo
             w.anew.setdefault(form.reason, []).append(f"{owner}.{name}")
             if form.k % group and form.reason != MINIMA:
                 raise ExportError(f"{owner}.{name}: {form.k} inputs to be coded in groups of {group}, expected a multiple of it; pass a smaller --group")
-
     stored = [_Stored(f"{owner}.{name}", form, group, rows) for name, form, rows in parts]
     made = [partial(w.coded, one) for one in stored]
     matrix = Matrix(out, sum(f.n for _, f, _ in parts), parts[0][1].k, group, all(f.symmetric for _, f, _ in parts), made)

@@ -64,7 +64,7 @@ class Family:
     fused: bool = False
     head_norms: bool = False
     gemma: bool = False  # four norms with an offset of 1, a scaled embedding, a theta for layers with a window
-    unturned: int = 0  # every so many layers one turns nothing, where no list says which
+    unturned: bool = False  # some layers turn nothing
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -78,6 +78,15 @@ def _patterned(text: Mapping[str, Any], layers: int) -> list[bool]:
     return [(layer + 1) % int(text.get("sliding_window_pattern", 6)) != 0 for layer in range(layers)]
 
 
+def _turned(text: Mapping[str, Any], layers: int) -> list[bool]:
+    """SmolLM3: layers whose queries and keys are turned, by a list or all but each so many."""
+    return [bool(turn) for turn in text.get("no_rope_layers") or ((layer + 1) % int(text["no_rope_layer_interval"]) for layer in range(layers))]
+
+
+def _unturned(text: Mapping[str, Any], layers: int) -> list[bool]:
+    return [not turn for turn in _turned(text, layers)]
+
+
 def _never(text: Mapping[str, Any], layers: int) -> list[bool]:
     return [False] * layers
 
@@ -89,7 +98,9 @@ GEMMA3 = {
 }  # fmt: skip
 FAMILIES = {
     "llama": Family(windows=_never),
-    "smollm3": Family(windows=_never, unturned=4, defaults={"rope_theta": 2e6, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "smollm3": Family(
+        _unturned, unturned=True, defaults={"rope_theta": 2e6, "tie_word_embeddings": True, "num_key_value_heads": 4, "no_rope_layer_interval": 4}
+    ),
     "mistral": Family(defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
     "qwen2": Family(_late, biases=ATTENTION[:3], defaults={"sliding_window": 4096}),
     "qwen3": Family(_late, head_norms=True, defaults={"sliding_window": 4096, "head_dim": 128}),
@@ -134,7 +145,7 @@ def _layout(kind: str, family: Family, said: Mapping[str, Any], config: Mapping[
             raise UnsupportedModelError(f"config.json: {key} is {said[key]!r} ({word}), expected none, as the attention kernel has it; {INSTEAD}")
     slides = _slides(family, said, layers)
     window = int(said.get("sliding_window") or 0)
-    turned = said.get("no_rope_layers") or [not family.unturned or (layer + 1) % family.unturned != 0 for layer in range(layers)]
+    turned = _turned(said, layers) if family.unturned else [True] * layers
     far, near = _ropes(said, family)
     biases = {*family.biases, *(ATTENTION if said.get("attention_bias") else ()), *(MLP if said.get("mlp_bias") else ())}
     if len(slides) != layers or len(turned) != layers:
@@ -168,7 +179,7 @@ def _slides(family: Family, said: Mapping[str, Any], layers: int) -> list[bool]:
     """Layers that see a window."""
     if family.windows is None:
         return [True] * layers
-    if family.windows is _never or (family.windows is _late and not said.get("use_sliding_window")):
+    if family.windows is _never or (family.windows in (_late, _unturned) and not said.get("use_sliding_window")):
         return [False] * layers
     types = said.get("layer_types")
     if types is None:

@@ -1,4 +1,4 @@
-"""From what a checkpoint stores to what the W4A16 kernels read: 4 bits, whole zero points, groups of 32, 64 or 128, inputs as they come. numpy only.
+"""From what a checkpoint stores to what the W4A16 kernels read: 4 bits, zero points, groups of 32, 64 or 128, inputs as they come. numpy only.
 
 What the kernels have no form for is coded anew, and told as a reason; the rest keeps its integers and scales bit for bit.
 """
@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flashhead_edge.packed.coded import GROUPS, Coded4, Coded8, paired, requantised, unpaired
+from flashhead_edge.packed.coded import GROUPS, HALF, Coded4, Coded8, requantised, unpaired
 
 FLOATS = "stored as floats, coded in 4 bits here to the nearest (flashhead quantize codes them better)"
 EIGHT = "stored in 8 bits, coded in 4 bits here to the nearest"
-MINIMA = "with a minimum for each group, coded anew with whole zero points"
+MINIMA = "with a minimum for each group, which became a zero point to the nearest sixteenth of a step"
 ORDER = "whose inputs stand in an order of their own (act-order), coded anew in that of their layer"
 GROUP = "in groups without a kernel, coded anew in groups that have one"
 
@@ -56,7 +56,7 @@ def anew(form: Form, reason: str, group: int) -> Form:
 
 
 def recoded(matrix: Coded4 | Coded8 | np.ndarray, form: Form, group: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """A matrix in the neutral layout: codes [N, K / 2], scales [N, K / group] float32, zeros [N, K / group] or None.
+    """A matrix in the neutral layout: codes [N, K / 2], scales [N, K / group] float32, zeros [N, K / group] as bytes of w4a16.h or None.
 
     Args:
         form: as `form_of` or `anew` gave it.
@@ -67,41 +67,34 @@ def recoded(matrix: Coded4 | Coded8 | np.ndarray, form: Form, group: int, rows: 
         found = requantised(matrix, group)
     else:
         assert isinstance(matrix, Coded4)
-        found = matrix if matrix.minima is None else with_whole_zeros(matrix)
-    parts = (found.codes, _spread(found.scales, found.group, group), None if found.zeros is None else _spread(found.zeros, found.group, group))
+        found = with_zeros(_spread(matrix, group))
+    parts = (found.codes, found.scales, found.zeros)
     return parts if rows is None else (parts[0][rows], parts[1][rows], None if parts[2] is None else parts[2][rows])
 
 
-def _spread(values: np.ndarray, group: int, smaller: int) -> np.ndarray:
-    """Values of groups for smaller groups, which say the same."""
-    return values if group == smaller else values.repeat(group // smaller, 1)
+def _spread(coded: Coded4, group: int) -> Coded4:
+    """The same matrix in smaller groups."""
+    times = coded.group // group
+    if times == 1:
+        return coded
+    zeros, minima = (None if values is None else values.repeat(times, 1) for values in (coded.zeros, coded.minima))
+    return replace(coded, scales=coded.scales.repeat(times, 1), zeros=zeros, minima=minima, group=group)
 
 
-def with_whole_zeros(coded: Coded4) -> Coded4:
-    """A matrix codes * scales + minima as (codes - zeros) * scales with zeros 0 to 15, each group as near as those tried.
+def with_zeros(coded: Coded4) -> Coded4:
+    """A matrix of codes * scales + minima as (codes - zeros) * scales, its zeros bytes of w4a16.h: whole in the low nibble, sixteenths in the high one.
 
-    Its own step with the two nearest zero points, and those steps that bring the zero point to a whole number or reach both ends; then the step
-    that fits the codes best (least squares).
+    Codes and scales stay; the few groups whose zero point lies outside of 0 to 15 15/16 are coded anew, symmetric. One without minima stays as it is.
     """
-    assert coded.minima is not None
-    n, groups = coded.scales.shape
-    values = (unpaired(coded.codes).reshape(n, groups, -1) * coded.scales[..., None] + coded.minima[..., None]).astype(np.float32)
-    low, high = values.min(-1), values.max(-1)
-    step = np.where(coded.scales == 0, np.float32(1), coded.scales)
-    exact = np.clip(-coded.minima / step, 0, 15)
-    best = np.full((n, groups), np.inf, np.float32)
-    codes, scales, zeros = np.zeros(values.shape, np.uint8), np.zeros_like(step), np.zeros((n, groups), np.uint8)
-    for zero in (np.floor(exact), np.ceil(exact)):
-        reach = np.maximum(np.where(zero > 0, -low / np.maximum(zero, 1), 0), np.where(zero < 15, high / np.maximum(15 - zero, 1), 0))
-        for tried in (step, -coded.minima / np.maximum(zero, 1), reach):
-            scale = np.where(np.isfinite(tried) & (tried != 0), tried, step).astype(np.float32)
-            found = np.clip(np.rint(values / scale[..., None]) + zero[..., None], 0, 15)
-            around = found - zero[..., None]
-            power = np.square(around).sum(-1)
-            scale = np.where(power > 0, (around * values).sum(-1) / np.maximum(power, 1), scale).astype(np.float32)
-            error = np.square(around * scale[..., None] - values).sum(-1)
-            better = error < best
-            best = np.where(better, error, best)
-            scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros).astype(np.uint8)
-            codes = np.where(better[..., None], found, codes).astype(np.uint8)
-    return Coded4(paired(codes.reshape(n, -1)), scales, zeros, None, coded.group, coded.order)
+    if coded.minima is None:
+        return coded
+    sixteenths = np.rint(-coded.minima / np.where(coded.scales == 0, np.float32(1), coded.scales) * 16)
+    outside = (coded.scales == 0) | (sixteenths < 0) | (sixteenths > 255)
+    fine = np.where(outside, 0, sixteenths).astype(np.uint8)
+    zeros = fine >> 4 | (fine & 15) << 4
+    if not outside.any():
+        return replace(coded, zeros=zeros, minima=None)
+    codes, scales = coded.codes.reshape(*zeros.shape, -1).copy(), coded.scales.copy()
+    anew = requantised(unpaired(codes[outside]) * scales[outside][:, None] + coded.minima[outside][:, None], coded.group)
+    codes[outside], scales[outside], zeros[outside] = anew.codes, anew.scales[:, 0], HALF
+    return replace(coded, codes=codes.reshape(coded.codes.shape), scales=scales, zeros=zeros, minima=None)

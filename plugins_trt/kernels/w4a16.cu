@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(prefill_threads(TOKENS), TOKENS == 128 ? 2 : 1
         const u32 scale = *reinterpret_cast<const u32*>(&s.scales[warp_tile + i][j][lane / 4 * 2]);
         const u32 even_scale = __byte_perm(scale, 0, 0x1010), odd_scale = __byte_perm(scale, 0, 0x3232);
         u32 even[4], odd[4];
-        Codes<T>::decode(even, code.x, Codes<T>::offset(zero & 0xffu));
-        Codes<T>::decode(odd, code.y, Codes<T>::offset(zero >> 8));
+        Codes<T>::template decode<ASYMMETRIC>(even, code.x, Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu));
+        Codes<T>::template decode<ASYMMETRIC>(odd, code.y, Codes<T>::template offset<ASYMMETRIC>(zero >> 8));
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           even[p] = T::fma2(even[p], even_scale, 0x80008000u);  // minus zero: a product, with the sign of a zero kept

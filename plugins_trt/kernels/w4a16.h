@@ -3,8 +3,9 @@
  * Neutral layout (what checkpoints are read into):
  *   codes   uint8 [N, K / 2]           two codes a byte along K, the low nibble first; unsigned, 0 to 15
  *   scales  fp16|bf16 [N, K / group]
- *   zeros   uint8 [N, K / group]       0 to 15; absent when symmetric: the zero point is then 8
+ *   zeros   uint8 [N, K / group]       whole in the low nibble, sixteenths in the high one, 0 to 15 15/16; absent when symmetric: the zero point is then 8
  *   W[n, k] = (codes[n, k] - zeros[n, k / group]) * scales[n, k / group]
+ * Checkpoints with zero points have whole ones: bytes of 0 to 15. Those with a minimum for each group (GGUF, MLX) need the sixteenths.
  *
  * Packed layout (what the kernels read; the same number of bytes; the same on every device):
  *   codes   [N / 16, K / 64] tiles of 512 bytes; lane 4 g + t of a warp owns 16 bytes, its fragments of the tensor cores' A operand:

@@ -187,8 +187,8 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
         const int j = GROUP == 32 ? half : 0;
         const u32 zero = ASYMMETRIC ? now.zeros[i][j] : 0x0808u;
         u32 even[4], odd[4];  // the codes of outputs 2g and 2g + 1
-        Codes<T>::decode(even, half ? now.codes[i].z : now.codes[i].x, Codes<T>::offset(zero & 0xffu));
-        Codes<T>::decode(odd, half ? now.codes[i].w : now.codes[i].y, Codes<T>::offset(zero >> 8));
+        Codes<T>::template decode<ASYMMETRIC>(even, half ? now.codes[i].z : now.codes[i].x, Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu));
+        Codes<T>::template decode<ASYMMETRIC>(odd, half ? now.codes[i].w : now.codes[i].y, Codes<T>::template offset<ASYMMETRIC>(zero >> 8));
         const uint4 b = activations[i][half];
         T::mma(group, even[0], odd[0], even[1], odd[1], b.x, b.y);
         T::mma(group, even[2], odd[2], even[3], odd[3], b.z, b.w);

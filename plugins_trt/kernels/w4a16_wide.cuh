@@ -162,12 +162,12 @@ __global__ void __launch_bounds__(wide_threads(OUTPUTS, TOKENS), 1)
         const u32 zero = ASYMMETRIC ? *reinterpret_cast<const u16*>(&s.zeros[warp][j][lane / 4 * 2]) : 0x0808u;
         const u32 scale = *reinterpret_cast<const u32*>(&s.scales[warp][j][lane / 4 * 2]);
         const u32 even_scale = __byte_perm(scale, 0, 0x1010), odd_scale = __byte_perm(scale, 0, 0x3232);
-        const u32 even_offset = Codes<T>::offset(zero & 0xffu), odd_offset = Codes<T>::offset(zero >> 8);
+        const u32 even_offset = Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu), odd_offset = Codes<T>::template offset<ASYMMETRIC>(zero >> 8);
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           const u32 even = (half ? words[p].z : words[p].x) >> lane % 4 * 4, odd = (half ? words[p].w : words[p].y) >> lane % 4 * 4;
-          a[half * 2 + p / 2][p % 2 * 2] = T::fma2(Codes<T>::pair(even, even_offset), even_scale, 0x80008000u);  // minus zero: a product
-          a[half * 2 + p / 2][p % 2 * 2 + 1] = T::fma2(Codes<T>::pair(odd, odd_offset), odd_scale, 0x80008000u);
+          a[half * 2 + p / 2][p % 2 * 2] = T::fma2(Codes<T>::template pair<ASYMMETRIC>(even, even_offset), even_scale, 0x80008000u);  // minus zero: a product
+          a[half * 2 + p / 2][p % 2 * 2 + 1] = T::fma2(Codes<T>::template pair<ASYMMETRIC>(odd, odd_offset), odd_scale, 0x80008000u);
         }
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
         wide_mma<T>(sum, a[half * 2], matrix + half * 4);

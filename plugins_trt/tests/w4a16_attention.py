@@ -126,14 +126,14 @@ class Matrix:
 def random_matrix(k: Kernels, N: int, K: int, group: int, asymmetric: bool, dtype: torch.dtype, value: bool = True) -> Matrix:
     codes = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device="cuda")
     scales = (torch.rand(N, K // group, device="cuda") * 0.02 + 0.001).to(dtype)
-    zeros = torch.randint(0, 16, (N, K // group), dtype=torch.uint8, device="cuda") if asymmetric else None
+    zeros = torch.randint(0, 256, (N, K // group), dtype=torch.uint8, device="cuda") if asymmetric else None
     packed = (torch.empty_like(codes), torch.empty_like(scales), None if zeros is None else torch.empty_like(zeros))
     c = Weight(*(None if p is None else p.data_ptr() for p in packed), N, K, group, DTYPES[dtype])
     k("fh_w4a16_repack", codes, scales, zeros, ctypes.byref(c))
     w = torch.empty(0)
     if value:
         q = torch.stack([codes & 15, codes >> 4], dim=-1).view(N, K // group, group).double()
-        w = ((q - (8.0 if zeros is None else zeros.double()[..., None])) * scales.double()[..., None]).view(N, K)
+        w = ((q - (8.0 if zeros is None else ((zeros % 16).double() + (zeros // 16).double() / 16)[..., None])) * scales.double()[..., None]).view(N, K)
     return Matrix(c, w, (codes, scales, zeros), packed)
 
 

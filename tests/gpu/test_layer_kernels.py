@@ -44,9 +44,9 @@ def neutral(n, k, group, dtype, asymmetric, seed=1):
     g = torch.Generator("cuda").manual_seed(seed)
     codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda", generator=g)
     scales = (torch.rand(n, k // group, device="cuda", generator=g) * 0.02 + 0.005).to(dtype)
-    zeros = torch.randint(0, 16, (n, k // group), dtype=torch.uint8, device="cuda", generator=g) if asymmetric else None
+    zeros = torch.randint(0, 256, (n, k // group), dtype=torch.uint8, device="cuda", generator=g) if asymmetric else None
     fields = torch.stack([codes & 15, codes >> 4], 2).view(n, k).double()
-    zero = torch.full((n, k // group), 8.0, device="cuda", dtype=torch.float64) if zeros is None else zeros.double()
+    zero = torch.full((n, k // group), 8.0, device="cuda", dtype=torch.float64) if zeros is None else (zeros % 16).double() + (zeros // 16).double() / 16
     return codes, scales, zeros, (fields - zero.repeat_interleave(group, 1)) * scales.double().repeat_interleave(group, 1)
 
 

@@ -25,13 +25,14 @@ from small_programs import (
     small_model,
     states_of,
     text_names,
+    values_of,
 )  # fmt: skip
 
 from flashhead_edge.errors import FlashHeadError
 from flashhead_edge.packed.coded import Coded4, Coded8, dense, requantised
 from flashhead_edge.program.build import build_program
 from flashhead_edge.program.nodes import Stored
-from flashhead_edge.program.recoding import with_whole_zeros
+from flashhead_edge.program.recoding import with_zeros
 
 LENGTHS = [20, 15, 1, 1, 1, 1, 1]  # a prompt longer than the window of 16, a piece onto its cache, and steps of one token
 ROUNDING = 3e-5  # of values about 4, after three layers of float32 sums of up to 256 terms in another order
@@ -120,12 +121,17 @@ def test_what_has_no_kernel_is_counted_and_named(tmp_path: Path) -> None:
         "7 matrices (model.layers.0.self_attn.q_proj to model.layers.0.mlp.down_proj) stored as floats, coded in 4 bits here to the nearest "
         "(flashhead quantize codes them better)",
         "4 matrices (model.layers.1.self_attn.q_proj to model.layers.1.self_attn.o_proj) stored in 8 bits, coded in 4 bits here to the nearest",
-        "1 matrix (model.layers.1.mlp.up_proj) with a minimum for each group, coded anew with whole zero points",
+        "1 matrix (model.layers.1.mlp.up_proj) with a minimum for each group, which became a zero point to the nearest sixteenth of a step",
     )
     coded = {name: code for name, code in weights.coded.items() if not isinstance(code, Coded4)}
     up = "model.layers.1.mlp.up_proj"
-    anew = {name: requantised(code, 64) for name, code in coded.items()} | {up: with_whole_zeros(weights.coded[up])}
-    put_codes(model, weights.coded | {name: as_stored(code) for name, code in anew.items()})
+    fine = with_zeros(weights.coded[up])
+    put_codes(
+        model,
+        weights.coded
+        | {name: as_stored(requantised(code, 64)) for name, code in coded.items()}
+        | {up: values_of(fine.codes, nearest(fine.scales), fine.zeros)},
+    )
     assert error_of(tmp_path, model, weights) < ROUNDING
 
 
@@ -156,6 +162,15 @@ def test_head_s_rows_and_bias_are_those_of_the_checkpoint(precision: str, tmp_pa
     assert own.nodes[-1].attributes["rows"] == Stored("head.rows") and own.nodes[-1].attributes["bias"] == Stored("head.bias")
     assert np.array_equal(p.at("head.rows").view(kind).astype(np.float32).reshape(VOCAB, -1), nearest(weights.arrays["lm_head.weight"], precision))
     assert np.array_equal(p.at("head.bias").view(kind).astype(np.float32), weights.arrays["lm_head.bias"])
+
+
+def test_biases_of_zeros_are_none() -> None:
+    """Older GPTQ checkpoints have one for every layer."""
+    model, weights = small_model("llama")
+    nodes = [node.op for node in built(model, weights).decoder.nodes]
+    weights.arrays |= {f"{name}.bias": np.zeros(2 * code.codes.shape[1], np.float32) for name, code in weights.coded.items()}
+    found = built(model, weights)
+    assert [node.op for node in found.decoder.nodes] == nodes and found.notices == ()
 
 
 # ---- what is refused

@@ -67,6 +67,14 @@ PHI3 = {
     "vocab_size": 32064, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
     "rope_scaling": None, "sliding_window": 2047, "tie_word_embeddings": False,
 }  # fmt: skip
+OTHER = {  # settings that released ones leave off
+    "smollm3_interval": SMOLLM3 | {"no_rope_layer_interval": 3}, "smollm3_windows": SMOLLM3 | {"use_sliding_window": True, "sliding_window": 128},
+    "smollm3_types": SMOLLM3 | {"layer_types": ["sliding_attention", "full_attention"] * 18, "use_sliding_window": True, "sliding_window": 64},
+    "qwen2_windows": QWEN25 | {"use_sliding_window": True},
+    "qwen3_windows": QWEN3 | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 9},
+    "qwen3_types": QWEN3 | {"layer_types": ["sliding_attention"] * 28, "sliding_window": 512}, "mistral_all": MISTRAL | {"sliding_window": None},
+    "gemma3_pattern": {k: v for k, v in GEMMA3_270M.items() if k != "layer_types"} | {"sliding_window_pattern": 3},
+}  # fmt: skip
 RELEASED = {
     "llama": LLAMA32, "smollm2": SMOLLM2, "smollm3": SMOLLM3, "mistral": MISTRAL, "qwen2": QWEN25, "qwen3": QWEN3, "qwen3_vl": QWEN3_VL,
     "gemma3": GEMMA3_270M, "gemma3_4b": GEMMA3_4B, "phi3": PHI3,
@@ -81,11 +89,12 @@ def of_transformers(raw: dict[str, Any]) -> tuple[Any, Layout]:
     return config.get_text_config(), describe(config.to_dict())
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_config_is_read_as_transformers_reads_it(name: str) -> None:
+@pytest.mark.parametrize("name", [*RELEASED, *OTHER])
+def test_config_is_read_as_transformers_reads_it(name: str) -> None:
     """All that a config leaves out, and the form of its rotary positions, is filled in alike."""
-    config, want = of_transformers(RELEASED[name])
-    found = describe(RELEASED[name])
+    raw = (RELEASED | OTHER)[name]
+    config, want = of_transformers(raw)
+    found = describe(raw)
     assert found == want
     window = config.sliding_window if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) else 0
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers

@@ -1,4 +1,4 @@
-"""A real model: SmolLM2-135M's GGUF, its Q4_1 matrices coded anew for the kernels, against transformers' model of the very values."""
+"""A real model: SmolLM2-135M's GGUF, its Q4_1 matrices with zero points for the kernels, against transformers' model of the very values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from small_heads import few_probes
-from small_programs import ORIN, ProgramInterpreter, nearest, states_of
+from small_programs import ORIN, ProgramInterpreter, nearest, states_of, values_of
 
-from flashhead_edge.packed import Coded4, dense, open_weights
+from flashhead_edge.packed import Coded4, open_weights
 from flashhead_edge.program.build import build_program
 from flashhead_edge.program.file import write_program
-from flashhead_edge.program.recoding import MINIMA, with_whole_zeros
+from flashhead_edge.program.recoding import MINIMA, with_zeros
 
 FILE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashhead-edge" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PIECES = [40, 20, 1, 1, 1, 1]
@@ -40,11 +40,11 @@ def test_real_model_has_transformers_states(tmp_path: Path) -> None:
             if "proj" in name:
                 code = weights.linear(name.removesuffix(".weight"))
                 assert isinstance(code, Coded4)
-                whole = with_whole_zeros(code)
-                parameter.copy_(torch.from_numpy(dense(Coded4(whole.codes, nearest(whole.scales), whole.zeros, None, whole.group))))
+                fine = with_zeros(code)
+                parameter.copy_(torch.from_numpy(values_of(fine.codes, nearest(fine.scales), fine.zeros)))
             else:
                 parameter.copy_(torch.from_numpy(nearest(parameter.numpy())))
     want = states_of(model, ids)
     found = ProgramInterpreter(program).decode(ids, PIECES)
-    # values up to 50, float32 sums of up to 1,536 terms in another order through 30 layers: 1.8e-4 was measured; the change to whole zero points is 11
+    # values up to 50, float32 sums of up to 1,536 terms in another order through 30 layers: 1.8e-4 was measured; the zero points' sixteenths move more
     assert np.abs(found - want).max() < 1e-3 < np.abs(before - want).max()

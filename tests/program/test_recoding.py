@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_programs import made_code
+from plugin_interpreter import zero_points
+from small_programs import made_code, values_of
 
-from flashhead_edge.packed.coded import Coded4, Coded8, dense, paired, requantised, unpaired
-from flashhead_edge.program.recoding import EIGHT, FLOATS, GROUP, MINIMA, form_of, recoded, with_whole_zeros
+from flashhead_edge.packed.coded import Coded4, Coded8, dense, paired, requantised
+from flashhead_edge.program.recoding import EIGHT, FLOATS, GROUP, MINIMA, form_of, recoded, with_zeros
 
 
 def random() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-def values_of(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
-    group = 2 * codes.shape[1] // scales.shape[1]
-    return dense(Coded4(codes, scales, zeros, None, group, None))
 
 
 def with_minima(n: int = 48, k: int = 256, group: int = 32) -> Coded4:
@@ -69,35 +65,48 @@ def test_an_order_that_changes_nothing_is_none() -> None:
         assert (form.order is not None) == kept
 
 
-def test_minima_that_are_whole_zero_points_are_kept_exactly() -> None:
+def test_minima_that_are_zero_points_are_kept_exactly() -> None:
+    """Every sixteenth from 0 to 15 15/16."""
     code = made_code("minima", 32, 256)
-    zeros = random().integers(0, 16, code.scales.shape)
-    codes = code.codes
-    asked = Coded4(codes, code.scales, None, (-zeros * code.scales).astype(np.float32), code.group, None)
+    sixteenths = np.arange(code.scales.size).reshape(code.scales.shape) * 7 % 256
+    asked = Coded4(code.codes, code.scales, None, (-sixteenths / 16 * code.scales).astype(np.float32), code.group, None)
     assert form_of(asked, 32).reason == MINIMA and not form_of(asked, 32).symmetric
-    found = with_whole_zeros(asked)
-    # the step is fitted once more to codes that fit it already: the last bits of float32 sums
-    assert np.array_equal(found.codes, codes) and np.array_equal(found.zeros, zeros) and np.allclose(found.scales, code.scales, rtol=1e-6, atol=0)
+    codes, scales, zeros = recoded(asked, form_of(asked, 32), code.group)
+    assert zeros is not None and np.array_equal(codes, code.codes) and np.array_equal(scales, code.scales)
+    assert np.array_equal(zero_points(zeros), sixteenths / 16)
 
 
-def test_minima_become_the_nearest_whole_zero_points() -> None:
-    """Nearer than the same weights without zero points are (0.86 of their squared error was measured), and than the same codes with the zero point rounded."""
+def test_minima_become_zero_points_to_the_sixteenth() -> None:
+    """Codes and scales stay; no weight moves by more than a thirty-second of its step."""
     asked = with_minima()
-    want = dense(asked)
-    found = with_whole_zeros(asked)
-    assert found.zeros is not None and found.zeros.max() <= 15 and unpaired(found.codes).max() <= 15 and np.isfinite(found.scales).all()
-    error = float(np.square(dense(found) - want).sum())
-    whole = Coded4(asked.codes, asked.scales, np.clip(np.rint(-asked.minima / asked.scales), 0, 15).astype(np.uint8), None, 32, None)
-    assert error < 0.9 * float(np.square(dense(requantised(want, 32)) - want).sum())
-    assert error < 0.8 * float(np.square(dense(whole) - want).sum())
+    form = form_of(asked, 32)
+    assert form.reason == MINIMA and not form.symmetric
+    codes, scales, zeros = recoded(asked, form, 32)
+    assert np.array_equal(codes, asked.codes) and np.array_equal(scales, asked.scales) and zeros is not None and (zeros > 15).any()
+    moved = np.abs(values_of(codes, scales, zeros) - dense(asked)) / scales.repeat(32, 1)
+    assert 1 / 64 < moved.max() <= 1 / 32 + 1e-5  # float32 of values of some twenty steps
 
 
-@pytest.mark.parametrize("low", [0.5, -20.0, 0.0])
-def test_groups_on_one_side_of_zero_and_groups_of_one_value(low: float) -> None:
-    """Minima that no zero point reaches: all weights above 0, or all far below it. Where all are equal one code says it."""
-    codes = random().integers(0, 16, (16, 64), dtype=np.uint8)
-    asked = Coded4(paired(codes), np.full((16, 2), 0.1, np.float32), None, np.full((16, 2), low, np.float32), 32, None)
-    found, span = with_whole_zeros(asked), abs(low) + 1.5
-    assert np.isfinite(dense(found)).all() and np.abs(dense(found) - dense(asked)).max() <= span / 15 + 1e-6  # a code's step over the whole span
-    flat = Coded4(np.zeros((16, 32), np.uint8), np.zeros((16, 2), np.float32), None, np.full((16, 2), low, np.float32), 32, None)
-    assert np.allclose(dense(with_whole_zeros(flat)), low, rtol=1e-6, atol=0)
+def test_groups_that_no_zero_point_reaches_are_coded_anew_alone() -> None:
+    """All weights above 0, all far below it, or all equal: symmetric, each as near as half a step; the others keep their bits."""
+    asked = with_minima()
+    scales, minima = asked.scales.copy(), asked.minima.copy()
+    minima[3, 2], minima[5, 1], scales[7, 0] = 0.4, -20.0, 0.0
+    asked = Coded4(asked.codes, scales, None, minima, 32, None)
+    found = with_zeros(asked)
+    error = np.abs(values_of(found.codes, found.scales, found.zeros) - dense(asked)).reshape(48, 8, 32).max(-1)
+    outside = np.zeros((48, 8), bool)
+    outside[[3, 5, 7], [2, 1, 0]] = True
+    assert (found.zeros[outside] == 8).all() and np.array_equal(found.scales[~outside], scales[~outside])
+    assert (error[~outside] <= scales[~outside] * (1 / 32 + 1e-5)).all()
+    assert (error[outside] <= np.abs(found.scales[outside]) * 0.75).all() and error[7, 0] < 1e-6  # the scale that errs least cuts the ends off a little
+    assert np.array_equal(found.codes.reshape(48, 8, 16)[~outside], asked.codes.reshape(48, 8, 16)[~outside])
+
+
+def test_minima_of_large_groups_are_those_of_smaller_ones() -> None:
+    asked = with_minima(16, 512, 256)
+    form = form_of(asked, 32)
+    assert form.group == 128
+    codes, scales, zeros = recoded(asked, form, 64)
+    assert scales.shape == (16, 8) and zeros is not None and zeros.shape == (16, 8)
+    assert (np.abs(values_of(codes, scales, zeros) - dense(asked)) <= scales.repeat(64, 1) * (1 / 32 + 1e-5)).all()
