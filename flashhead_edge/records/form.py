@@ -73,9 +73,9 @@ def identity(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:12]
 
 
-def document(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a file of records holds."""
-    return {"schema": VERSION, "records": list(records)}
+def document(records: Iterable[Mapping[str, Any]], left_out: Iterable[str] = ()) -> dict[str, Any]:
+    """What a file of records holds; `left_out`: sentences on what the run measured that is no record."""
+    return {"schema": VERSION, "records": list(records), "left_out": list(left_out)}
 
 
 @functools.cache
