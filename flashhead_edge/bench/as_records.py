@@ -12,10 +12,14 @@ from flashhead_edge.records.form import baseline, document, figure, record, run_
 
 Own = Mapping[str, Any]
 FLASH = {
-    "fitted": "FlashHead", "fitted, at the cap": "FlashHead, at the cap", "fitted, fewest bytes": "FlashHead, fewest bytes",
-    "fitted, full-width logits": "FlashHead, full-width logits", "flash": "FlashHead", "flash, logits": "FlashHead, full-width logits",
+    "fitted": "FlashHead",
+    "fitted, at the cap": "FlashHead, at the cap",
+    "fitted, fewest bytes": "FlashHead, fewest bytes",
+    "fitted, full-width logits": "FlashHead, full-width logits",
+    "flash": "FlashHead",
+    "flash, logits": "FlashHead, full-width logits",
     "auto": "FlashHead or dense",
-}  # fmt: skip
+}
 ONNX_PARTS = {"head": "head", "models": "step", "engines": "text"}
 FP32, INT4, GENAI_INT8 = "dense fp32", "dense int4, blocks of 32", "GenAI, int8 head"  # what the parts of `bench onnx` are compared with
 ONNX_BASELINES = {"head": FP32, "models": INT4, "engines": GENAI_INT8}
@@ -60,8 +64,8 @@ def times(own: Own, samples: int | None = None) -> Any:
     if us is None:
         return None
     if isinstance(spread, Sequence):
-        return figure(us, *spread, "range", samples)
-    return figure(us, *(None, None, None) if spread is None else (max(0.0, us - spread), us + spread, "mad"), samples)
+        return figure(us, spread[0], spread[1], "range", samples)
+    return figure(us, samples=samples) if spread is None else figure(us, max(0.0, us - spread), us + spread, "mad", samples)
 
 
 def quotient(top: Any, bottom: Any) -> Any:
@@ -108,15 +112,19 @@ def head_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
             alone.append(f"{r['head']} on {r['model']}")
             continue
         ours, theirs = times(r, REPLAYS), times(base, REPLAYS)
-        settings = {**r.get("settings", {}), **({"counts": r["counts"]} if r.get("counts") else {})}
+        seen = {"counts": r["counts"]} if r.get("counts") else {}
         found.append(
             record(
                 **common(r, facts, "head", FLASH.get(r["head"], r["head"])) | {"device": own["device"]},
-                precision=base["head"].removeprefix("dense "), settings=settings, microseconds=ours, bytes_per_step=r["bytes_per_step"],
+                precision=base["head"].removeprefix("dense "),
+                observed={**seen, **r.get("settings", {})},
+                microseconds=ours,
+                bytes_per_step=r["bytes_per_step"],
                 times_as_fast=quotient(theirs, ours),
-                baseline=baseline(facts["run"], base["head"], base.get("backend"), base.get("backend_version"), microseconds=theirs,
-                                  bytes_per_step=base["bytes_per_step"]),
-            )  # fmt: skip
+                baseline=baseline(
+                    facts["run"], base["head"], base.get("backend"), base.get("backend_version"), microseconds=theirs, bytes_per_step=base["bytes_per_step"]
+                ),
+            )
         )
     return found, _no_dense("head", alone, "dense head")
 
@@ -135,14 +143,21 @@ def tensorrt_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[s
             alone.append(str(r["model"]))
             continue
         ours, theirs = times(r, ROUNDS), times(base, ROUNDS)
-        names = ("group", "layers", "graph_nodes", "engine_bytes", "dense_head_microseconds", "share_of_head_gone")
+        seen = ("graph_nodes", "engine_bytes", "dense_head_microseconds", "share_of_head_gone")
         found.append(
             record(
-                **common(r, facts, "step", "FlashHead"), precision=r["body"], calibrated_agreement=r.get("agreement"),
-                settings={"activations": r["precision"], **{n: r[n] for n in names if r.get(n) is not None}},
-                microseconds=ours, tokens_per_second=figure(r.get("tokens_per_second")), times_as_fast=quotient(theirs, ours),
-                baseline=baseline(facts["run"], "dense", base["backend"], base["backend_version"], microseconds=theirs, bytes_per_step=r["dense_bytes_per_step"]),
-            )  # fmt: skip
+                **common(r, facts, "step", "FlashHead"),
+                precision=r["body"],
+                calibrated_agreement=r.get("agreement"),
+                settings={"activations": r["precision"], "group": r["group"], "layers": r["layers"]},
+                observed={n: r[n] for n in seen if r.get(n) is not None},
+                microseconds=ours,
+                tokens_per_second=figure(r.get("tokens_per_second")),
+                times_as_fast=quotient(theirs, ours),
+                baseline=baseline(
+                    facts["run"], "dense", base["backend"], base["backend_version"], microseconds=theirs, bytes_per_step=r["dense_bytes_per_step"]
+                ),
+            )
         )
     return found, _no_dense("tensorrt", alone, "engine with a dense head (flashhead export tensorrt --dense-head)")
 
@@ -160,7 +175,8 @@ def vllm_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
         return r["model"], r["settings"]["runner"], r["settings"]["body"], r["batch"]
 
     def rate(r: Own) -> Any:
-        return figure(r["tokens_per_second"], *r["tokens_per_second_spread"], "range", ROUNDS)
+        low, high = r["tokens_per_second_spread"]
+        return figure(r["tokens_per_second"], low, high, "range", ROUNDS)
 
     dense = {key(r): r for r in own["records"] if r["head"] == "dense"}
     found, alone = [], []
@@ -171,22 +187,35 @@ def vllm_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
         if base is None:
             alone.append(f"{r['head']} on {r['model']}")
             continue
-        settings = {"runner": r["settings"]["runner"], "crossovers": r["settings"]["crossovers"]}
+        settings = {"runner": r["settings"]["runner"]}
+        seen = {"crossovers": r["settings"]["crossovers"]}
         head, precision = FLASH.get(r["head"], r["head"]), r["settings"]["body"]
         said = base["backend"], base["backend_version"]
         found.append(
             record(
-                **common(r, facts, "text", head), precision=precision, settings=settings, tokens=TOKENS, tokens_per_second=rate(r),
-                times_as_fast=quotient(rate(r), rate(base)), baseline=baseline(facts["run"], "dense", *said, tokens_per_second=rate(base)),
-            )  # fmt: skip
+                **common(r, facts, "text", head),
+                precision=precision,
+                settings=settings,
+                observed=seen,
+                tokens=TOKENS,
+                tokens_per_second=rate(r),
+                times_as_fast=quotient(rate(r), rate(base)),
+                baseline=baseline(facts["run"], "dense", *said, tokens_per_second=rate(base)),
+            )
         )
         for part, name in (("step", "total"), ("head", "head")):
             ours, theirs = figure(r["gpu_microseconds"][name]), figure(base["gpu_microseconds"][name])
             found.append(
                 record(
-                    **common(r, facts, part, head), precision=precision, settings=settings, microseconds=ours, times_as_fast=quotient(theirs, ours),
-                    baseline=baseline(facts["run"], "dense", *said, microseconds=theirs), note=GPU_TIME,
-                )  # fmt: skip
+                    **common(r, facts, part, head),
+                    precision=precision,
+                    settings=settings,
+                    observed=seen,
+                    microseconds=ours,
+                    times_as_fast=quotient(theirs, ours),
+                    baseline=baseline(facts["run"], "dense", *said, microseconds=theirs),
+                    note=GPU_TIME,
+                )
             )
     return found, _no_dense("vllm", alone, "dense head")
 
@@ -207,28 +236,36 @@ def onnx_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
             alone.append(f"{r['head']} on {r['model']}")
             continue
 
-        def measures(of: Own) -> dict[str, Any]:
-            rounds = of.get("microseconds_rounds")
-            us = times(of) if not rounds else figure(of["microseconds"], min(rounds), max(rounds), "range", len(rounds))
-            rate = figure(of["tokens_per_second"], *(None if x is None else 1e6 / x for x in (us["high"], us["low"])), us["spread"], us["samples"])
-            return {
-                "microseconds": us, "tokens_per_second": None if part == "head" else rate, "first_token_seconds": figure(of.get("first_token_seconds")),
-                "bytes_per_step": of.get("bytes_per_step"), "peak_bytes": of.get("peak_bytes"), "top1_agreement": of.get("top1_agreement"),
-                "top1_agreement_interval": of.get("top1_agreement_interval"),
-            }  # fmt: skip
-
-        ours, theirs = measures(r), measures(base)
+        ours, theirs = _onnx_measures(r), _onnx_measures(base)
         rounds = [of.get("microseconds_rounds") for of in (base, r)]
         fast = paired(*rounds) if all(rounds) else quotient(theirs["microseconds"], ours["microseconds"])
-        names = ("body", "group", "prompt", "tokens", "equal_tokens")
+        names = ("body", "group", "prompt", "tokens")
         found.append(
             record(
-                **common(r, facts, part, r["head"]) | {"device": own["device"]}, precision={"head": "fp32"}.get(part, "int4"), tokens=r["settings"].get("tokens"),
-                settings={n: r["settings"][n] for n in names if n in r["settings"]}, times_as_fast=fast, **ours,
+                **common(r, facts, part, r["head"]) | {"device": own["device"]},
+                precision={"head": "fp32"}.get(part, "int4"),
+                tokens=r["settings"].get("tokens"),
+                settings={n: r["settings"][n] for n in names if n in r["settings"]},
+                observed={n: r["settings"][n] for n in ("equal_tokens",) if n in r["settings"]},
+                times_as_fast=fast,
+                **ours,
                 baseline=baseline(facts["run"], base["head"], base["backend"], base["backend_version"], **theirs),
-            )  # fmt: skip
+            )
         )
     return found, _no_dense("onnx", alone, "baseline (" + ", ".join(f"{a}: {b}" for a, b in ONNX_BASELINES.items()) + ")")
+
+
+def _onnx_measures(of: Own) -> dict[str, Any]:
+    """What `bench onnx` measures; tokens a second are of whole models and engines, a head alone makes none."""
+    rounds = of.get("microseconds_rounds")
+    us = times(of) if not rounds else figure(of["microseconds"], min(rounds), max(rounds), "range", len(rounds))
+    ends = [None if us[end] is None else 1e6 / us[end] for end in ("high", "low")]
+    return {
+        "microseconds": us,
+        "tokens_per_second": None if of["part"] == "head" else figure(of["tokens_per_second"], ends[0], ends[1], us["spread"], us["samples"]),
+        "first_token_seconds": figure(of.get("first_token_seconds")),
+        **{name: of.get(name) for name in ("bytes_per_step", "peak_bytes", "top1_agreement", "top1_agreement_interval")},
+    }
 
 
 def evaluate_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
@@ -240,20 +277,28 @@ def evaluate_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[s
     for text, pooled in texts:
         for i, one in enumerate((pooled, *pooled.get("rivals", ()))):
             ours = i == 0
-            settings = {**(one.get("settings") or {}), "positions": one.get("positions")} | ({} if text is None else {"text": text})
+            settings = {"head": one.get("settings") or {}, "positions": one.get("positions")} | ({} if text is None else {"text": text})
             measures = {name: one.get(name) for name in ("bytes_per_step", "bytes_per_step_p99", "top1_agreement", "top1_agreement_interval")}
             found.append(
                 record(
-                    **said | {"head": "FlashHead" if ours else str(one["name"]), "dense_bytes_per_step": one["dense_bytes_per_step"]}, settings=settings,
-                    target_agreement=target if ours else None, calibrated_agreement=(own.get("calibration") or {}).get("held_out_agreement") if ours else None,
+                    **said | {"head": "FlashHead" if ours else str(one["name"]), "dense_bytes_per_step": one["dense_bytes_per_step"]},
+                    settings=settings,
+                    target_agreement=target if ours else None,
+                    calibrated_agreement=(own.get("calibration") or {}).get("held_out_agreement") if ours else None,
                     **measures,
-                    baseline=baseline(facts["run"], "dense", own.get("backend"), own.get("backend_version"), bytes_per_step=one["dense_bytes_per_step"],
-                                      top1_agreement=1.0),
-                )  # fmt: skip
+                    baseline=baseline(
+                        facts["run"], "dense", own.get("backend"), own.get("backend_version"), bytes_per_step=one["dense_bytes_per_step"], top1_agreement=1.0
+                    ),
+                )
             )
     return found, []
 
 
 CONVERTERS: dict[str, Callable[[Own, Own], tuple[list[dict[str, Any]], list[str]]]] = {
-    "head": head_records, "decode": decode_records, "vllm": vllm_records, "onnx": onnx_records, "tensorrt": tensorrt_records, "evaluate": evaluate_records,
-}  # fmt: skip
+    "head": head_records,
+    "decode": decode_records,
+    "vllm": vllm_records,
+    "onnx": onnx_records,
+    "tensorrt": tensorrt_records,
+    "evaluate": evaluate_records,
+}

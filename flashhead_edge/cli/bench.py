@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from flashhead_edge.cli.bench_suite import compare, suite
 from flashhead_edge.cli.common import Settings, answer_only, check_page, common_options, json_option, person, write_json
 from flashhead_edge.cli.display import shown_progress
 
@@ -15,6 +16,10 @@ from flashhead_edge.cli.display import shown_progress
 @common_options
 def bench() -> None:
     """Measure speed on this machine."""
+
+
+bench.add_command(suite)
+bench.add_command(compare)
 
 
 @bench.command(short_help="Time a step of the output head on a GPU, beside its rivals.")

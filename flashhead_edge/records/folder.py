@@ -16,6 +16,8 @@ from flashhead_edge.records.form import VERSION, check_record, document, identit
 KEY = "benchmark"  # of a bench's own document: under it lies its file of records
 MOST_BYTES = 64 << 20  # of a file: a hundred thousand records
 
+NAMED = 3  # records of one file that are refused with a sentence each
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -72,13 +74,15 @@ def read_records(paths: Sequence[Path]) -> Found:
         except SettingsError as error:
             refused.append(str(error))
             continue
+        wrong: list[str] = []
         for i, one in enumerate(records):
             try:
                 check_record(one, f"{name}, record {i + 1}")
             except SettingsError as error:
-                refused.append(str(error))
+                wrong.append(str(error))
             else:
                 found.append(Entry(one, identity(one), name))
+        refused += wrong[:NAMED] + ([f"{name}: {len(wrong) - NAMED} more of its records were left out"] if len(wrong) > NAMED else [])
     kept, contradicting = _without_contradictions(found)
     return Found(tuple(kept), (*refused, *contradicting))
 
@@ -113,7 +117,9 @@ def _read(path: Path, name: str) -> list[Any]:
         if isinstance(error, SettingsError):
             raise
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise SettingsError(f"{name}: it cannot be read as JSON ({' '.join(reason.split())[:200]}), expected a file of records; restore or remove it") from error
+        raise SettingsError(
+            f"{name}: it cannot be read as JSON ({' '.join(reason.split())[:200]}), expected a file of records; restore or remove it"
+        ) from error
     if isinstance(whole, Mapping) and isinstance(whole.get(KEY), Mapping):
         whole = whole[KEY]
     if not isinstance(whole, Mapping) or not isinstance(whole.get("schema"), int) or isinstance(whole.get("schema"), bool):
@@ -149,7 +155,5 @@ def _without_contradictions(entries: Sequence[Entry]) -> tuple[list[Entry], list
             continue
         where = ", ".join(sorted({e.file for e in group}))
         one = group[0].record
-        refused.append(
-            f"{where}: {len(group)} records of {one['head']} on {one['model']} in run {run} contradict each other, expected one; keep the right one"
-        )
+        refused.append(f"{where}: {len(group)} records of {one['head']} on {one['model']} in run {run} contradict each other, expected one; keep the right one")
     return kept, refused

@@ -95,7 +95,7 @@
   });
 
   // copy
-  const cellText = cell => cell.querySelector("details") ? cell.querySelector("summary").textContent : [...cell.childNodes].map(n => n.textContent.trim()).join(" ");
+  const cellText = cell => cell.querySelector("details") ? cell.querySelector("code").textContent : [...cell.childNodes].map(n => n.nodeName === "SMALL" ? `(${n.textContent.trim()})` : n.textContent.trim()).join(" ");
   const markdown = () => {
     const line = cells => "| " + cells.map(c => c.trim().replace(/\s+/g, " ").replace(/[\\|<>`*_[\]]/g, "\\$&")).join(" | ") + " |";
     const heads = [...table.tHead.rows[0].cells].map(c => c.textContent);
@@ -180,11 +180,12 @@
   };
 
   const MISSES = [0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001, 0.00005, 0.00002];
+  const SHARES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50];
   const drawFrontier = (t, id, title, pick, ones) => {
     const points = visible.map(row => ({ row, x: pick(row), miss: row.agreement == null ? null : Math.max(1 - row.agreement, FLOOR) }))
       .filter(p => p.x > 0 && p.miss !== null);
     const best = [];
-    for (const p of [...points].sort((a, b) => a.x - b.x || a.miss - b.miss)) if (!best.length || p.miss < best.at(-1).miss) best.push(p);
+    for (const p of points.filter(p => p.row.record.kind !== "predicted").sort((a, b) => a.x - b.x || a.miss - b.miss)) if (!best.length || p.miss < best.at(-1).miss) best.push(p);
     const kept = points.length > MARKS ? [...new Set([...best, ...points.slice(0, MARKS)])] : points;
     const heads = [...new Set(kept.map(p => p.row.record.head))];
     const traces = heads.map((head, i) => {
@@ -203,7 +204,7 @@
     const low = points.length ? Math.min(...points.map(p => p.miss)) : 1e-3, high = points.length ? Math.max(...points.map(p => p.miss)) : 0.1;
     Plotly.react(id, traces, layout(t, {
       height: 400, showlegend: true, legend: { orientation: "h", y: -0.2, font: { size: 12 } }, margin: { l: 74, r: 16, t: 10, b: 48 },
-      xaxis: axis(t, { type: "log", title: { text: title, font: { color: t.soft, size: 12 } }, dtick: ones ? undefined : "D2", tickformat: ones ? "~g" : "~p" }),
+      xaxis: axis(t, { type: "log", title: { text: title, font: { color: t.soft, size: 12 } }, tickvals: SHARES, ticktext: SHARES.map(v => ones ? String(v) : `${+(100 * v).toPrecision(3)} %`) }),
       yaxis: axis(t, {
         type: "log", range: [Math.log10(high * 1.6), Math.log10(low / 1.6)], tickvals: MISSES,
         ticktext: MISSES.map(m => m <= FLOOR ? "100 %" : `${+(100 * (1 - m)).toFixed(4)} %`),
@@ -220,7 +221,7 @@
     drawing = requestAnimationFrame(() => {
       const t = theme();
       drawBars(t);
-      drawFrontier(t, "by-bytes", "bytes a step reads, of the dense head’s in 16 bits", row => row.bytes, false);
+      drawFrontier(t, "by-bytes", "bytes of a step, of the dense head’s", row => row.bytes, false);
       drawFrontier(t, "by-time", "time, of the baseline’s", row => { const f = row.record.times_as_fast?.median; return f ? 1 / f : null; }, true);
       document.documentElement.dataset.drawn = String(performance.now());
     });

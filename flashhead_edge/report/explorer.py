@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -87,35 +87,34 @@ def primary(record: Mapping[str, Any]) -> tuple[str, Any, Any]:
     return name, record[name], base.get(name)
 
 
-def shown(name: str, value: Any) -> str:
-    """A measure for a person, with its unit and, where it has one, its spread."""
+def shown(name: str, value: Any) -> tuple[str, str]:
+    """A measure for a person with its unit, and its spread; an empty string where that is not known."""
     if value is None:
-        return DASH
+        return DASH, ""
     if name == "top1_agreement":
-        return percent(value)
+        return percent(value), ""
     if name == "quality":
-        return f"{value['value']:.4g}" + ("" if value["interval"] is None else f" ({value['interval'][0]:.4g} to {value['interval'][1]:.4g})")
-    return f"{value['median']:,.{_digits(value['median'])}f} {UNITS[name]}{spread(value)}"
+        ends = value["interval"]
+        return f"{value['value']:.4g}", "" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}"
+    return f"{_number(value['median'])} {UNITS[name]}", ends_of(value, _number)
 
 
-UNITS = {"microseconds": "us", "tokens_per_second": "tokens/s", "first_token_seconds": "s", "joules_per_token": "J"}
+UNITS = {"microseconds": "us", "tokens_per_second": "tokens/s"}
 
 
-def spread(figure: Mapping[str, Any]) -> str:
-    """` (low to high)`, or nothing where the spread is not known."""
+def ends_of(figure: Mapping[str, Any], number: Callable[[float], str]) -> str:
+    """`low to high`, or nothing where the spread is not known."""
     low, high = figure["low"], figure["high"]
-    return "" if low is None or high is None else f" ({low:,.{_digits(low)}f} to {high:,.{_digits(high)}f})"
+    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
 
 
-def _digits(value: float) -> int:
-    return 0 if value >= 1000 else 1 if value >= 20 else 2
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 20 else f"{value:.2f}"
 
 
-def fast(figure: Mapping[str, Any] | None) -> str:
-    """`1.27 (1.26 to 1.28)`."""
-    if figure is None:
-        return DASH
-    return f"{figure['median']:.2f}" + ("" if figure["low"] is None or figure["high"] is None else f" ({figure['low']:.2f} to {figure['high']:.2f})")
+def fast(figure: Mapping[str, Any] | None) -> tuple[str, str]:
+    """`1.27`, and `1.26 to 1.28`."""
+    return (DASH, "") if figure is None else (f"{figure['median']:.2f}", ends_of(figure, lambda v: f"{v:.2f}"))
 
 
 def agreement(record: Mapping[str, Any]) -> tuple[float | None, bool]:
@@ -165,37 +164,42 @@ def _refused(sentences: Sequence[str]) -> str:
 
 
 def _controls() -> str:
-    selects = "".join(
-        f'<label>{f.title}<select id="filter-{f.key}" data-key="{f.key}"><option value="">all</option></select></label>' for f in FILTERS
-    )
+    selects = "".join(f'<label>{f.title}<select id="filter-{f.key}" data-key="{f.key}"><option value="">all</option></select></label>' for f in FILTERS)
     return (
         '<section class="scripted" hidden><h2>Filter</h2><form id="filters">'
         f'{selects}</form><p class="bar-line"><span id="count" role="status"></span> <button type="button" id="reset">Show all</button></p></section>'
     )
 
 
+MEASURES = {
+    "microseconds": "time of a step", "tokens_per_second": "tokens a second", "times_as_fast": "times as fast", "bytes_per_step": "bytes of a step",
+    "first_token_seconds": "seconds to the first token", "joules_per_token": "joules a token",
+}  # fmt: skip
+
+
 def _plots() -> str:
-    measures = (("microseconds", "time of a step"), ("tokens_per_second", "tokens a second"), ("times_as_fast", "times as fast"),
-                ("bytes_per_step", "bytes of a step"), ("first_token_seconds", "seconds to the first token"), ("joules_per_token", "joules a token"))  # fmt: skip
-    options = "".join(f'<option value="{k}">{t}</option>' for k, t in measures)
-    key = '<span class="swatch base"></span> baseline of the same run <span class="swatch ours"></span> this head <span class="swatch hatched"></span> predicted'
-    return (
-        '<section class="scripted" hidden><h2>Beside the baseline</h2>'
-        f'<p class="bar-line"><label>Shown <select id="measure">{options}</select></label></p>'
-        f'<figure><div id="bars" class="chart" role="img" aria-label="Bars of each head beside its baseline; the table holds the same figures"></div>'
-        f'<figcaption>{key}. Whiskers: least and most of the rounds, or the median absolute deviation. <span id="bars-note"></span></figcaption></figure></section>'
-        '<section class="scripted" hidden><h2>Agreement against bytes</h2><figure>'
-        '<div id="by-bytes" class="chart" role="img" aria-label="Agreement by share of the dense head\'s bytes; the table holds the same figures"></div>'
-        '<figcaption>Up and to the left is better. The line joins the heads that no other one beats in both. Open marks: predicted, or the agreement is that '
-        'of the calibration. <span id="by-bytes-note"></span></figcaption></figure></section>'
-        '<section class="scripted" hidden><h2>Agreement against time</h2><figure>'
-        '<div id="by-time" class="chart" role="img" aria-label="Agreement by share of the baseline\'s time; the table holds the same figures"></div>'
-        '<figcaption>Time of the head, of its own baseline’s. Left of 1 is faster. <span id="by-time-note"></span></figcaption></figure></section>'
+    options = "".join(f'<option value="{k}">{t}</option>' for k, t in MEASURES.items())
+    chosen = f'<p class="bar-line"><label>Shown <select id="measure">{options}</select></label></p>'
+    swatches = (("base", "baseline of the same run"), ("ours", "this head"), ("hatched", "predicted"))
+    key = " ".join(f'<span class="swatch {kind}"></span> {what}' for kind, what in swatches)
+    charts = (
+        ("Beside the baseline", chosen, "bars", "Bars of each head beside its baseline",
+         f"{key}. Whiskers: least and most of the rounds, or the median absolute deviation."),
+        ("Agreement against bytes", "", "by-bytes", "Agreement by share of the dense head's bytes",
+         "Up and to the left is better. The line joins the measured heads that no other one beats in both. "
+         "Open marks: predicted, or the agreement is that of the calibration."),
+        ("Agreement against time", "", "by-time", "Agreement by share of the baseline's time", "Time of the head, of its own baseline’s. Left of 1 is faster."),
+    )  # fmt: skip
+    return "".join(
+        f'<section class="scripted" hidden><h2>{title}</h2>{more}<figure>'
+        f'<div id="{name}" class="chart" role="img" aria-label="{escape(label)}; the table holds the same figures"></div>'
+        f'<figcaption>{caption} <span id="{name}-note"></span></figcaption></figure></section>'
+        for title, more, name, label, caption in charts
     )
 
 
 def _table(entries: Sequence[Entry]) -> str:
-    head = "".join(f'<th scope="col" data-key="{c.key}">{c.title}</th>' for c in COLUMNS) + '<th scope="col">record</th>'
+    head = "".join(f'<th scope="col" data-key="{c.key}">{c.title}</th>' for c in COLUMNS) + '<th scope="col">command</th>'
     body = "\n".join(_row(e) for e in entries)
     return (
         '<section><h2>Records</h2><p class="bar-line scripted" hidden><button type="button" id="copy">Copy as Markdown</button> '
@@ -218,14 +222,18 @@ def _row(e: Entry) -> str:
     agrees += "" if r["top1_agreement_interval"] is None else f" <small>{interval(r['top1_agreement_interval'])}</small>"
     part = PARTS[r["part"]] if r["quality"] is None else f"{r['quality']['task']}: {r['quality']['metric']}"
     part += f", {r['settings']['text']}" if isinstance(r["settings"].get("text"), str) else ""
-    rival = escape(r["baseline"]["head"]) if r["baseline"] else ""
+
+    def figure(pair: tuple[str, str], more: str = "") -> str:
+        small = ", ".join(p for p in (pair[1], more) if p)
+        return f'<a href="#r-{e.id}">{escape(pair[0])}</a>' + (f"<small>{escape(small)}</small>" if small else "")
+
     cells = [
         escape(part), escape(r["head"]), escape(r["precision"] or DASH), DASH if r["batch"] is None else str(r["batch"]), escape(r["device"]),
-        escape(f"{r['backend']} {r['backend_version'] or ''}".strip()), f"{escape(shown(name, base))}<small>{rival}</small>", escape(shown(name, ours)),
-        escape(fast(r["times_as_fast"])), agrees, percent(read) if read is not None else DASH, escape((r["date"] or DASH)[:10]),
+        escape(f"{r['backend']} {r['backend_version'] or ''}".strip()), figure(shown(name, base), r["baseline"]["head"] if r["baseline"] else ""),
+        figure(shown(name, ours)), figure(fast(r["times_as_fast"])), agrees,
+        DASH if read is None else f"{percent(read)}<small>{megabytes(r['bytes_per_step'])}</small>", escape((r["date"] or DASH)[:10]),
     ]  # fmt: skip
-    tip = f" title='{escape(megabytes(r['bytes_per_step']))}'" if r["bytes_per_step"] is not None else ""
-    tds = "".join(f"<td{tip if i == 10 else ''}>{c}</td>" for i, c in enumerate(cells))
     said = escape(r["command"] or "not known")
-    link = f'<details><summary><a href="#r-{e.id}">{e.id[:6]}</a></summary><code>{said}</code> <span>{escape(e.file)}</span></details>'
-    return f'<tr id="r-{e.id}"{" class=predicted" if predicted else ""}><th scope="row">{model}</th>{tds}<td>{link}</td></tr>'
+    tds = "".join(f"<td>{c}</td>" for c in cells)
+    how = f"<details><summary>command</summary><code>{said}</code> <small>{escape(e.file)}</small></details>"
+    return f'<tr id="r-{e.id}"{" class=predicted" if predicted else ""}><th scope="row">{model}</th>{tds}<td>{how}</td></tr>'
