@@ -32,6 +32,7 @@ from flashhead_edge.records.folder import KEY, read_records
 from flashhead_edge.records.form import VERSION
 
 STATE = ".suite.json"  # hidden, so that it is no file of records
+FLASHHEAD = (sys.executable, "-m", "flashhead_edge")  # the command line, with this Python
 REPEAT_S = 15.0  # after which the time left is said anew
 OWN_PROGRESS = re.compile(r"^\[ *\d+ s\] *(\d+ %)? *")  # what a child's plain lines begin with
 QUICK = "Llama-3.2-1B"  # the shape of a quick run
@@ -253,9 +254,9 @@ def _count(path: Path) -> tuple[int, str | None]:
 
 def _run(task: Task, path: Path, show: Callable[[str], None]) -> str | None:
     """Run a task and keep its document; what went wrong, in one sentence."""
-    command = [sys.executable, "-m", "flashhead_edge", *task.arguments, "--json"]
+    command = [*FLASHHEAD, *task.arguments, "--json"]
     show("begins")
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     last, tail = "begins", [""]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace") as process:
         assert process.stdout is not None and process.stderr is not None
@@ -265,19 +266,22 @@ def _run(task: Task, path: Path, show: Callable[[str], None]) -> str | None:
         def follow() -> None:
             for line in stderr:
                 lines.put(line)
+            lines.put(None)  # the end
 
         readers = [threading.Thread(target=work, daemon=True) for work in (lambda: answer.append(stdout.read()), follow)]
         try:
             for reader in readers:
                 reader.start()
-            while process.poll() is None or readers[1].is_alive() or not lines.empty():
+            while True:
                 try:
-                    line = lines.get(timeout=0.5 if process.poll() is not None else REPEAT_S).strip()
+                    line = lines.get(timeout=REPEAT_S)
                 except queue.Empty:
                     line = ""
-                if line:
-                    tail.append(line)
-                    last = OWN_PROGRESS.sub("", line)
+                if line is None:
+                    break
+                if line.strip():
+                    tail.append(line.strip())
+                    last = OWN_PROGRESS.sub("", tail[-1])
                 show(last)
         except BaseException:  # Ctrl-C: the child has it too; whatever else happens, none is left behind
             process.terminate()

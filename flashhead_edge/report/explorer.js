@@ -2,7 +2,7 @@
 // The rows are in the page already, escaped by the program that wrote it. They are filtered, put in order and shown a hundred at a time;
 // strings of records reach the document as text alone, and the plots through `plain`.
 (() => {
-  const PAGE = 100, BARS = 16, MARKS = 400, FLOOR = 2e-5;
+  const PAGE = 100, BARS = 16, MARKS = 250, FLOOR = 2e-5;
   const NUMBERS = new Set(["batch", "base", "ours", "fast", "agreement", "bytes"]);
   const $ = id => document.getElementById(id);
   const table = $("records"), body = table.tBodies[0], filters = [...document.querySelectorAll("#filters select")];
@@ -10,7 +10,7 @@
   const byId = new Map(rows.map(row => [row.id, row]));
   const columns = [...table.tHead.rows[0].cells].map(cell => cell.dataset.key);
   const collator = new Intl.Collator("en", { numeric: true });
-  let sort = { key: null, descending: false }, shown = PAGE, visible = rows;
+  let sort = { key: null, descending: false }, shown = PAGE, visible = rows, pending = true; // pending: frontiers are not drawn yet
 
   const value = (row, key) => {
     if (key === "fast") return row.record.times_as_fast?.median;
@@ -41,7 +41,7 @@
     button.addEventListener("click", () => {
       const same = sort.key === cell.dataset.key;
       sort = { key: cell.dataset.key, descending: same && !sort.descending };
-      apply();
+      apply(pending);
     });
   }
   const order = (a, b) => {
@@ -51,7 +51,7 @@
     return sort.descending ? -by : by;
   };
 
-  const apply = () => {
+  const apply = (all = true) => {
     const wanted = chosen();
     visible = rows.filter(row => wanted.every(([key, name]) => text(row, key) === name));
     if (sort.key) visible.sort(order);
@@ -62,7 +62,7 @@
     show();
     const kept = new URLSearchParams(wanted).toString();
     if (!location.hash.startsWith("#r-")) history.replaceState(null, "", kept ? "#" + kept : location.pathname + location.search);
-    draw();
+    draw(all);
   };
   const show = () => {
     body.replaceChildren(...visible.slice(0, shown).map(row => row.element));
@@ -215,19 +215,26 @@
     const without = visible.length - points.length, few = kept.length < points.length ? ` Marks: the frontier and the first ${MARKS} of ${points.length.toLocaleString("en")}.` : "";
     $(id + "-note").textContent = (without ? `${without.toLocaleString("en")} of the records shown lack one of the two figures.` : "") + few;
   };
+  // One plot a frame, the bars first: none keeps the page from answering for long. An order alone changes no frontier.
+  const FRONTIERS = [
+    t => drawFrontier(t, "by-bytes", "bytes of a step, of the dense head’s", row => row.bytes, false),
+    t => drawFrontier(t, "by-time", "time, of the baseline’s", row => { const f = row.record.times_as_fast?.median; return f ? 1 / f : null; }, true),
+  ];
   let drawing = 0;
-  const draw = () => {
+  const draw = (all = true) => {
     cancelAnimationFrame(drawing);
-    drawing = requestAnimationFrame(() => {
-      const t = theme();
-      drawBars(t);
-      drawFrontier(t, "by-bytes", "bytes of a step, of the dense head’s", row => row.bytes, false);
-      drawFrontier(t, "by-time", "time, of the baseline’s", row => { const f = row.record.times_as_fast?.median; return f ? 1 / f : null; }, true);
-      document.documentElement.dataset.drawn = String(performance.now());
-    });
+    const t = theme(), left = [drawBars, ...(all ? FRONTIERS : [])];
+    pending = all;
+    delete document.documentElement.dataset.drawn;
+    const next = () => {
+      left.shift()(t);
+      if (left.length) drawing = requestAnimationFrame(next);
+      else { pending = false; document.documentElement.dataset.drawn = String(performance.now()); }
+    };
+    drawing = requestAnimationFrame(next);
   };
-  $("measure").addEventListener("change", draw);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  $("measure").addEventListener("change", () => draw(pending));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
 
   const counts = Object.keys(MEASURES).filter(n => n !== "times_as_fast").map(n => [rows.filter(r => r.record[n] !== undefined).length, n]);
   $("measure").value = counts.reduce((a, b) => b[0] > a[0] ? b : a, [0, "microseconds"])[1];

@@ -1,0 +1,102 @@
+"""docs/benchmarks, and the tables that `make docs` makes of it."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_records import made, predicted
+
+from flashhead_edge.errors import SettingsError
+from flashhead_edge.records.folder import Entry, read_records
+from flashhead_edge.records.form import identity
+from flashhead_edge.report.pages import benchmarks_block, headline_block, with_block
+
+FOLDER = "docs/benchmarks"
+
+
+@pytest.fixture(scope="module")
+def pages(root: Path) -> Any:
+    return runpy.run_path(str(root / "scripts/benchmark_pages.py"))["pages"]
+
+
+def test_pages_are_current(root: Path, pages: Any) -> None:
+    """Red: run `make docs`."""
+    stale = [path.relative_to(root).as_posix() for path, text in pages().items() if path.read_text(encoding="utf-8") != text]
+    assert stale == []
+
+
+def test_our_records_are_small_whole_and_say_where_they_come_from(root: Path) -> None:
+    found = read_records([root / FOLDER])
+    assert found.refused == ()
+    assert len(found.entries) > 200
+    assert all(p.stat().st_size < 400_000 for p in (root / FOLDER).glob("*.json"))
+    for e in found.entries:
+        r = e.record
+        assert r["date"] and r["commit"] and r["command"] and r["source"], e.file
+        assert "/" not in r["device"] and "/tmp" not in r["command"]
+        assert (root / r["source"].split(":")[0]).is_file(), r["source"]
+
+
+def test_our_figures_stand_on_the_pages_that_they_name(root: Path) -> None:
+    """A record says no more than its page: each median of a time or a rate is there, as people write it."""
+    texts: dict[str, str] = {}
+    missing = []
+    for e in read_records([root / FOLDER]).entries:
+        r = e.record
+        source = r["source"].split(":")[0]
+        page = "docs/kernels.md" if source == "scripts/predict_boards.py" else source  # the script's table is kept there
+        text = texts.setdefault(page, (root / page).read_text(encoding="utf-8"))
+        text = text[: text.find("<!-- records:")] + text[text.find("<!-- end of records") :] if "<!-- records:" in text else text
+        for side in (r, r["baseline"]):
+            for name, scale in (("microseconds", 1e-3 if r["bench"] == "onnx" and r["part"] == "step" else 1.0), ("tokens_per_second", 1.0)):
+                if side[name] is None:
+                    continue
+                value = side[name]["median"] * scale
+                if not any(f"{value:,.{digits}f}" in text for digits in (0, 1, 2)):
+                    missing.append((e.file, r["model"], name, value))
+    assert missing == []
+
+
+def test_a_changed_record_makes_the_pages_stale(root: Path, tmp_path: Path, pages: Any) -> None:
+    shutil.copytree(root / FOLDER, tmp_path / FOLDER)
+    for name in ("README.md", "docs/benchmarks.md"):
+        shutil.copy(root / name, tmp_path / name)
+    file = tmp_path / FOLDER / "tensorrt-h100.json"
+    file.write_text(file.read_text().replace("528.2", "529.1"))
+    changed = pages(tmp_path)
+    assert all("529.1 us" in text for text in changed.values())
+    file.write_text(file.read_text().replace('"baseline"', '"base"'))
+    with pytest.raises(SettingsError, match=r"tensorrt-h100.json, record 1"):
+        pages(tmp_path)
+
+
+def side(*records: dict[str, Any]) -> list[Entry]:
+    return [Entry(r, identity(r), "a.json") for r in records]
+
+
+def test_the_table_keeps_predictions_apart_and_joins_runs() -> None:
+    block = benchmarks_block(side(made("a", us=24.0), made("b", us=25.0), made("c", us=27.0), made(head="published"), predicted(), made("d", model="a|b<i>")))
+    rows = [line for line in block.splitlines() if line.startswith("| ") and "---" not in line and not line.startswith("| model")]
+    assert len(rows) == 3
+    assert "25 us (23.52 to 27.54)" in rows[0] and "dense bf16: 200 us (196 to 204)" in rows[0]
+    assert rows[1].startswith("| a\\|b&lt;i> |")
+    assert rows[2].startswith("| *Llama-3.2-1B* |") and block.index("Predicted") < block.index("*136 us*")
+
+
+def test_blocks_are_replaced_between_their_markers_alone() -> None:
+    page = "before\n<!-- records: made -->\nold\n<!-- end of records -->\nafter \\1\n"
+    once = with_block(page, "records", "| new \\g<1> |")
+    assert once == "before\n<!-- records: made -->\n\n| new \\g<1> |\n\n<!-- end of records -->\nafter \\1\n"
+    assert with_block(once, "records", "| new \\g<1> |") == once
+    for broken in ("no markers", page + page):
+        with pytest.raises(SettingsError, match=r"blocks named records, expected one"):
+            with_block(broken, "records", "x")
+
+
+def test_a_headline_without_its_record_is_an_error() -> None:
+    with pytest.raises(SettingsError, match=r"headline 'The head's step.*0 subjects of records, expected one"):
+        headline_block([], FOLDER)
