@@ -156,7 +156,7 @@
         marker: { color: colour, pattern: { shape: some.map(row => row.record.kind === "predicted" ? "/" : ""), solidity: 0.3, bgcolor: t.card } },
         error_x: {
           type: "data", symmetric: false, color: t.ink, thickness: 1.3, width: 3,
-          array: found.map(f => f?.high == null ? 0 : f.high - f.median), arrayminus: found.map(f => f?.low == null ? 0 : f.median - f.low),
+          array: found.map(f => f?.high == null ? null : f.high - f.median), arrayminus: found.map(f => f?.low == null ? null : f.median - f.low),
         },
         hovertext: some.map((row, i) => plain(`${label === "base" ? "baseline: " + row.record.baseline?.head : row.record.head}: ${found[i]?.median.toLocaleString("en")}`)),
         hoverinfo: "text",

@@ -61,7 +61,7 @@ def explorer_page(found: Found) -> str:
 
     room = files("flashhead_edge.report")
     style, own, script = ((room / name).read_text(encoding="utf-8") for name in ("report.css", "explorer.css", "explorer.js"))
-    entries = sorted(found.entries, key=lambda e: (e.record["kind"] == PREDICTED, not e.record["head"].startswith("FlashHead")))  # stable: files stay together
+    entries = sorted(found.entries, key=_place)
     count, sources = len(entries), len({e.file for e in entries})
     about = f"{count:,} record{'' if count == 1 else 's'} from {sources:,} file{'' if sources == 1 else 's'}, each beside the baseline of its own run."
     data = _inside_script(json.dumps([_row_data(e) for e in entries], ensure_ascii=True, separators=(",", ":")))
@@ -74,6 +74,12 @@ def explorer_page(found: Found) -> str:
         "<p id='record-file'></p><h3>Command</h3><pre id='record-command'></pre><h3>Record</h3><pre id='record-json'></pre></dialog>\n"
         f"<script>{get_plotlyjs()}</script>\n<script type='application/json' id='data'>{data}</script>\n<script>\n{script}</script>\n</body>\n</html>\n"
     )
+
+
+def _place(e: Entry) -> tuple[bool, bool, bool]:
+    """Where a record stands before anybody sorts: measured ones first, of these our own, of these the timed; what is equal stays as the files have it."""
+    r = e.record
+    return r["kind"] == PREDICTED, not r["head"].startswith("FlashHead"), r["times_as_fast"] is None
 
 
 def primary(record: Mapping[str, Any]) -> tuple[str, Any, Any]:

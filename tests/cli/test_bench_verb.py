@@ -17,6 +17,7 @@ from rich.console import Console
 from flashhead_edge.bench import head as bench
 from flashhead_edge.cli.bench import head as head_command
 from flashhead_edge.errors import FlashHeadError
+from flashhead_edge.records.form import check_record
 from flashhead_edge.report.decoding import show_decoding, write_decoding
 from flashhead_edge.report.engines import show_engines, write_engines
 from flashhead_edge.report.heads import show_heads, write_heads
@@ -127,7 +128,12 @@ def test_json_is_the_document_alone(inside: Callable[..., Any], monkeypatch: pyt
     monkeypatch.setattr(bench, "bench_shapes", lambda *arguments, **options: document())
     result = inside("bench", "head", "--json", "--plot", tmp_path / "plot.html")
     assert result.returncode == 0
-    assert one_document(result.stdout) == document()
+    found = one_document(result.stdout)
+    records = found.pop("benchmark")["records"]
+    assert found == document()
+    assert {(r["head"], r["batch"]) for r in records} == {
+        (h, b) for h in ("dense int4, groups of 32", "published", "FlashHead", "FlashHead or dense") for b in (1, 8)
+    }
     assert (tmp_path / "plot.html").exists()
     assert "auto (flash)" in result.stderr
 
@@ -137,6 +143,8 @@ def test_a_run_measures_every_head(inside: Callable[..., Any], tmp_path: Path) -
     result = inside("bench", "head", "--shape", "Qwen3-0.6B", "--batch", "1", "--json", "--plot", tmp_path / "plot.html")
     assert result.returncode == 0, result.stderr
     found = one_document(result.stdout)
+    for i, one in enumerate(found["benchmark"]["records"]):
+        check_record(one, f"record {i + 1}")
     heads = [r["head"] for r in found["records"]]
     assert heads[0] == "dense bf16" and {"published", "fitted", "fitted, at the cap", "auto", "dense int8, one scale a row", "dense int4, groups of 32"} < set(
         heads

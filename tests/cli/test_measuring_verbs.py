@@ -114,5 +114,9 @@ def test_evaluate_without_rivals_gives_the_same_figures_of_the_head_itself(insid
     beside = one_document(inside("evaluate", checkpoint, "--text", text, "--positions", 200, "--json").stdout)
     alone = one_document(inside("evaluate", checkpoint, "--text", text, "--positions", 200, "--no-rivals", "--json").stdout)
     assert alone["rivals"] == [] and beside["rivals"]
-    same = {"rivals", "command", "texts"}
-    assert {k: v for k, v in alone.items() if k not in same} == {k: v for k, v in beside.items() if k not in same}
+    other = {"rivals", "command", "texts", "benchmark"}
+    assert {k: v for k, v in alone.items() if k not in other} == {k: v for k, v in beside.items() if k not in other}
+    records, fewer = (document["benchmark"]["records"] for document in (beside, alone))
+    assert len(records) == 2 * (1 + len(beside["rivals"])) and len(fewer) == 2  # all texts together, and the one text
+    run = {"run", "date", "command", "baseline"}
+    assert {k: v for k, v in fewer[0].items() if k not in run} == {k: v for k, v in records[0].items() if k not in run}
