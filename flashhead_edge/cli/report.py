@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from flashhead_edge.cli.common import answer_only, check_page, common_options, json_option, person, write_json
+from flashhead_edge.cli.display import shown_progress
 
 
 @click.command(short_help="One page of many records: filters, bars, frontiers, a table.")
@@ -25,7 +26,8 @@ def report(records: tuple[Path, ...], output: Path, as_json: bool) -> None:
         from flashhead_edge.records.folder import read_records
         from flashhead_edge.report.explorer import write_explorer
 
-        found = read_records(records)
+        with shown_progress("reading records"):
+            found = read_records(records)
         for sentence in found.refused:
             click.echo(f"left out: {sentence}", err=True)
         if not found.entries:

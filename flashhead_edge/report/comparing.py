@@ -26,7 +26,7 @@ def show_comparison(found: Comparison, tolerance: float, console: Console) -> No
         table.add_column(name, justify="left" if i in (0, 1, 2, 4, 5) else "right")
     for c in found.changes:
         r, said = c.record, verdict(c, tolerance)
-        threads = f", {r['threads']} threads" if r["threads"] else ""
+        threads = f", {r['threads']} thread{'' if r['threads'] == 1 else 's'}" if r["threads"] else ""
         cells = [
             r["model"], r["part"], r["head"], DASH if r["batch"] is None else str(r["batch"]), f"{r['device']}, {r['backend']}{threads}", _measure(c),
             f"{c.before:,.5g}", f"{c.after:,.5g}", f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}" if c.spread_known else DASH,
