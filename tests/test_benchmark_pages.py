@@ -36,17 +36,19 @@ def test_our_records_are_small_whole_and_say_where_they_come_from(root: Path) ->
     assert all(p.stat().st_size < 400_000 for p in (root / FOLDER).glob("*.json"))
     for e in found.entries:
         r = e.record
-        assert r["date"] and r["commit"] and r["command"] and r["source"], e.file
+        assert r["date"] and r["commit"] and r["command"], e.file
         assert "/" not in r["device"] and "/tmp" not in r["command"]
-        assert (root / r["source"].split(":")[0]).is_file(), r["source"]
+        assert r["source"] is None or (root / r["source"].split(":")[0]).is_file(), r["source"]
 
 
 def test_our_figures_stand_on_the_pages_that_they_name(root: Path) -> None:
-    """A record says no more than its page: each median of a time or a rate is there, as people write it."""
+    """A record that was taken from a page says no more than it: each median of a time or a rate is there, as people write it."""
     texts: dict[str, str] = {}
     missing = []
     for e in read_records([root / FOLDER]).entries:
         r = e.record
+        if r["source"] is None:  # a file that a bench wrote
+            continue
         source = r["source"].split(":")[0]
         page = "docs/kernels.md" if source == "scripts/predict_boards.py" else source  # the script's table is kept there
         text = texts.setdefault(page, (root / page).read_text(encoding="utf-8"))
@@ -63,12 +65,12 @@ def test_our_figures_stand_on_the_pages_that_they_name(root: Path) -> None:
 
 def test_a_changed_record_makes_the_pages_stale(root: Path, tmp_path: Path, pages: Any) -> None:
     shutil.copytree(root / FOLDER, tmp_path / FOLDER)
-    for name in ("README.md", "docs/benchmarks.md"):
-        shutil.copy(root / name, tmp_path / name)
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        shutil.copy(page, tmp_path / page.relative_to(root))
     file = tmp_path / FOLDER / "tensorrt-h100.json"
     file.write_text(file.read_text().replace("528.2", "529.1"))
     changed = pages(tmp_path)
-    assert all("529.1 us" in text for text in changed.values())
+    assert all("529.1 us" in changed[tmp_path / name] for name in ("README.md", "docs/benchmarks.md"))
     file.write_text(file.read_text().replace('"baseline"', '"base"'))
     with pytest.raises(SettingsError, match=r"tensorrt-h100.json, record 1"):
         pages(tmp_path)
