@@ -146,17 +146,22 @@
   const about = row => [row.record.model, row.record.head, row.record.batch && `batch ${row.record.batch}`, row.record.precision, row.record.backend,
     row.record.threads && `${row.record.threads} thread${row.record.threads > 1 ? "s" : ""}`, row.record.device].filter(Boolean).join(", ");
 
+  let asked = false; // until somebody chooses a figure, it is the one that most of what is shown has
+  const commonest = () => Object.keys(MEASURES).filter(name => name !== "times_as_fast")
+    .map(name => [visible.filter(row => row.record[name] !== undefined).length, name]).reduce((a, b) => b[0] > a[0] ? b : a)[1];
   const drawBars = t => {
+    if (!asked) $("measure").value = commonest();
     const name = $("measure").value, able = visible.filter(row => figure(row.record, name)), some = able.slice(0, BARS);
-    const n = some.length, at = some.map((_, i) => n - 1 - i), narrow = $("bars").clientWidth < 560;
+    const n = some.length, at = some.map((_, i) => n - 1 - i), narrow = document.documentElement.clientWidth < 600;
     const trace = (pick, colour, shift, label) => {
       const found = some.map(pick);
       return {
         type: "bar", orientation: "h", y: at.map(y => y + shift), x: found.map(f => f?.median ?? null), width: 0.27, customdata: some.map((_, i) => i),
         marker: { color: colour, pattern: { shape: some.map(row => row.record.kind === "predicted" ? "/" : ""), solidity: 0.3, bgcolor: t.card } },
         error_x: {
-          type: "data", symmetric: false, color: t.ink, thickness: 1.3, width: 3,
-          array: found.map(f => f?.high == null ? null : f.high - f.median), arrayminus: found.map(f => f?.low == null ? null : f.median - f.low),
+          type: "data", symmetric: false, // not a number: no whisker, where zero would be a spread of nothing
+          color: t.ink, thickness: 1.3, width: 3,
+          array: found.map(f => f?.high == null ? NaN : f.high - f.median), arrayminus: found.map(f => f?.low == null ? NaN : f.median - f.low),
         },
         hovertext: some.map((row, i) => plain(`${label === "base" ? "baseline: " + row.record.baseline?.head : row.record.head}: ${found[i]?.median.toLocaleString("en")}`)),
         hoverinfo: "text",
@@ -164,6 +169,7 @@
     };
     const traces = [trace(row => figure(row.record, name), t.colours[0], -0.17, "ours")];
     if (name !== "times_as_fast") traces.unshift(trace(row => figure(row.record.baseline, name), t.soft, 0.1, "base"));
+    $("bars").hidden = false; // plotly measures what it draws into
     Plotly.react("bars", traces, layout(t, {
       height: Math.max(160, 58 * n + 60), barmode: "overlay", margin: { l: 8, r: 16, t: 6, b: 48 },
       xaxis: axis(t, { title: { text: MEASURES[name], font: { color: t.soft, size: 12 } }, rangemode: "tozero" }),
@@ -174,6 +180,7 @@
         text: plain(cut(about(row), narrow ? 52 : 130)),
       })),
     }), CONFIG);
+    $("bars").hidden = n === 0;
     listen("bars", some.map(row => row.id));
     $("bars-note").textContent = n < able.length ? `The first ${n} of ${able.length.toLocaleString("en")} that have this figure, in the table's order.`
       : n ? "" : "None of the records shown has this figure.";
@@ -202,6 +209,7 @@
     traces.push({ type: "scatter", mode: "lines", x: best.map(p => p.x), y: best.map(p => p.miss), line: { color: t.soft, dash: "dot", width: 1.5 }, hoverinfo: "skip",
       showlegend: false });
     const low = points.length ? Math.min(...points.map(p => p.miss)) : 1e-3, high = points.length ? Math.max(...points.map(p => p.miss)) : 0.1;
+    $(id).hidden = false;
     Plotly.react(id, traces, layout(t, {
       height: 400, showlegend: true, legend: { orientation: "h", y: -0.2, font: { size: 12 } }, margin: { l: 74, r: 16, t: 10, b: 48 },
       xaxis: axis(t, { type: "log", title: { text: title, font: { color: t.soft, size: 12 } }, tickvals: SHARES, ticktext: SHARES.map(v => ones ? String(v) : `${+(100 * v).toPrecision(3)} %`) }),
@@ -211,6 +219,7 @@
       }),
       shapes: ones ? [{ type: "line", x0: 1, x1: 1, y0: 0, y1: 1, yref: "paper", line: { color: t.soft, dash: "dash", width: 1.5 } }] : [],
     }), CONFIG);
+    $(id).hidden = kept.length === 0;
     listen(id, kept.map(p => p.row.id));
     const without = visible.length - points.length, few = kept.length < points.length ? ` Marks: the frontier and the first ${MARKS} of ${points.length.toLocaleString("en")}.` : "";
     $(id + "-note").textContent = (without ? `${without.toLocaleString("en")} of the records shown lack one of the two figures.` : "") + few;
@@ -233,11 +242,9 @@
     };
     drawing = requestAnimationFrame(next);
   };
-  $("measure").addEventListener("change", () => draw(pending));
+  $("measure").addEventListener("change", () => { asked = true; draw(pending); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
 
-  const counts = Object.keys(MEASURES).filter(n => n !== "times_as_fast").map(n => [rows.filter(r => r.record[n] !== undefined).length, n]);
-  $("measure").value = counts.reduce((a, b) => b[0] > a[0] ? b : a, [0, "microseconds"])[1];
   for (const element of document.querySelectorAll(".scripted")) element.hidden = false;
   fromAddress();
   apply();

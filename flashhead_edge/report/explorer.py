@@ -186,7 +186,7 @@ def _plots() -> str:
     key = " ".join(f'<span class="swatch {kind}"></span> {what}' for kind, what in swatches)
     charts = (
         ("Beside the baseline", chosen, "bars", "Bars of each head beside its baseline",
-         f"{key}. Whiskers: least and most of the rounds, or the median absolute deviation."),
+         f"{key}. Whiskers: least and most of the rounds, or the median absolute deviation; none where the spread is not known."),
         ("Agreement against bytes", "", "by-bytes", "Agreement by share of the dense head's bytes",
          "Up and to the left is better. The line joins the measured heads that no other one beats in both. "
          "Open marks: predicted, or the agreement is that of the calibration."),
@@ -226,11 +226,11 @@ def _row(e: Entry) -> str:
     part += f", {r['settings']['text']}" if isinstance(r["settings"].get("text"), str) else ""
 
     def figure(pair: tuple[str, str], more: str = "") -> str:
-        small = ", ".join(p for p in (pair[1], more) if p)
-        return f'<a href="#r-{e.id}">{escape(pair[0])}</a>' + (f"<small>{escape(small)}</small>" if small else "")
+        return f'<a href="#r-{e.id}">{escape(pair[0])}</a>' + "".join(f"<small>{escape(small)}</small>" for small in (pair[1], more) if small)
 
+    threads = "" if r["threads"] is None else f"<small>{r['threads']} thread{'' if r['threads'] == 1 else 's'}</small>"
     cells = [
-        escape(part), escape(r["head"]), escape(r["precision"] or DASH), DASH if r["batch"] is None else str(r["batch"]), escape(r["device"]),
+        escape(part), escape(r["head"]), escape(r["precision"] or DASH), DASH if r["batch"] is None else str(r["batch"]), escape(r["device"]) + threads,
         escape(f"{r['backend']} {r['backend_version'] or ''}".strip()), figure(shown(name, base), r["baseline"]["head"] if r["baseline"] else ""),
         figure(shown(name, ours)), figure(fast(r["times_as_fast"])), agrees,
         DASH if read is None else f"{percent(read)}<small>{megabytes(r['bytes_per_step'])}</small>", escape((r["date"] or DASH)[:10]),

@@ -82,7 +82,7 @@ def test_a_row_says_what_its_record_says() -> None:
     asked |= {"harness": None, "domain": None, "note": None}
     rows = read(explorer_page(entries(one, text, made("run-3", part="quality", quality=asked), predicted()))).rows[1:]
     assert rows[0][:3] == ["Llama-3.2-1B random", "a step of the head", "FlashHead"]
-    assert rows[0][7:12] == ["200 us196 to 204, dense bf16", "25 us24.5 to 25.5", "8.007.68 to 8.32", "99.55 % 99.40 to 99.65 %", "1.81 %9.5 MB"]
+    assert rows[0][7:12] == ["200 us196 to 204dense bf16", "25 us24.5 to 25.5", "8.007.68 to 8.32", "99.55 % 99.40 to 99.65 %", "1.81 %9.5 MB"]
     assert rows[1][0] == "Llama-3.2-1B" and rows[1][8] == "506 tokens/s417 to 623" and rows[1][10] == "(99.50 %)"
     assert rows[2][1] == "gsm8k: equal answers" and rows[2][8] == "0.930.9 to 0.95"
     assert rows[3][0] == "Llama-3.2-1B random predicted" and rows[3][8] == "136 us"
@@ -261,18 +261,39 @@ def test_plots_follow_the_filters(page: Any) -> None:
     bars = "return document.querySelectorAll('#bars .bars .point').length"
     marks = "return document.querySelectorAll('#by-bytes .points path').length"
     assert page.execute_script(bars) == 32  # sixteen records and their baselines
+    assert page.execute_script("return [...document.querySelectorAll('#bars .xerror')].filter(p => p.getAttribute('d')).length") == 32
     before = page.execute_script(marks)
     choose(page, "kind", "predicted")
+    assert page.execute_script("return document.getElementById('by-bytes').hidden")
     assert page.execute_script(marks) == 0  # these predictions have no agreement
     assert before > 200
     assert page.execute_script("return document.querySelectorAll('#bars .bars .point path').length") == 32
     assert page.execute_script("return [...document.querySelectorAll('#bars .bars .point path')].every(p => p.style.fill.startsWith('url'))")  # hatched
+    whiskers = "return [...document.querySelectorAll('#bars .xerror')].filter(p => p.getAttribute('d')).length"
+    assert page.execute_script(whiskers) == 0  # a prediction has no spread
     page.execute_script("const m = document.getElementById('measure'); m.value = 'times_as_fast'; m.dispatchEvent(new Event('change'))")
     page.execute_async_script(SETTLED)
     assert page.execute_script(bars) == 16
     page.execute_script("const m = document.getElementById('measure'); m.value = 'joules_per_token'; m.dispatchEvent(new Event('change'))")
     page.execute_async_script(SETTLED)
     assert page.execute_script("return document.getElementById('bars-note').textContent") == "None of the records shown has this figure."
+    assert page.execute_script("return document.getElementById('bars').hidden")
+
+
+@pytest.mark.browser
+def test_bars_show_what_most_records_have_until_somebody_chooses(browser: Any, tmp_path: Path) -> None:
+    rate = figure(506.0, 417.0, 623.0, "range", 5)
+    texts = [made(f"text-{i}", part="text", microseconds=None, tokens_per_second=rate, bytes_per_step=None, batch=i + 1) for i in range(3)]
+    write_explorer(entries(*[made(f"run-{i}") for i in range(9)], *texts), tmp_path / "x.html")
+    browser.get((tmp_path / "x.html").as_uri())
+    browser.execute_async_script(SETTLED)
+    shown = "return document.getElementById('measure').value"
+    assert browser.execute_script(shown) == "microseconds"
+    choose(browser, "part", "text")
+    assert browser.execute_script(shown) == "tokens_per_second"
+    browser.execute_script("const m = document.getElementById('measure'); m.value = 'times_as_fast'; m.dispatchEvent(new Event('change'))")
+    choose(browser, "part", "head")
+    assert browser.execute_script(shown) == "times_as_fast"
 
 
 @pytest.mark.browser
