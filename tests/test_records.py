@@ -32,7 +32,16 @@ def test_schema_is_a_schema_and_names_the_fields_of_the_code() -> None:
     assert set(parts["baseline"]["required"]) == set(parts["baseline"]["properties"]) == {"run", "head", "backend", "backend_version", *MEASURES}
 
 
-@pytest.mark.parametrize("good", [made(), predicted(), made(spread=0.0), made(top1_agreement=None, settings={"deep": [{"x": None}]})])
+@pytest.mark.parametrize(
+    "good",
+    [
+        made(),
+        predicted(),
+        made(spread=0.0),
+        made(top1_agreement=None, settings={"deep": [{"x": None}]}),
+        made(settings={"median": 1}, observed={"median": "x"}),
+    ],
+)
 def test_good_records_pass(good: dict[str, Any]) -> None:
     check_record(good, "here")
 
@@ -103,6 +112,8 @@ def test_files_and_folders_are_read_whatever_their_depth(tmp_path: Path) -> None
         ("[" * 100_000, "it cannot be read as JSON"),
         ('{"schema": 1, "records": [NaN]}', "NaN is no number of JSON"),
         ('{"schema": 1, "records": [1e999]}', "1e999 is too large for a number"),
+        ('{"schema": 1, "records": [99999999999999999999]}', "99999999999999999999 is too large for a number"),
+        (json.dumps(document([made(model="\ud800")])), "record 1: it holds half a character"),
         ("[]", "it is no file of records"),
         ('{"schema": true, "records": []}', "it is no file of records"),
         ('{"records": []}', "it is no file of records"),

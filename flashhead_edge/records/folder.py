@@ -112,7 +112,7 @@ def _read(path: Path, name: str) -> list[Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise SettingsError(f"{name}: {path.stat().st_size:,} bytes, expected at most {MOST_BYTES:,}; split the file")
-        whole = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        whole = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, SettingsError):
             raise
@@ -139,6 +139,13 @@ def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is too large for a number")
+    return value
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 1 << 63:
+        raise ValueError(f"{text[:40]} is too large for a number")
     return value
 
 

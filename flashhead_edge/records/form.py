@@ -118,13 +118,17 @@ def check_record(found: Any, where: str) -> None:
     error = best_match(_validator().iter_errors(found))
     if error is not None:
         raise SettingsError(f"{where}: {_place(error.absolute_path)}{_words(error.message)}, expected the form of record.schema.json; correct or remove it")
+    try:
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"{where}: it holds half a character ({error.reason}), expected text that UTF-8 can write; correct or remove it") from error
     base = found["baseline"]
     if base is not None and base["run"] != found["run"]:
         raise SettingsError(
             f"{where}: its baseline is of run {_words(base['run'])}, expected its own run {_words(found['run'])}; compare what was measured in one run"
         )
     for name, value in [*found.items(), *(base or {}).items()]:
-        if isinstance(value, Mapping) and "median" in value:
+        if name in (*MEASURES, "times_as_fast") and isinstance(value, Mapping) and "median" in value:
             low, high = value["low"], value["high"]
             if (low is not None and low > value["median"]) or (high is not None and high < value["median"]):
                 raise SettingsError(f"{where}: {name} has its median {value['median']} outside of {low} to {high}, expected it inside; correct the record")

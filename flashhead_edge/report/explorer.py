@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -64,7 +65,7 @@ def explorer_page(found: Found) -> str:
     entries = sorted(found.entries, key=_place)
     count, sources = len(entries), len({e.file for e in entries})
     about = f"{count:,} record{'' if count == 1 else 's'} from {sources:,} file{'' if sources == 1 else 's'}, each beside the baseline of its own run."
-    data = _inside_script(json.dumps([_row_data(e) for e in entries], ensure_ascii=True, separators=(",", ":")))
+    data = _inside_script(json.dumps([_row_data(e) for e in entries], ensure_ascii=True, separators=(",", ":"), allow_nan=False))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{NO_NETWORK}">\n<link rel="icon" href="data:,">\n<title>FlashHead benchmarks</title>\n'
@@ -128,7 +129,7 @@ def agreement(record: Mapping[str, Any]) -> tuple[float | None, bool]:
 def bytes_share(record: Mapping[str, Any]) -> float | None:
     """Bytes that a step of the head reads, of the dense head's in 16 bits."""
     mine, dense = record["bytes_per_step"], record["dense_bytes_per_step"]
-    return mine / dense if mine is not None and dense else None
+    return mine / dense if mine is not None and dense and math.isfinite(mine / dense) else None
 
 
 def weights(record: Mapping[str, Any]) -> str:

@@ -68,7 +68,7 @@ def benchmarks_block(entries: Sequence[Entry]) -> str:
             parts += [f"**{title}**", markdown(COLUMNS, [_row(g) for g in groups])]
     if groups := _groups(e for e in measured if e.record["part"] == "agreement"):
         parts += ["**Agreement with the dense head**", markdown(AGREEMENT_COLUMNS, [_agreement_row(g) for g in groups])]
-    if predicted := _groups(e for e in ours if e.record["kind"] == "predicted"):
+    if predicted := _groups(e for e in ours if e.record["kind"] == "predicted" and e.record["part"] in dict(PARTS)):
         parts += ["**Predicted, measured by nobody**", markdown(COLUMNS, [[f"*{cell}*" if cell else "" for cell in _row(g)] for g in predicted])]
     return "\n\n".join(parts)
 
