@@ -327,7 +327,7 @@ def test_text_and_bars_stand_out_in_both_themes(browser: Any, address: str, them
     card = light("section", "backgroundColor")
     assert (card < 0.1) == (theme == "dark")
     bars = [(f"#bars .trace:nth-child({i}) .point path", "fill", 3.0) for i in (1, 2)]
-    texts = [(s, "fill", 4.5) for s in ("#bars .annotation text", "#bars .xtick text", "#by-bytes .legendtext")]
+    texts = [(s, "fill", 4.5) for s in ("#bars .textpoint text", "#bars .xtick text", "#by-bytes .legendtext")]
     texts += [(s, "color", 4.5) for s in ("#records td", "#records a", "#records td small", "figcaption", "label", "thead button")]
     for selector, what, least in bars + texts:
         pair = sorted((light(selector, what), card))
