@@ -18,6 +18,7 @@ from small_records import made, many
 
 from flashhead_edge.bench import suite
 from flashhead_edge.errors import SettingsError
+from flashhead_edge.records import form
 from flashhead_edge.records.folder import KEY, read_records, write_records
 from flashhead_edge.records.form import document
 
@@ -205,3 +206,30 @@ def test_suite_asks_for_checkpoint_and_text_together(inside: Callable[..., Any],
 
 def test_the_time_left_in_words() -> None:
     assert [suite.minutes(s) for s in (4.4, 89, 91, 3500, 4800)] == ["4 s", "89 s", "2 min", "58 min", "1 h 20 min"]
+
+
+# what is not installed
+
+
+@pytest.mark.parametrize("package", ["plotly", "jsonschema"])
+def test_report_without_its_extra_is_one_sentence(inside: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    write_records(tmp_path / "a.json", [made()])
+    form._validator.cache_clear()
+    for name in [n for n in sys.modules if n.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = inside("report", tmp_path / "a.json", "-o", tmp_path / "index.html")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"flashhead: {package} is not installed; pip install 'flashhead-edge[report]'"
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_a_bench_needs_no_extra_for_its_records() -> None:
+    """A board that measures has neither a plotting library nor one that checks schemas."""
+    code = (
+        "import sys; sys.modules['jsonschema'] = sys.modules['plotly'] = None\n"
+        "from flashhead_edge.bench.as_records import with_records\n"
+        "print(len(with_records('decode', {'records': [{'model': 'x'}]}, 'x')['benchmark']['left_out']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "1", done.stderr
