@@ -45,7 +45,7 @@ class Kept:
     tally: Tally = field(default_factory=Tally)
 
 
-class HeadLM(HFLM):
+class HeadLM(HFLM):  # type: ignore[misc]
     """The harness's own transformers model, with the head told apart.
 
     `side` says whose answers it gives, an index of HEADS. Greedy, one request at a time, so that no padding is in any text.

@@ -122,7 +122,7 @@ def documents(task: str, file: Path) -> tuple[list[dict[str, Any]], str]:
 
 def json_lines(file: Path, content: str) -> list[dict[str, Any]]:
     """One object a line; empty lines are left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
