@@ -1,0 +1,130 @@
+"""A record: its fields, its figures, and the check that every file of records passes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from flashhead_edge.errors import SettingsError
+
+VERSION = 1  # of the form: rises where a reader of the old one would misread
+KINDS = ("measured", "predicted")
+MEASURES: dict[str, Any] = dict.fromkeys((
+    "microseconds", "tokens_per_second", "first_token_seconds", "joules_per_token", "bytes_per_step", "bytes_per_step_p99", "peak_bytes",
+    "top1_agreement", "top1_agreement_interval", "quality",
+))  # fmt: skip
+FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("kind", "run", "bench", "part", "model", "shape", "real_weights", "precision", "head")),
+    "settings": {},
+    **dict.fromkeys(("target_agreement", "calibrated_agreement", "backend", "backend_version", "device", "driver", "power_mode", "threads")),
+    **dict.fromkeys(("batch", "context", "tokens", "seeds", "dense_bytes_per_step")),
+    **MEASURES,
+    **dict.fromkeys(("times_as_fast", "baseline", "date", "commit", "command", "source", "note")),
+}
+SUBJECT = ("bench", "part", "model", "shape", "real_weights", "precision", "head", "backend", "device", "power_mode", "threads", "batch", "context", "tokens")
+
+
+def record(**fields: Any) -> dict[str, Any]:
+    """A measured record, in the form's order; fields that are not given are null.
+
+    Raises:
+        TypeError: a field is not one of `FIELDS`.
+    """
+    return _filled(FIELDS, {"kind": "measured", **fields})
+
+
+def baseline(run: str, head: str, backend: str | None = None, backend_version: str | None = None, **measures: Any) -> dict[str, Any]:
+    """What a record of the same `run` is compared with; measures that are not given are null.
+
+    Raises:
+        TypeError: a measure is not one of `MEASURES`.
+    """
+    return {"run": run, "head": head, "backend": backend, "backend_version": backend_version, **_filled(MEASURES, measures)}
+
+
+def _filled(known: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    if unknown := fields.keys() - known.keys():
+        raise TypeError(f"a record has no field {', '.join(sorted(unknown))}")
+    return {**known, **fields}
+
+
+def figure(median: float | None, low: float | None = None, high: float | None = None, spread: str | None = None, samples: int | None = None) -> Any:
+    """A median with its spread (`range` or `mad`), or None where there is no median."""
+    return None if median is None else {"median": median, "low": low, "high": high, "spread": spread, "samples": samples}
+
+
+def run_name(*parts: object) -> str:
+    """Twelve hexadecimal digits that name a run, from what tells it from others: its command, its moment, its machine."""
+    return hashlib.sha256(json.dumps([str(p) for p in parts]).encode()).hexdigest()[:12]
+
+
+def subject(record: Mapping[str, Any]) -> str:
+    """What a record is about, as one string: two records of one subject and one run are duplicates, of two runs they can be compared."""
+    task = (record.get("quality") or {}).get("task"), (record.get("quality") or {}).get("metric"), (record.get("quality") or {}).get("domain")
+    return json.dumps([*(record.get(name) for name in SUBJECT), *task, record["settings"]], sort_keys=True)
+
+
+def identity(record: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that name a record: the same for the same content."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:12]
+
+
+def document(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a file of records holds."""
+    return {"schema": VERSION, "records": list(records)}
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The JSON schema of a file of records."""
+    found = json.loads((files("flashhead_edge.records") / "record.schema.json").read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
+
+
+@functools.cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    whole = schema()
+    return Draft202012Validator({"$ref": "#/$defs/record", "$defs": whole["$defs"]})
+
+
+def check_record(found: Any, where: str) -> None:
+    """Check one record against the schema, and what a schema cannot say: that its baseline is of its own run.
+
+    Args:
+        where: what an error calls the record, such as `runs/a.json, record 3`.
+    Raises:
+        SettingsError: it breaks a rule. ModuleNotFoundError: jsonschema is not installed.
+    """
+    if isinstance(found, Mapping) and found.get("kind", "measured") == "measured" and found.get("baseline") is None:
+        raise SettingsError(
+            f"{where}: a measured record has no baseline, expected the dense head (or what it is compared with) of the same run; measure both in one run"
+        )
+    error = min(_validator().iter_errors(found), key=lambda e: (len(e.absolute_path) == 0, [str(p) for p in e.absolute_path], e.message), default=None)
+    if error is not None:
+        raise SettingsError(f"{where}: {_place(error.absolute_path)}{_words(error.message)}, expected the form of record.schema.json; correct or remove it")
+    base = found["baseline"]
+    if base is not None and base["run"] != found["run"]:
+        raise SettingsError(
+            f"{where}: its baseline is of run {_words(base['run'])}, expected its own run {_words(found['run'])}; compare what was measured in one run"
+        )
+    for name, value in [*found.items(), *(base or {}).items()]:
+        if isinstance(value, Mapping) and "median" in value:
+            low, high = value["low"], value["high"]
+            if (low is not None and low > value["median"]) or (high is not None and high < value["median"]):
+                raise SettingsError(f"{where}: {name} has its median {value['median']} outside of {low} to {high}, expected it inside; correct the record")
+
+
+def _place(path: Sequence[str | int]) -> str:
+    return ".".join(str(p) for p in path) + ": " if path else ""
+
+
+def _words(message: object, most: int = 200) -> str:
+    text = " ".join(str(message).split())
+    return text if len(text) <= most else text[: most - 3] + "..."
