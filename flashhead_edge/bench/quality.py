@@ -9,13 +9,22 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flashhead_edge.bench.provenance import commit
+from flashhead_edge.bench.quality_records import records_of
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.evaluation import evaluate_checkpoint
-from flashhead_edge.evaluation.run import untimed_record, within
+from flashhead_edge.evaluation.run import read_text, within
 from flashhead_edge.progress import Progress, silent
+from flashhead_edge.records.form import document
+
+if TYPE_CHECKING:
+    from flashhead_edge.bench.quality_lm import HeadLM
+    from flashhead_edge.bench.quality_tasks import Ready
+    from flashhead_edge.checkpoint import Source
 
 PROMPTS, POSITIONS = 8, 8000
 NEW_TOKENS = 256  # of an answer at most, where a task does not say: the harness's own number
@@ -48,8 +57,10 @@ def bench_quality(
         positions: positions measured of each text at most.
         device: where the model computes: a GPU if there is one, unless told.
     Returns:
-        One JSON document: `tasks`, one record a task as it was asked for, with `parts` where it is a group; `texts`, the
-        document of `evaluation.evaluate_checkpoint`, or None.
+        One JSON document. `tasks`: a list, one a task as it was asked for: `task`, `file`, `sha256`, `harness`; `parts`, one for each task of a
+        group (`quality_compare.compare_task`); `scored`, the tokens whose probability was asked (`quality_compare.scored`); `steps`, the share
+        of the steps of the dense head's texts at which FlashHead names the same token. `texts`: the document of
+        `evaluation.evaluate_checkpoint`, or None. `benchmark`: all of it as a file of records.
     Raises:
         CheckpointError: the folder holds no FlashHead checkpoint, or a damaged one.
         SettingsError: a task, a text or a number is out of range.
@@ -59,65 +70,94 @@ def bench_quality(
     for name, value, least in (("limit", limit, 1), ("shots", shots, 0), ("prompts", prompts, 0), ("positions", positions, 1)):
         if value is not None and value < least:
             raise SettingsError(f"bench quality: {name} is {value}, expected {least} or more; call again with another value")
+    for text in texts:  # one that is not there is said before a task has run for an hour
+        read_text(Path(text))
+    from flashhead_edge.checkpoint import chosen_device, open_source, read_head, read_index
+    from flashhead_edge.evaluation.measures import head_kind
+
+    progress("looking at the checkpoint", None)
+    device = chosen_device(device)
+    source = open_source(folder, trust_remote_code=trust_remote_code)
+    index = read_index(source.folder, read_head(source))
     parts = 2 if tasks and texts else 1
-    answered = _tasks(folder, tasks, limit, shots, within(progress, "tasks", 0, parts), device, trust_remote_code, command) if tasks else []
+    answered: list[dict[str, Any]] = []
+    if tasks:
+        answered = _tasks(source, tasks, limit, shots, within(progress, "tasks", 0, parts), device)
     measured = None
     if texts:
         inner = within(progress, "texts", parts - 1, parts)
         measured = evaluate_checkpoint(
             folder, texts, positions, inner, rivals=False, prompts=prompts, device=device, trust_remote_code=trust_remote_code, command=command
         )
-    return {"tasks": answered, "texts": measured}
+    found = {"tasks": answered, "texts": measured}
+    about = {
+        "model": source.name,
+        "shape": [index.vocab_size, index.hidden_size],
+        "head": head_kind(index),
+        "target_agreement": index.summary.get("target_agreement"),
+        "calibrated_agreement": index.summary.get("top1_agreement"),
+        "settings": {"limit": limit, "positions": positions if texts else None},
+        "precision": (source.config.get("quantization_config") or {}).get("quant_method", "float32"),
+        **machine(device),
+        "seeds": [],
+        "commit": commit(),
+        "command": command,
+    }
+    moment = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {**found, "benchmark": document(records_of(found, about, moment))}
 
 
-def _tasks(
-    folder: str | Path, names: Sequence[str], limit: int | None, shots: int | None, progress: Progress, device: str | None, remote: bool, command: str | None
-) -> list[dict[str, Any]]:
-    """One record a task."""
+def machine(device: str) -> dict[str, Any]:
+    """Where torch computes, as records name it."""
+    import torch
+
+    return {
+        "backend": "torch",
+        "backend_version": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _tasks(source: Source, names: Sequence[str], limit: int | None, shots: int | None, progress: Progress, device: str) -> list[dict[str, Any]]:
+    """What both heads answered, task by task."""
     with quiet():
         progress("loading lm-evaluation-harness", None)
         from flashhead_edge.bench import quality_tasks
 
         ready = quality_tasks.load([quality_tasks.parse(name) for name in names], shots)
         progress("loading the model", None)
-        lm, common = _opened(folder, device, remote, command)
-        return [{**common, **_one(lm, task, limit, within(progress, task.asked.name, i, len(ready)))} for i, task in enumerate(ready)]
+        lm = opened(source, device)
+        return [_one(lm, task, limit, within(progress, task.asked.name, i, len(ready))) for i, task in enumerate(ready)]
 
 
-def _opened(folder: str | Path, device: str | None, remote: bool, command: str | None) -> tuple[Any, dict[str, Any]]:
-    """The model with both heads, and what every record says of it."""
-    import torch
+def opened(source: Source, device: str) -> HeadLM:
+    """The model with both heads.
 
+    Raises:
+        SettingsError: the tokenizer has no end token.
+    """
     from flashhead_edge.bench.quality_lm import HeadLM
-    from flashhead_edge.checkpoint import chosen_device, load_model, load_tokenizer, open_source, read_head, read_index
+    from flashhead_edge.checkpoint import load_model, load_tokenizer, read_head, read_index
     from flashhead_edge.evaluation.measures import HeadContender, head_kind
     from flashhead_edge.integrations.hf import FlashHead, bias_of, output_head
     from flashhead_edge.reference import torch_head
     from flashhead_edge.rivals import DenseHead
 
-    source = open_source(folder, trust_remote_code=remote)
     stored = read_head(source)
     index = read_index(source.folder, stored)
-    tokenizer = load_tokenizer(source, trust_remote_code=remote)
+    tokenizer = load_tokenizer(source, trust_remote_code=source.trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise SettingsError(f"{folder}: the tokenizer has no end token, expected one, where the harness ends texts; give it one in tokenizer_config.json")
-    device = chosen_device(device)
-    model = load_model(source, device=device, trust_remote_code=remote)
+        raise SettingsError(f"{source.name}: the tokenizer has no end token, expected one, where the harness ends texts; name one in tokenizer_config.json")
+    model = load_model(source, device=device, trust_remote_code=source.trust_remote_code)
     module: Any = output_head(model)
     weight, bias = module.weight.detach(), bias_of(module)
-    kind, flash = head_kind(index), FlashHead(index, folder=source.folder, device=device)
-    contender = HeadContender(kind, torch_head(index, weight, bias), 2 * index.hidden_size)
-    lm = HeadLM(model, tokenizer, flash, DenseHead(weight, bias, index.vocab_size), contender, stored.scale, stored.softcap)
-    ran = {
-        "backend": "torch",
-        "backend_version": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "threads": torch.get_num_threads(),
-    }
-    return lm, untimed_record(source.name, (index.vocab_size, index.hidden_size), lm.max_length, kind, ran, command)
+    contender = HeadContender(head_kind(index), torch_head(index, weight, bias), 2 * index.hidden_size)
+    flash = FlashHead(index, folder=source.folder, device=device)
+    return HeadLM(model, tokenizer, flash, DenseHead(weight, bias, index.vocab_size), contender, stored.scale, stored.softcap)
 
 
-def _one(lm: Any, ready: Any, limit: int | None, progress: Progress) -> dict[str, Any]:
+def _one(lm: HeadLM, ready: Ready, limit: int | None, progress: Progress) -> dict[str, Any]:
     """One task as it was asked for, answered with both heads."""
     import lm_eval
 

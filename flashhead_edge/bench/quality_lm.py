@@ -66,7 +66,6 @@ class HeadLM(HFLM):  # type: ignore[misc]
         self.side = 0
         self.kept = Kept()
         self.progress: Progress = silent
-        self.whole = 0  # requests of the task that runs, of both runs
 
     def _answered(self, key: Any, make: Any) -> Any:
         """This side's answer to a request, made for both sides where it is new."""
@@ -86,8 +85,19 @@ class HeadLM(HFLM):  # type: ignore[misc]
                 )
             key = ("likelihood", tuple(context), tuple(continuation))
             answers.append(self._answered(key, lambda c=context, t=continuation: self._likelihood(c, t)))
-            if len(requests) > 1:
-                self.progress("scoring texts", (i + 1) / len(requests))
+            if override_bs is None:  # else these are the windows of one text, whose progress is said there
+                self.progress("scoring continuations", (i + 1) / len(requests))
+        return answers
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        answers: list[float] = []
+        for i, request in enumerate(requests):
+            answers += super().loglikelihood_rolling([request], disable_tqdm=True)
+            self.progress("scoring texts", (i + 1) / len(requests))
         return answers
 
     def _likelihood(self, context: Sequence[int], continuation: Sequence[int]) -> Answers:
@@ -108,7 +118,7 @@ class HeadLM(HFLM):  # type: ignore[misc]
     # --- text -------------------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        answers = []
+        answers: list[str] = []
         for i, request in enumerate(requests):
             answers += super().generate_until([request], disable_tqdm=True)
             self.progress("writing answers", (i + 1) / len(requests))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def quality(
     if not tasks and not texts:
         raise click.UsageError("nothing to measure: give --task NAME or --text FILE.")
     command = shlex.join(["flashhead", *settings.arguments])
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars, read when tqdm is loaded: our own progress is shown
     with answer_only() as stdout:
         with shown_progress("loading") as progress:
             from flashhead_edge.bench.quality import bench_quality

@@ -113,7 +113,9 @@ def _read(path: Path, name: str) -> list[Any]:
         if isinstance(error, SettingsError):
             raise
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise SettingsError(f"{name}: it cannot be read as JSON ({' '.join(reason.split())[:200]}), expected a file of records; restore or remove it") from error
+        raise SettingsError(
+            f"{name}: it cannot be read as JSON ({' '.join(reason.split())[:200]}), expected a file of records; restore or remove it"
+        ) from error
     if isinstance(whole, Mapping) and isinstance(whole.get(KEY), Mapping):
         whole = whole[KEY]
     if not isinstance(whole, Mapping) or not isinstance(whole.get("schema"), int) or isinstance(whole.get("schema"), bool):
@@ -149,7 +151,5 @@ def _without_contradictions(entries: Sequence[Entry]) -> tuple[list[Entry], list
             continue
         where = ", ".join(sorted({e.file for e in group}))
         one = group[0].record
-        refused.append(
-            f"{where}: {len(group)} records of {one['head']} on {one['model']} in run {run} contradict each other, expected one; keep the right one"
-        )
+        refused.append(f"{where}: {len(group)} records of {one['head']} on {one['model']} in run {run} contradict each other, expected one; keep the right one")
     return kept, refused
