@@ -104,7 +104,7 @@ MAY_NEED: dict[str, set[str]] = {
     "serve": NUMPY | {"anyio", "prometheus_client", "starlette", "uvicorn"},
     "inspection": NUMPY,
     "report": NUMPY | {"rich"},
-    "bench": TORCH | {"click", "lm_eval", "transformers"},
+    "bench": TORCH | {"click", "jinja2", "lm_eval", "transformers"},
     "bundle": set(),
     "doctor": set(),
     "export": TORCH | {"onnx", "onnx_ir", "ml_dtypes"},

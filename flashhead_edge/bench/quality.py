@@ -128,7 +128,7 @@ def _tasks(source: Source, names: Sequence[str], limit: int | None, shots: int |
         ready = quality_tasks.load([quality_tasks.parse(name) for name in names], shots)
         progress("loading the model", None)
         lm = opened(source, device)
-        return [_one(lm, task, limit, within(progress, task.asked.name, i, len(ready))) for i, task in enumerate(ready)]
+        return [one_task(lm, task, limit, within(progress, task.asked.name, i, len(ready))) for i, task in enumerate(ready)]
 
 
 def opened(source: Source, device: str) -> HeadLM:
@@ -157,7 +157,7 @@ def opened(source: Source, device: str) -> HeadLM:
     return HeadLM(model, tokenizer, flash, DenseHead(weight, bias, index.vocab_size), contender, stored.scale, stored.softcap)
 
 
-def _one(lm: HeadLM, ready: Ready, limit: int | None, progress: Progress) -> dict[str, Any]:
+def one_task(lm: HeadLM, ready: Ready, limit: int | None, progress: Progress) -> dict[str, Any]:
     """One task as it was asked for, answered with both heads."""
     import lm_eval
 
@@ -169,8 +169,8 @@ def _one(lm: HeadLM, ready: Ready, limit: int | None, progress: Progress) -> dic
         check_room(task, lm.max_length)
     for side, head in enumerate(HEADS):
         lm.side, lm.progress = side, within(progress, head, side, len(HEADS))
-        # the answers are kept from the first run, bootstrapped errors would only take time
-        runs.append(lm_eval.simple_evaluate(model=lm, tasks=list(ready.tasks), limit=limit, bootstrap_iters=0, log_samples=True))
+        # errors by bootstrap would only take time: the interval of a share is Wilson's
+        runs.append(lm_eval.evaluate(lm, {"tasks": {t.task_name: t for t in ready.tasks}}, limit=limit, bootstrap_iters=0, log_samples=True))
     dense, flash = runs
     parts = []
     for task in ready.tasks:
@@ -201,10 +201,15 @@ def check_room(task: Any, context: int) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """The harness and its data sets without their logs and bars: what matters of them is in the document."""
-    harness = logging.getLogger("lm_eval")
+    import datasets
+
+    harness, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
     before = harness.level
     harness.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
         harness.setLevel(before)
+        if not bars:
+            datasets.enable_progress_bars()

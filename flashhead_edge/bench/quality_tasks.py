@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.tasks import TaskManager
 
 from flashhead_edge.errors import SettingsError, first_line
 from flashhead_edge.evaluation.run import read_text
 
+SEED = 1234  # of which examples stand before a question: the harness's own
 SPLITS = ("train", "validation", "test")
 
 
@@ -47,7 +49,7 @@ def load(asked: list[Asked], shots: int | None = None) -> list[Ready]:
 
     Args:
         shots: worked examples before each question. None is the task's own number, and none with a local file; there the first `shots`
-            documents are the examples, and are not asked.
+            documents are the examples, and are not asked. Tasks that score whole texts have none.
     Raises:
         SettingsError: an unknown task, a file that does not fit it, documents that cannot be fetched, or a task that a head cannot answer
             here: it runs code, or shows pictures.
@@ -59,6 +61,8 @@ def load(asked: list[Asked], shots: int | None = None) -> list[Ready]:
             raise SettingsError(
                 f"task {a.name}: lm-evaluation-harness has no task of that name, expected one that `lm-eval ls tasks` lists; check its spelling"
             )
+        if a.file is not None and a.name not in manager.all_subtasks:
+            raise SettingsError(f"task {a.name}: it is a group of tasks, expected a single one for the documents of {a.file}; name one of the group")
     return [Ready(a, tasks_of(manager, a, None if r is None else r[0], shots), None if r is None else r[1]) for a, r in zip(asked, read)]
 
 
@@ -73,14 +77,22 @@ def tasks_of(manager: TaskManager, asked: Asked, rows: list[dict[str, Any]] | No
         spec = {"group": f"{asked.name} of {asked.file}", "task": [{"task": asked.name, **given}]}  # a group's entry is how the harness overrides a task
     try:
         found = tuple(manager.load([spec])["tasks"].values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:  # what the data sets and templates raise
+        if rows is not None:
+            for doc in found[0].eval_docs:
+                words(found[0], doc)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, TemplateError) as error:  # of data sets and templates
         raise SettingsError(f"task {asked.name}: {reason(asked, error)}") from error
+    if rows is not None and shots and found[0].OUTPUT_TYPE == "loglikelihood_rolling":
+        return tasks_of(manager, asked, rows, 0)  # whole texts are scored, before which nothing stands
     for task in found:
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             what = "runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "shows pictures or sounds"
             raise SettingsError(f"task {asked.name}: it {what}, expected one of text alone; choose another task")
         if rows is None and shots is not None:
             task.set_config(key="num_fewshot", value=shots)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=SEED)
     return found
 
 
@@ -88,7 +100,15 @@ def reason(asked: Asked, error: Exception) -> str:
     """Why a task's documents cannot be had, and what to do."""
     if asked.file is None:
         return f"its documents cannot be fetched ({first_line(error)}), expected a network or a local file; give --task {asked.name}=FILE"
-    return f"the documents of {asked.file} do not fit ({first_line(error)}), expected the fields of the task's own data set; see its page at the harness"
+    return f"the documents of {asked.file} do not fit ({first_line(error)}), expected the fields of the task's own data set; correct the file"
+
+
+def words(task: Any, doc: Any) -> None:
+    """Make what a task asks about a document: it raises, in one of many ways, where a field is missing."""
+    task.doc_to_text(doc)
+    task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None:
+        task.doc_to_choice(doc)
 
 
 def local(shots: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Callable[..., Any]:
