@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashhead_edge.bench.as_records import machine
 from flashhead_edge.bench.provenance import commit
 from flashhead_edge.bench.quality_records import records_of
 from flashhead_edge.errors import SettingsError
@@ -93,12 +94,14 @@ def bench_quality(
     about = {
         "model": source.name,
         "shape": [index.vocab_size, index.hidden_size],
-        "head": head_kind(index),
+        "real_weights": True,
+        "head": "FlashHead" if head_kind(index) == "fitted" else head_kind(index),
         "target_agreement": index.summary.get("target_agreement"),
         "calibrated_agreement": index.summary.get("top1_agreement"),
-        "settings": {"limit": limit, "positions": positions if texts else None},
+        "settings": {"limit": limit},
         "precision": (source.config.get("quantization_config") or {}).get("quant_method", "float32"),
-        **machine(device),
+        **machine("quality"),
+        **computing(device),
         "seeds": [],
         "commit": commit(),
         "command": command,
@@ -107,7 +110,7 @@ def bench_quality(
     return {**found, "benchmark": document(records_of(found, about, moment))}
 
 
-def machine(device: str) -> dict[str, Any]:
+def computing(device: str) -> dict[str, Any]:
     """Where torch computes, as records name it."""
     import torch
 

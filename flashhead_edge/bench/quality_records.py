@@ -67,7 +67,7 @@ def _task(task: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[s
 
 def _text(text: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     run, domain, n = common["run"], PurePath(text["text"]).stem, text["positions"]
-    settings = {**common["settings"], "file": text["text"], "sha256": text["sha256"], "items": n}
+    settings = {**common["settings"], "text": text["text"], "sha256": text["sha256"], "positions": n}
     share, ends = text["top1_agreement"], text["top1_agreement_interval"]
     fields = {**common, "settings": settings}
     measures = {
@@ -86,7 +86,7 @@ def _text(text: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[s
     if free is not None:
         same, prompts = round(free["whole"] * free["prompts"]), free["prompts"]
         said = quality("text", "equal greedy texts", same / prompts, prompts, interval=list(wilson(same, prompts)), domain=domain)
-        yield record(**{**fields, "settings": {**settings, "items": prompts}}, tokens=free["tokens"], quality=said, baseline=baseline(run, "dense"))
+        yield record(**{**fields, "settings": {**settings, "prompts": prompts}}, tokens=free["tokens"], quality=said, baseline=baseline(run, "dense"))
 
 
 def named(metric: str, filtered: str) -> str:

@@ -18,12 +18,12 @@ EXTRAS = {
     "torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch",
     "onnxruntime": "onnx", "onnx": "export", "onnx_ir": "export", "ml_dtypes": "export", "onnxruntime_genai": "export",
     "lm_eval": "quality", "datasets": "quality",
-    "packaging": "bundle", "wheel": "bundle",
+    "packaging": "bundle", "wheel": "bundle", "jsonschema": "report", "plotly": "report",
     "starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve", "anyio": "serve",
 }  # fmt: skip
 VERBS = (
     "convert", "quantize", "calibrate", "evaluate", "export", "plugin", "generate", "chat", "serve", "inspect", "doctor", "monitor", "plan", "bundle",
-    "bench",
+    "bench", "report",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from flashhead_edge.cli.bench_quality import quality
+from flashhead_edge.cli.bench_suite import compare, suite
 from flashhead_edge.cli.common import Settings, answer_only, check_page, common_options, json_option, person, write_json
 from flashhead_edge.cli.display import shown_progress
 
@@ -19,6 +20,10 @@ def bench() -> None:
 
 
 bench.add_command(quality)
+
+
+bench.add_command(suite)
+bench.add_command(compare)
 
 
 @bench.command(short_help="Time a step of the output head on a GPU, beside its rivals.")
@@ -65,6 +70,7 @@ def head(
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("looking for a GPU") as progress:
+            from flashhead_edge.bench.as_records import with_records
             from flashhead_edge.bench.head import bench_checkpoint, bench_shapes
             from flashhead_edge.report.heads import show_heads, write_heads
 
@@ -74,7 +80,7 @@ def head(
                 document = bench_checkpoint(out, text, batches, command, progress, heads=heads, store=store, trust_remote_code=trust_remote_code)
         show_heads(document, person(stdout, as_json))
         if as_json:
-            write_json(document, stdout)
+            write_json(with_records("head", document, command), stdout)
         if plot is not None:
             write_heads(document, plot)
             click.echo(f"plots: {plot}", err=True)
@@ -103,13 +109,14 @@ def tensorrt(
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("looking for a GPU") as progress:
+            from flashhead_edge.bench.as_records import with_records
             from flashhead_edge.bench.tensorrt import bench_tensorrt
             from flashhead_edge.report.engines import show_engines, write_engines
 
             document = bench_tensorrt(folder, shapes, batches, command, progress, plugin=plugin)
         show_engines(document, person(stdout, as_json))
         if as_json:
-            write_json(document, stdout)
+            write_json(with_records("tensorrt", document, command), stdout)
         if plot is not None:
             write_engines(document, plot)
             click.echo(f"plots: {plot}", err=True)
@@ -134,13 +141,14 @@ def decode(settings: Settings, out: Path | None, shapes: tuple[str, ...], batche
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("looking for a GPU") as progress:
+            from flashhead_edge.bench.as_records import with_records
             from flashhead_edge.bench.decode import bench_decode
             from flashhead_edge.report.decoding import show_decoding, write_decoding
 
             document = bench_decode(out, shapes, batches, command, progress)
         show_decoding(document, person(stdout, as_json))
         if as_json:
-            write_json(document, stdout)
+            write_json(with_records("decode", document, command), stdout)
         if plot is not None:
             write_decoding(document, plot)
             click.echo(f"plots: {plot}", err=True)
@@ -172,13 +180,14 @@ def vllm(
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("looking for vLLM") as progress:
+            from flashhead_edge.bench.as_records import with_records
             from flashhead_edge.bench.vllm import bench_vllm
             from flashhead_edge.report.serving import show_serving, write_serving
 
             document = bench_vllm(shapes, runners, batches, bodies, command, progress)
         show_serving(document, person(stdout, as_json))
         if as_json:
-            write_json(document, stdout)
+            write_json(with_records("vllm", document, command), stdout)
         if plot is not None:
             write_serving(document, plot)
             click.echo(f"plots: {plot}", err=True)
@@ -217,13 +226,14 @@ def onnx(
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("looking for ONNX Runtime") as progress:
+            from flashhead_edge.bench.as_records import with_records
             from flashhead_edge.bench.onnx import bench_onnx
             from flashhead_edge.report.onnx import show_onnx, write_onnx
 
             document = bench_onnx(out, text, gguf, shapes, threads, parts, command, progress, rounds=rounds)
         show_onnx(document, person(stdout, as_json))
         if as_json:
-            write_json(document, stdout)
+            write_json(with_records("onnx", document, command), stdout)
         if plot is not None:
             write_onnx(document, plot)
             click.echo(f"plots: {plot}", err=True)

@@ -40,6 +40,7 @@ def evaluate(
     command = shlex.join(["flashhead", *settings.arguments])
     with answer_only() as stdout:
         with shown_progress("loading") as progress:
+            from flashhead_edge.bench.as_records import with_records
             from flashhead_edge.jetson.folder import is_exported
             from flashhead_edge.report.html import write_html
             from flashhead_edge.report.tables import show_evaluation
@@ -56,7 +57,7 @@ def evaluate(
                 )
         show_evaluation(result, person(stdout, as_json))
         if as_json:
-            write_json(result, stdout)
+            write_json(with_records("evaluate", result, command), stdout)
         if html is not None:
             write_html(result, html)
             click.echo(f"report: {html}", err=True)

@@ -16,6 +16,8 @@ from flashhead_edge.records.form import VERSION, check_record, document, identit
 KEY = "benchmark"  # of a bench's own document: under it lies its file of records
 MOST_BYTES = 64 << 20  # of a file: a hundred thousand records
 
+NAMED = 3  # records of one file that are refused with a sentence each
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -72,13 +74,15 @@ def read_records(paths: Sequence[Path]) -> Found:
         except SettingsError as error:
             refused.append(str(error))
             continue
+        wrong: list[str] = []
         for i, one in enumerate(records):
             try:
                 check_record(one, f"{name}, record {i + 1}")
             except SettingsError as error:
-                refused.append(str(error))
+                wrong.append(str(error))
             else:
                 found.append(Entry(one, identity(one), name))
+        refused += wrong[:NAMED] + ([f"{name}: {len(wrong) - NAMED} more of its records were left out"] if len(wrong) > NAMED else [])
     kept, contradicting = _without_contradictions(found)
     return Found(tuple(kept), (*refused, *contradicting))
 

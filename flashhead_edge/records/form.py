@@ -20,6 +20,7 @@ MEASURES: dict[str, Any] = dict.fromkeys((
 FIELDS: dict[str, Any] = {
     **dict.fromkeys(("kind", "run", "bench", "part", "model", "shape", "real_weights", "precision", "head")),
     "settings": {},
+    "observed": {},
     **dict.fromkeys(("target_agreement", "calibrated_agreement", "backend", "backend_version", "device", "driver", "power_mode", "threads")),
     **dict.fromkeys(("batch", "context", "tokens", "seeds", "dense_bytes_per_step")),
     **MEASURES,
@@ -63,9 +64,15 @@ def run_name(*parts: object) -> str:
 
 
 def subject(record: Mapping[str, Any]) -> str:
-    """What a record is about, as one string: two records of one subject and one run are duplicates, of two runs they can be compared."""
-    task = (record.get("quality") or {}).get("task"), (record.get("quality") or {}).get("metric"), (record.get("quality") or {}).get("domain")
-    return json.dumps([*(record.get(name) for name in SUBJECT), *task, record["settings"]], sort_keys=True)
+    """What a record is about, as one string: two records of one subject in one run are duplicates, those of two runs can be compared.
+
+    What calibration chose for a head (`settings.head`) is no part of it, so that two calibrations can be compared.
+    """
+    asked = record.get("quality") or {}
+    settings = {k: v for k, v in record["settings"].items() if k != "head"}
+    return json.dumps(
+        [record["kind"], *(record.get(name) for name in SUBJECT), *(asked.get(n) for n in ("task", "metric", "domain")), settings], sort_keys=True
+    )
 
 
 def identity(record: Mapping[str, Any]) -> str:
@@ -73,9 +80,9 @@ def identity(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:12]
 
 
-def document(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a file of records holds."""
-    return {"schema": VERSION, "records": list(records)}
+def document(records: Iterable[Mapping[str, Any]], left_out: Iterable[str] = ()) -> dict[str, Any]:
+    """What a file of records holds; `left_out`: sentences on what the run measured that is no record."""
+    return {"schema": VERSION, "records": list(records), "left_out": list(left_out)}
 
 
 @functools.cache

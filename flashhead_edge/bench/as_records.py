@@ -1,0 +1,304 @@
+"""What each bench's own document says, as records: one converter a bench, and a sentence for whatever has no baseline in its run."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flashhead_edge.records.folder import KEY
+from flashhead_edge.records.form import baseline, document, figure, record, run_name
+
+Own = Mapping[str, Any]
+FLASH = {
+    "fitted": "FlashHead",
+    "fitted, at the cap": "FlashHead, at the cap",
+    "fitted, fewest bytes": "FlashHead, fewest bytes",
+    "fitted, full-width logits": "FlashHead, full-width logits",
+    "flash": "FlashHead",
+    "flash, logits": "FlashHead, full-width logits",
+    "auto": "FlashHead or dense",
+}
+ONNX_PARTS = {"head": "head", "models": "step", "engines": "text"}
+FP32, INT4, GENAI_INT8 = "dense fp32", "dense int4, blocks of 32", "GenAI, int8 head"  # what the parts of `bench onnx` are compared with
+ONNX_BASELINES = {"head": FP32, "models": INT4, "engines": GENAI_INT8}
+GPU_TIME = "GPU time from a trace: median over its steps, no spread kept"
+
+
+def with_records(bench: str, own: Own, command: str, moment: datetime.datetime | None = None) -> dict[str, Any]:
+    """A bench's document with its records beside it, under `benchmark`.
+
+    Args:
+        bench: head, decode, vllm, onnx, tensorrt or evaluate.
+        command: the command line that made it.
+        moment: when it was begun, UTC; None is now.
+    """
+    moment = moment or datetime.datetime.now(datetime.timezone.utc)
+    records, left_out = as_records(bench, own, command, moment)
+    return {**own, KEY: document(records, left_out)}
+
+
+def as_records(bench: str, own: Own, command: str, moment: datetime.datetime) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of a bench's document, and sentences on what it measured that is none."""
+    date = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    facts = {"bench": bench, "run": run_name(bench, command, date, platform.node()), "date": date, "command": command, **machine(bench)}
+    return CONVERTERS[bench](own, facts)
+
+
+def machine(bench: str) -> dict[str, Any]:
+    """Driver and power mode, where the system tells them; a driver is of benches on a GPU."""
+    from flashhead_edge.jetson.board import read_board
+    from flashhead_edge.jetson.driver import driver_version
+
+    mode = read_board().power_mode
+    return {
+        "driver": None if bench in ("onnx", "evaluate") else driver_version(),
+        "power_mode": None if mode is None else mode.name or f"mode {mode.number}",
+    }
+
+
+def times(own: Own, samples: int | None = None) -> Any:
+    """The figure of a step: a range where the bench keeps two ends, the median absolute deviation where it keeps one number."""
+    us, spread = own.get("microseconds"), own.get("spread")
+    if us is None:
+        return None
+    if isinstance(spread, Sequence):
+        return figure(us, spread[0], spread[1], "range", samples)
+    return figure(us, samples=samples) if spread is None else figure(us, max(0.0, us - spread), us + spread, "mad", samples)
+
+
+def quotient(top: Any, bottom: Any) -> Any:
+    """How many times `top` is `bottom`: of medians, and at worst and best of their spreads; None where one is not known."""
+    if top is None or bottom is None or not bottom["median"]:
+        return None
+    low = None if top["low"] is None or not bottom["high"] else top["low"] / bottom["high"]
+    high = None if top["high"] is None or not bottom["low"] else top["high"] / bottom["low"]
+    same = top["spread"] if top["spread"] == bottom["spread"] else None
+    return figure(top["median"] / bottom["median"], low, high, same)
+
+
+def paired(theirs: Sequence[float], ours: Sequence[float]) -> Any:
+    """The same from times of the same rounds."""
+    each = sorted(a / b for a, b in zip(theirs, ours))
+    middle = len(each) // 2
+    median = each[middle] if len(each) % 2 else (each[middle - 1] + each[middle]) / 2
+    return figure(median, each[0], each[-1], "range", len(each))
+
+
+def common(own: Own, facts: Own, part: str, head: str) -> dict[str, Any]:
+    """The fields that most benches name as a record does."""
+    same = ("model", "shape", "real_weights", "backend", "backend_version", "device", "threads", "batch", "context", "dense_bytes_per_step", "commit")
+    return {**facts, "part": part, "head": head, **{name: own.get(name) for name in same}}
+
+
+def _no_dense(bench: str, names: Sequence[str], what: str) -> list[str]:
+    names = list(dict.fromkeys(names))
+    return [f"bench {bench}: {', '.join(names)}: no {what} in the same run, so that it is no record"] if names else []
+
+
+def head_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
+    """`bench head`: every head beside the dense one in 16 bits, at each batch."""
+    from flashhead_edge.bench.timing import REPLAYS
+
+    of = [r for r in own["records"] if r["head"] in ("dense bf16", "dense fp16")]
+    dense = {(r["model"], r["batch"]): r for r in of}
+    found, alone = [], []
+    for r in own["records"]:
+        base = dense.get((r["model"], r["batch"]))
+        if r["head"] in ("dense bf16", "dense fp16") or r["head"] == "draw from the candidates":  # a draw has no dense counterpart
+            continue
+        if base is None:
+            alone.append(f"{r['head']} on {r['model']}")
+            continue
+        ours, theirs = times(r, REPLAYS), times(base, REPLAYS)
+        seen = {"counts": r["counts"]} if r.get("counts") else {}
+        found.append(
+            record(
+                **common(r, facts, "head", FLASH.get(r["head"], r["head"])) | {"device": own["device"]},
+                precision=base["head"].removeprefix("dense "),
+                observed={**seen, **r.get("settings", {})},
+                microseconds=ours,
+                bytes_per_step=r["bytes_per_step"],
+                times_as_fast=quotient(theirs, ours),
+                baseline=baseline(
+                    facts["run"], base["head"], base.get("backend"), base.get("backend_version"), microseconds=theirs, bytes_per_step=base["bytes_per_step"]
+                ),
+            )
+        )
+    return found, _no_dense("head", alone, "dense head")
+
+
+def tensorrt_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
+    """`bench tensorrt`: the whole step with our head beside the one with TensorRT's own."""
+    from flashhead_edge.bench.tensorrt import ROUNDS
+
+    dense = {(r["model"], r["batch"]): r for r in own["records"] if r["head"] == "dense"}
+    found, alone = [], []
+    for r in own["records"]:
+        if r["head"] != "FlashHead":
+            continue
+        base = dense.get((r["model"], r["batch"]))
+        if base is None:
+            alone.append(str(r["model"]))
+            continue
+        ours, theirs = times(r, ROUNDS), times(base, ROUNDS)
+        seen = ("graph_nodes", "engine_bytes", "dense_head_microseconds", "share_of_head_gone")
+        found.append(
+            record(
+                **common(r, facts, "step", "FlashHead"),
+                precision=r["body"],
+                calibrated_agreement=r.get("agreement"),
+                settings={"activations": r["precision"], "group": r["group"], "layers": r["layers"]},
+                observed={n: r[n] for n in seen if r.get(n) is not None},
+                microseconds=ours,
+                tokens_per_second=figure(r.get("tokens_per_second")),
+                times_as_fast=quotient(theirs, ours),
+                baseline=baseline(
+                    facts["run"], "dense", base["backend"], base["backend_version"], microseconds=theirs, bytes_per_step=r["dense_bytes_per_step"]
+                ),
+            )
+        )
+    return found, _no_dense("tensorrt", alone, "engine with a dense head (flashhead export tensorrt --dense-head)")
+
+
+def decode_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
+    """`bench decode`: our kernels have no dense head, so that nothing of it is a record."""
+    return [], _no_dense("decode", [str(r["model"]) for r in own["records"]], "dense head")
+
+
+def vllm_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
+    """`bench vllm`: whole texts, the GPU's time of a step, and of it the head's, beside the same engine's dense head."""
+    from flashhead_edge.bench.vllm import ROUNDS, TOKENS
+
+    def key(r: Own) -> tuple[Any, ...]:
+        return r["model"], r["settings"]["runner"], r["settings"]["body"], r["batch"]
+
+    def rate(r: Own) -> Any:
+        low, high = r["tokens_per_second_spread"]
+        return figure(r["tokens_per_second"], low, high, "range", ROUNDS)
+
+    dense = {key(r): r for r in own["records"] if r["head"] == "dense"}
+    found, alone = [], []
+    for r in own["records"]:
+        base = dense.get(key(r))
+        if r["head"] == "dense":
+            continue
+        if base is None:
+            alone.append(f"{r['head']} on {r['model']}")
+            continue
+        settings = {"runner": r["settings"]["runner"]}
+        seen = {"crossovers": r["settings"]["crossovers"]}
+        head, precision = FLASH.get(r["head"], r["head"]), r["settings"]["body"]
+        said = base["backend"], base["backend_version"]
+        found.append(
+            record(
+                **common(r, facts, "text", head),
+                precision=precision,
+                settings=settings,
+                observed=seen,
+                tokens=TOKENS,
+                tokens_per_second=rate(r),
+                times_as_fast=quotient(rate(r), rate(base)),
+                baseline=baseline(facts["run"], "dense", *said, tokens_per_second=rate(base)),
+            )
+        )
+        for part, name in (("step", "total"), ("head", "head")):
+            ours, theirs = figure(r["gpu_microseconds"][name]), figure(base["gpu_microseconds"][name])
+            found.append(
+                record(
+                    **common(r, facts, part, head),
+                    precision=precision,
+                    settings=settings,
+                    observed=seen,
+                    microseconds=ours,
+                    times_as_fast=quotient(theirs, ours),
+                    baseline=baseline(facts["run"], "dense", *said, microseconds=theirs),
+                    note=GPU_TIME,
+                )
+            )
+    return found, _no_dense("vllm", alone, "dense head")
+
+
+def onnx_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
+    """`bench onnx`: heads beside the dense one in float32, bodies beside the int4 head on the same body, engines beside GenAI's best export."""
+
+    def key(r: Own) -> tuple[Any, ...]:
+        return r["part"], r["model"], r["threads"]
+
+    bases = {key(r): r for r in own["records"] if r["head"] == ONNX_BASELINES[r["part"]]}
+    found, alone = [], []
+    for r in own["records"]:
+        base, part = bases.get(key(r)), ONNX_PARTS[r["part"]]
+        if r["head"] in (ONNX_BASELINES[r["part"]], "no head"):
+            continue
+        if base is None:
+            alone.append(f"{r['head']} on {r['model']}")
+            continue
+
+        ours, theirs = _onnx_measures(r), _onnx_measures(base)
+        rounds = [of.get("microseconds_rounds") for of in (base, r)]
+        fast = paired(*rounds) if all(rounds) else quotient(theirs["microseconds"], ours["microseconds"])
+        names = ("body", "group", "prompt", "tokens")
+        found.append(
+            record(
+                **common(r, facts, part, r["head"]) | {"device": own["device"]},
+                precision={"head": "fp32"}.get(part, "int4"),
+                tokens=r["settings"].get("tokens"),
+                settings={n: r["settings"][n] for n in names if n in r["settings"]},
+                observed={n: r["settings"][n] for n in ("equal_tokens",) if n in r["settings"]},
+                times_as_fast=fast,
+                **ours,
+                baseline=baseline(facts["run"], base["head"], base["backend"], base["backend_version"], **theirs),
+            )
+        )
+    return found, _no_dense("onnx", alone, "baseline (" + ", ".join(f"{a}: {b}" for a, b in ONNX_BASELINES.items()) + ")")
+
+
+def _onnx_measures(of: Own) -> dict[str, Any]:
+    """What `bench onnx` measures; tokens a second are of whole models and engines, a head alone makes none."""
+    rounds = of.get("microseconds_rounds")
+    us = times(of) if not rounds else figure(of["microseconds"], min(rounds), max(rounds), "range", len(rounds))
+    ends = [None if us[end] is None else 1e6 / us[end] for end in ("high", "low")]
+    return {
+        "microseconds": us,
+        "tokens_per_second": None if of["part"] == "head" else figure(of["tokens_per_second"], ends[0], ends[1], us["spread"], us["samples"]),
+        "first_token_seconds": figure(of.get("first_token_seconds")),
+        **{name: of.get(name) for name in ("bytes_per_step", "peak_bytes", "top1_agreement", "top1_agreement_interval")},
+    }
+
+
+def evaluate_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
+    """`evaluate`: each head beside the dense one, all texts together and text by text; nothing is timed."""
+    target = (own.get("summary") or {}).get("target_agreement")
+    said = common(own, facts, "agreement", "") | {"real_weights": True}
+    texts = [(None, own), *((str(t["text"]), t) for t in own.get("texts", ()))]
+    found = []
+    for text, pooled in texts:
+        for i, one in enumerate((pooled, *pooled.get("rivals", ()))):
+            ours = i == 0
+            settings = {"head": one.get("settings") or {}, "positions": one.get("positions")} | ({} if text is None else {"text": text})
+            measures = {name: one.get(name) for name in ("bytes_per_step", "bytes_per_step_p99", "top1_agreement", "top1_agreement_interval")}
+            found.append(
+                record(
+                    **said | {"head": "FlashHead" if ours else str(one["name"]), "dense_bytes_per_step": one["dense_bytes_per_step"]},
+                    settings=settings,
+                    target_agreement=target if ours else None,
+                    calibrated_agreement=(own.get("calibration") or {}).get("held_out_agreement") if ours else None,
+                    **measures,
+                    baseline=baseline(
+                        facts["run"], "dense", own.get("backend"), own.get("backend_version"), bytes_per_step=one["dense_bytes_per_step"], top1_agreement=1.0
+                    ),
+                )
+            )
+    return found, []
+
+
+CONVERTERS: dict[str, Callable[[Own, Own], tuple[list[dict[str, Any]], list[str]]]] = {
+    "head": head_records,
+    "decode": decode_records,
+    "vllm": vllm_records,
+    "onnx": onnx_records,
+    "tensorrt": tensorrt_records,
+    "evaluate": evaluate_records,
+}
