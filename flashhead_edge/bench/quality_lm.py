@@ -54,7 +54,7 @@ class HeadLM(HFLM):  # type: ignore[misc]
     def __init__(self, model: Any, tokenizer: Any, flash: FlashHead, dense: Dense, contender: Contender, scale: float, softcap: float | None) -> None:
         """
         Args:
-            model: with its own head; `flash` is attached to it only while it writes text of its own.
+            model: with its own head, which it keeps but while `flash` writes text of its own.
             dense, contender: both heads, as `evaluation` measures them.
             scale, softcap: what the model does to logits after the head.
         """
@@ -63,6 +63,10 @@ class HeadLM(HFLM):  # type: ignore[misc]
         model.generation_config = GenerationConfig(bos_token_id=stops.bos_token_id, eos_token_id=stops.eos_token_id, pad_token_id=stops.pad_token_id)
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
         self.flash, self.dense, self.contender, self.after = flash, dense, contender, (scale, softcap)
+        self.module = model.get_output_embeddings()
+        flash.attach(model)  # once: it hashes the matrix
+        self.reduced = self.module.forward
+        flash.detach()
         self.side = 0
         self.kept = Kept()
         self.progress: Progress = silent
@@ -140,8 +144,7 @@ class HeadLM(HFLM):  # type: ignore[misc]
         generated, over the model with FlashHead attached.
         """
         states: list[Tensor] = []
-        module = self.model.get_output_embeddings()
-        watching = module.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0, -1:].detach().float()))
+        watching = self.module.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0, -1:].detach().float()))
         try:
             dense = self._greedy(context, max_length, stop)
         finally:
@@ -159,11 +162,11 @@ class HeadLM(HFLM):  # type: ignore[misc]
         begun = torch.cat([dense[:, : start + first], token], 1)
         if begun.shape[1] >= max_length or int(token) in self._ends():
             return dense, begun
-        self.flash.attach(self.model)
+        self.module.forward = self.reduced
         try:
             return dense, self._greedy(begun, max_length, stop)
         finally:
-            self.flash.detach()
+            del self.module.forward
 
     def _greedy(self, context: Tensor, max_length: int, stop: list[str]) -> Tensor:
         with torch.inference_mode():
