@@ -1,5 +1,6 @@
 # setup: a virtual environment with everything a CPU needs   demo: the product on a real model, end to end
 # test:  the test suite                                      lint: ruff and mypy
+# docs: the tables of docs/benchmarks/ in docs/benchmarks.md and README.md
 # kernels: the CUDA kernels as a library, by nvcc, in build/kernels
 # plugin: the TensorRT plugins over them, in build/plugin; TENSORRT_INCLUDE=DIR names TensorRT's headers where the system has none
 # test-vllm: the tests with real vLLM engines on a CPU, in an environment of their own (about 20 minutes)
@@ -9,7 +10,7 @@ CONSTRAINT ?= $(if $(shell command -v nvidia-smi),,-c requirements/cpu.txt)
 BIN := $(VENV)/bin
 ALIVE := $(PYTHON) scripts/alive.py
 
-.PHONY: setup demo test test-vllm lint kernels plugin clean
+.PHONY: setup demo test test-vllm lint docs kernels plugin clean
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py requirements/cpu.txt $(wildcard jetson/native/*)
@@ -32,6 +33,9 @@ test-vllm: .venv-vllm/installed
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: setup
+	$(BIN)/python scripts/benchmark_pages.py
 
 kernels:
 	cmake -S plugins_trt -B build/kernels -DCMAKE_BUILD_TYPE=Release

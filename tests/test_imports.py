@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": DATA | {"checkpoint", "evaluation"},
     "records": LEAVES,
     "report": DATA | {"evaluation", "rivals", "records"},
-    "bench": MIDDLE | {"report", "records", "rivals", "caps", "export", "jetson"},
+    "bench": MIDDLE | {"package", "report", "records", "rivals", "caps", "export", "jetson"},
     "bundle": {"package"} | LEAVES | {"checkpoint", "inspection", "jetson"},
     "doctor": {"package", "jetson"} | LEAVES,
     "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "program", "jetson"},

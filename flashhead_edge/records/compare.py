@@ -70,7 +70,7 @@ def _changes(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
     found = []
     clocks = ("times_as_fast",) if relative else tuple(n for n in (*SMALLER_IS_BETTER, *LARGER_IS_BETTER) if n not in EXACT)
     for name in (*clocks, *EXACT):
-        was, now = _pooled(before, name), _pooled(after, name)
+        was, now = pooled(before, name), pooled(after, name)
         if was is None or now is None:
             continue
         smaller = name in SMALLER_IS_BETTER or (name == "quality" and not after[0]["quality"]["higher_is_better"])
@@ -79,7 +79,7 @@ def _changes(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
             _ratio(was.high, now.low, False), _ratio(was.low, now.high, False))  # fmt: skip
         if middle is None or low is None or high is None:  # a zero has no ratio
             continue
-        bases = [_pooled([r["baseline"] for r in side], name) for side in (before, after)] if name not in (*EXACT, "times_as_fast") else [None, None]
+        bases = [pooled([r["baseline"] for r in side], name) for side in (before, after)] if name not in (*EXACT, "times_as_fast") else [None, None]
         base = None if bases[0] is None or bases[1] is None else _ratio(bases[0].median, bases[1].median, smaller)
         found.append(Change(after[0], name, was.median, now.median, middle, low, high, base))
     return found
@@ -99,7 +99,7 @@ class Ends:
     high: float
 
 
-def _pooled(records: Sequence[Mapping[str, Any]], name: str) -> Ends | None:
+def pooled(records: Sequence[Mapping[str, Any]], name: str) -> Ends | None:
     """Median, least and most of a measure over the runs of a subject; None where no run has it."""
     ends = [e for e in (_ends(r, name) for r in records) if e is not None]
     if not ends:

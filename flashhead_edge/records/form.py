@@ -113,7 +113,9 @@ def check_record(found: Any, where: str) -> None:
         raise SettingsError(
             f"{where}: a measured record has no baseline, expected the dense head (or what it is compared with) of the same run; measure both in one run"
         )
-    error = min(_validator().iter_errors(found), key=lambda e: (len(e.absolute_path) == 0, [str(p) for p in e.absolute_path], e.message), default=None)
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator().iter_errors(found))
     if error is not None:
         raise SettingsError(f"{where}: {_place(error.absolute_path)}{_words(error.message)}, expected the form of record.schema.json; correct or remove it")
     base = found["baseline"]

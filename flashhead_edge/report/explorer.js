@@ -213,7 +213,7 @@
     }), CONFIG);
     listen(id, kept.map(p => p.row.id));
     const without = visible.length - points.length, few = kept.length < points.length ? ` Marks: the frontier and the first ${MARKS} of ${points.length.toLocaleString("en")}.` : "";
-    $(id + "-note").textContent = (without ? `${without.toLocaleString("en")} of the records shown have not both figures.` : "") + few;
+    $(id + "-note").textContent = (without ? `${without.toLocaleString("en")} of the records shown lack one of the two figures.` : "") + few;
   };
   let drawing = 0;
   const draw = () => {

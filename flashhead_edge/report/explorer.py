@@ -12,7 +12,7 @@ from typing import Any
 
 from flashhead_edge.records.folder import Entry, Found
 from flashhead_edge.report.html import write_page
-from flashhead_edge.report.words import DASH, interval, megabytes, percent
+from flashhead_edge.report.words import DASH, interval, megabytes, percent, short
 
 NO_NETWORK = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 PARTS = {"head": "a step of the head", "step": "a whole decode step", "text": "whole texts", "agreement": "agreement", "quality": "quality"}
@@ -61,7 +61,7 @@ def explorer_page(found: Found) -> str:
 
     room = files("flashhead_edge.report")
     style, own, script = ((room / name).read_text(encoding="utf-8") for name in ("report.css", "explorer.css", "explorer.js"))
-    entries = found.entries
+    entries = sorted(found.entries, key=lambda e: (e.record["kind"] == PREDICTED, not e.record["head"].startswith("FlashHead")))  # stable: files stay together
     count, sources = len(entries), len({e.file for e in entries})
     about = f"{count:,} record{'' if count == 1 else 's'} from {sources:,} file{'' if sources == 1 else 's'}, each beside the baseline of its own run."
     data = _inside_script(json.dumps([_row_data(e) for e in entries], ensure_ascii=True, separators=(",", ":")))
@@ -96,7 +96,7 @@ def shown(name: str, value: Any) -> tuple[str, str]:
     if name == "quality":
         ends = value["interval"]
         return f"{value['value']:.4g}", "" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}"
-    return f"{_number(value['median'])} {UNITS[name]}", ends_of(value, _number)
+    return f"{short(value['median'])} {UNITS[name]}", ends_of(value, short)
 
 
 UNITS = {"microseconds": "us", "tokens_per_second": "tokens/s"}
@@ -106,10 +106,6 @@ def ends_of(figure: Mapping[str, Any], number: Callable[[float], str]) -> str:
     """`low to high`, or nothing where the spread is not known."""
     low, high = figure["low"], figure["high"]
     return "" if low is None or high is None else f"{number(low)} to {number(high)}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 20 else f"{value:.2f}"
 
 
 def fast(figure: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -33,6 +33,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return DASH if value is None else f"{value:,.{digits}f}"
 
 
+def short(value: float) -> str:
+    """Four figures, or all of a large number: `22.6`, `1,354`."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def quantiles(spread: Mapping[str, float] | None) -> str:
     """`p50 / p90 / p99` of a spread."""
     return DASH if spread is None else " / ".join(f"{spread[p]:,.0f}" for p in ("p50", "p90", "p99"))
