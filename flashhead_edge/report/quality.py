@@ -1,13 +1,15 @@
-"""What `flashhead bench quality` measured: tables for a terminal."""
+"""What `flashhead bench quality` measured: tables for a terminal, and kept records as a table of docs/quality.md."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from flashhead_edge.records.folder import Entry
+from flashhead_edge.report.pages import markdown
 from flashhead_edge.report.tables import new_table, show_evaluation
 from flashhead_edge.report.words import DASH, interval, number, percent
 
@@ -80,3 +82,23 @@ def _show_running(texts: Mapping[str, Any], console: Console) -> None:
                 Text(r["text"]), str(free["prompts"]), str(free["tokens"]), f"{whole} of {free['prompts']}", number(free["mean"], 1), number(free["median"], 1)
             )
     console.print(table)
+
+
+KEPT = ("task", "measure", "items", "dense head", "FlashHead", "95 % interval", "from")
+
+
+def quality_block(entries: Sequence[Entry]) -> str:
+    """The records of `bench quality` as Markdown, in their files' order."""
+    return markdown(KEPT, [_kept_row(e) for e in entries if e.record["bench"] == "quality"])
+
+
+def _kept_row(entry: Entry) -> list[str]:
+    q, base = entry.record["quality"], entry.record["baseline"]["quality"]
+    name = q["task"] if q["domain"] is None else f"{q['task']} ({q['domain']})"
+    shown = percent if q["interval"] is not None else _four
+    dense = DASH if base is None else shown(base["value"])
+    return [name, q["metric"], f"{q['samples']:,}", dense, shown(q["value"]), interval(q["interval"]), entry.file]
+
+
+def _four(value: float | None) -> str:
+    return number(value, 4)

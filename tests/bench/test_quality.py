@@ -182,6 +182,21 @@ def test_tables_show_every_kind(documents: dict[str, Any]) -> None:
         assert words in text
 
 
+def test_kept_records_are_a_table(documents: dict[str, Any]) -> None:
+    from flashhead_edge.records.folder import Entry
+    from flashhead_edge.report.quality import quality_block
+
+    records = documents["bad"]["benchmark"]["records"]
+    rows = quality_block([Entry(r, str(i), "kept.json") for i, r in enumerate(records)]).splitlines()
+    assert len(rows) == 2 + len(records)
+    (texts,) = [row for row in rows if "| equal texts |" in row]
+    same = parts(documents["bad"])["gsm8k"]["equal_texts"]["same"]
+    assert texts.startswith("| gsm8k | equal texts | 3 | – | ") and f"{100 * same / 3:.2f} %" in texts and texts.endswith("kept.json |")
+    (words,) = [row for row in rows if "word_perplexity" in row]
+    found = next(m for m in parts(documents["bad"])["wikitext"]["metrics"] if m["metric"] == "word_perplexity")
+    assert f"| {found['dense']:,.4f} | {found['flash']:,.4f} |" in words
+
+
 # --- comparing, by hand ---------------------------------------------------------------------------------------------------
 
 
