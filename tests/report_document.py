@@ -39,8 +39,8 @@ def measured(name: str, agreement: float, share: float, rng: np.random.Generator
     loss = rng.exponential(2.9, N)
     nothing = np.full(N, np.nan)
     return Measured(
-        dense_token=winners, agrees=agrees, covered=agrees | (rng.random(N) < 0.1), bytes=each.astype(np.int64), counts=counts,
-        capped=rng.random(N) < 0.0004 if own else None, target_covered=rng.random(N) < 0.8, loss_dense=loss,
+        dense_token=winners, token=np.where(agrees, winners, winners + 1), agrees=agrees, covered=agrees | (rng.random(N) < 0.1),
+        bytes=each.astype(np.int64), counts=counts, capped=rng.random(N) < 0.0004 if own else None, target_covered=rng.random(N) < 0.8, loss_dense=loss,
         loss=nothing if name.startswith("published") else loss + 0.01, variation=nothing if name.startswith("published") else rng.beta(1, 40, N),
         variation_candidates=rng.beta(1, 8, N),
     )  # fmt: skip

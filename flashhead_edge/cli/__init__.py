@@ -17,6 +17,7 @@ from flashhead_edge.errors import FlashHeadError
 EXTRAS = {
     "torch": "torch", "transformers": "torch", "gguf": "torch", "accelerate": "torch", "huggingface_hub": "torch",
     "onnxruntime": "onnx", "onnx": "export", "onnx_ir": "export", "ml_dtypes": "export", "onnxruntime_genai": "export",
+    "lm_eval": "quality", "datasets": "quality",
     "packaging": "bundle", "wheel": "bundle", "jsonschema": "report", "plotly": "report",
     "starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve", "anyio": "serve",
 }  # fmt: skip

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import click
 
+from flashhead_edge.cli.bench_quality import quality
 from flashhead_edge.cli.bench_suite import compare, suite
 from flashhead_edge.cli.common import Settings, answer_only, check_page, common_options, json_option, person, write_json
 from flashhead_edge.cli.display import shown_progress
 
 
-@click.group(short_help="Measure speed on this machine.")
+@click.group(short_help="Measure speed on this machine, and the answers of two heads.")
 @common_options
 def bench() -> None:
-    """Measure speed on this machine."""
+    """Measure speed on this machine, and what the answers of two heads have in common."""
+
+
+bench.add_command(quality)
 
 
 bench.add_command(suite)

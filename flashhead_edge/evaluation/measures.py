@@ -129,6 +129,7 @@ class Measured:
     """One contender on N positions, position by position: what every summary is made from."""
 
     dense_token: np.ndarray  # [N] int64
+    token: np.ndarray  # [N] int64, the contender's
     agrees: np.ndarray  # [N] bool
     covered: np.ndarray  # [N] bool: the dense winner is among the candidates
     bytes: np.ndarray  # [N] int64
@@ -198,6 +199,7 @@ def measure(
             variation_candidates[rows] = 0.5 * (np.abs(held - q).sum(1, dtype=np.float64) + 1 - held.sum(1, dtype=np.float64))
     return Measured(
         dense_token=dense_token,
+        token=found.token,
         agrees=found.token == dense_token,
         covered=covered,
         bytes=contender.cost(found.counts, n),
