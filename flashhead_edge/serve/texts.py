@@ -205,8 +205,8 @@ class Decoder:
             self.turns.along(text.path, [t.path for t in along])
             try:
                 feed_ahead([t.cache for t in along if t.cache is not None], [t.token for t in along if t.token is not None])
-            except Exception as error:  # whose fault it is shows when each is fed alone
-                LOG.warning("a pass of several texts failed", extra={"fields": {"texts": len(along), "error": first_line(error)}})
+            except Exception:  # whose fault it is shows when each is fed alone
+                LOG.exception("a pass of several texts failed")
         for one in along:
             self._turn(one)
 

@@ -229,7 +229,7 @@ def feed_side_by_side(s: ort.InferenceSession, texts: list[Text], capacity: int)
     for number in range(max(len(text.lengths) for text in texts)):
         binding.bind_output("hidden_states")
         parts = [text.ids[text.read : text.read + text.next(number)] for text in texts]
-        binding.bind_cpu_input("input_ids", np.array([sum(parts, [])], np.int64))
+        binding.bind_cpu_input("input_ids", np.array([[token for part in parts for token in part]], np.int64))
         binding.bind_cpu_input("texts", np.array([[len(part), text.read, text.start] for text, part in zip(texts, parts)]))
         s.run_with_iobinding(binding)
         found, at = binding.get_outputs()[0].numpy()[0], 0

@@ -165,7 +165,7 @@ def test_texts_at_once_share_passes_and_are_what_each_is_alone(passes):
 @NATIVE
 def test_one_whose_token_fails_in_a_shared_pass_harms_no_other(passes, monkeypatch):
     """A pass that fails is made again text by text: only whose fault it was ends with an error."""
-    engine, found = passes
+    engine, _ = passes
     run = SharedCache.run
 
     def failing(self, texts, ids):
