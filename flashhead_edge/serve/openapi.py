@@ -31,8 +31,13 @@ def form(kind: str, **more: Any) -> dict[str, Any]:
     return {"type": "object", "required": ["type", *more], "properties": {"type": {"const": kind}, **more}}
 
 
-def api_document() -> dict[str, Any]:
-    """OpenAPI 3.1."""
+def api_document(tokens: int, tools: bool) -> dict[str, Any]:
+    """OpenAPI 3.1.
+
+    Args:
+        tokens: that the model reads: ids of prompts are below.
+        tools: whether its chat template knows them.
+    """
     object_: dict[str, Any] = {"type": "object"}
     some = {"type": "string", "minLength": 1}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
@@ -80,15 +85,15 @@ def api_document() -> dict[str, Any]:
             "max_completion_tokens": whole(1, 1 << 20),
             "logprobs": nullable(type="boolean"),
             "top_logprobs": whole(0, 20),
-            "tools": nullable(type="array", items=tool),
+            "tools": nullable(type="array", items=tool) if tools else nullable(type="array", maxItems=0, description="This model's chat template knows none"),
             "tool_choice": {"enum": ["none", "auto", None], "description": "Beside tools also required, or a function that they name"},
         },
         "if": {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
         "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
     }
-    token = {"type": "integer", "minimum": 0}
-    lists = [{"type": "array", "minItems": 1, "maxItems": MOST_CHOICES, "items": some}, {"type": "array", "minItems": 1, "items": token}]
-    prompt = {"anyOf": [some, *lists], "description": "A text, texts, or token ids of the model; with n 16 texts in all"}
+    ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": tokens - 1}}
+    lists = [*({"type": "array", "minItems": 1, "maxItems": MOST_CHOICES, "items": item} for item in (some, ids)), ids]
+    prompt = {"anyOf": [some, *lists], "description": "A text or token ids of the model, or some of either; with n 16 texts in all"}
     plain = {"type": "object", "required": ["prompt"], "properties": {**common, "prompt": prompt, "logprobs": whole(0, 20)}}
     errors = {status: {"description": text, "content": error} for status, text in ERRORS.items()}
 

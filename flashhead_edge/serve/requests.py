@@ -96,12 +96,16 @@ def number(body: Mapping[str, Any], name: str, low: float, high: float, default:
     return float(value)
 
 
+def named(body: Mapping[str, Any], name: str) -> str:
+    value = body.get(name)
+    return "" if value is None else text(value, name)
+
+
 def whole(body: Mapping[str, Any], name: str, low: int, high: int, default: int | None = None) -> int | None:
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # 5.0 is a whole number in JSON
+    value = without_point(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise wrong(name, value, f"a whole number from {low} to {high}")
     return value
@@ -164,7 +168,7 @@ def wanted(body: Mapping[str, Any], *, chat: bool) -> Wanted:
         logprobs=chat_logprobs(body) if chat else whole(body, "logprobs", 0, 20),
         dense=head == "dense",
         again=body.get("seed") is not None,
-        user=text(body.get("user") or body.get("safety_identifier") or "", "user")[:64],
+        user=(named(body, "user") or named(body, "safety_identifier"))[:64],
     )
 
 
@@ -322,6 +326,11 @@ def chat_tools(body: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], 
     raise wrong("tool_choice", choice, "none, auto, required, or a function that tools names")
 
 
+def without_point(value: Any) -> Any:
+    """5.0 is a whole number in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def completion_prompts(body: Mapping[str, Any]) -> tuple[Any, ...]:
     """Texts, or lists of token ids."""
     found = body.get("prompt")
@@ -330,8 +339,8 @@ def completion_prompts(body: Mapping[str, Any]) -> tuple[Any, ...]:
     if isinstance(found, list) and found:
         if all(isinstance(p, str) for p in found):
             return tuple(text(p, "prompt") for p in found)
-        if all(isinstance(p, int) and not isinstance(p, bool) for p in found):
-            return (tuple(found),)
-        if all(isinstance(p, list) and p and all(isinstance(t, int) and not isinstance(t, bool) for t in p) for p in found):
-            return tuple(tuple(p) for p in found)
+        lists = found if all(isinstance(p, list) and p for p in found) else [found]
+        ids = [[without_point(token) for token in some] for some in lists]
+        if all(isinstance(token, int) and not isinstance(token, bool) for some in ids for token in some):
+            return tuple(map(tuple, ids))
     raise wrong("prompt", found, "a string, token ids, or a list of them")
