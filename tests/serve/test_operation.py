@@ -18,8 +18,6 @@ import pytest
 
 openai = pytest.importorskip("openai")
 
-from flashhead_edge.serve.run import WORKERS
-
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
 LONG = {**ASK, "max_tokens": 8000, "logit_bias": {"255": -100}}  # seconds of work: 255 is what would end it
 
@@ -99,6 +97,8 @@ def test_large_heads_and_endless_bodies_are_cut_off(server):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
 def test_many_clients_at_once_do_not_make_many_threads(start_server):
     """Each would keep a stack and an arena of memory."""
+    from flashhead_edge.serve.run import WORKERS
+
     body = json.dumps({**ASK, "max_tokens": 3}).encode()
     with start_server("--waiting", "100") as server:
         before = len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
