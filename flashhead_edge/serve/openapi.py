@@ -55,7 +55,7 @@ def api_document(tokens: int, tools: bool) -> dict[str, Any]:
         "logit_bias": nullable(
             type="object", additionalProperties={"type": "number", "minimum": -100, "maximum": 100}, propertyNames={"pattern": "^[0-9]{1,9}$"}
         ),
-        "seed": whole(-(2**63), 2**63 - 1),
+        "seed": whole(-(2**63), 2**64 - 1),
         "n": whole(1, MOST_CHOICES),
         "stop": {"anyOf": [some, {"type": "array", "maxItems": MOST_STOPS, "items": some}, {"type": "null"}]},
         "stream": nullable(type="boolean"),
@@ -74,7 +74,7 @@ def api_document(tokens: int, tools: bool) -> dict[str, Any]:
             "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]},
         },
     }
-    function = {"type": "object", "required": ["name"], "properties": {"name": some, "description": {"type": "string"}, "parameters": object_}}
+    function = {"type": "object", "required": ["name"], "properties": {"name": some, "description": {"type": "string"}, "parameters": nullable(type="object")}}
     tool = {"type": "object", "required": ["type", "function"], "properties": {"type": {"const": "function"}, "function": function}}
     chat = {
         "type": "object",
