@@ -31,6 +31,12 @@ def form(kind: str, **more: Any) -> dict[str, Any]:
     return {"type": "object", "required": ["type", *more], "properties": {"type": {"const": kind}, **more}}
 
 
+def too_many(prompts: int) -> dict[str, Any]:
+    """So many prompts or more, each with more texts than there may be in all."""
+    several = {"type": "array", "minItems": prompts, "items": {"type": ["string", "array"]}}
+    return {"required": ["n", "prompt"], "properties": {"prompt": several, "n": {"type": "integer", "minimum": MOST_CHOICES // prompts + 1}}}
+
+
 def api_document(tokens: int, tools: bool) -> dict[str, Any]:
     """OpenAPI 3.1.
 
@@ -74,7 +80,11 @@ def api_document(tokens: int, tools: bool) -> dict[str, Any]:
             "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]},
         },
     }
-    function = {"type": "object", "required": ["name"], "properties": {"name": some, "description": {"type": "string"}, "parameters": nullable(type="object")}}
+    function = {
+        "type": "object",
+        "required": ["name"],
+        "properties": {"name": some, "description": nullable(type="string"), "parameters": nullable(type="object")},
+    }
     tool = {"type": "object", "required": ["type", "function"], "properties": {"type": {"const": "function"}, "function": function}}
     chat = {
         "type": "object",
@@ -94,7 +104,12 @@ def api_document(tokens: int, tools: bool) -> dict[str, Any]:
     ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": tokens - 1}}
     lists = [*({"type": "array", "minItems": 1, "maxItems": MOST_CHOICES, "items": item} for item in (some, ids)), ids]
     prompt = {"anyOf": [some, *lists], "description": "A text or token ids of the model, or some of either; with n 16 texts in all"}
-    plain = {"type": "object", "required": ["prompt"], "properties": {**common, "prompt": prompt, "logprobs": whole(0, 20)}}
+    plain = {
+        "type": "object",
+        "required": ["prompt"],
+        "properties": {**common, "prompt": prompt, "logprobs": whole(0, 20)},
+        "not": {"anyOf": [too_many(prompts) for prompts in range(2, MOST_CHOICES + 1) if MOST_CHOICES // prompts < MOST_CHOICES // (prompts - 1)]},
+    }
     errors = {status: {"description": text, "content": error} for status, text in ERRORS.items()}
 
     def post(summary: str, schema: dict[str, Any]) -> dict[str, Any]:

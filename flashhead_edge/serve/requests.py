@@ -190,6 +190,8 @@ def sampling(body: Mapping[str, Any]) -> Sampling:
     for token in biases:
         if not (token.isascii() and token.isdigit() and len(token) < 10):
             raise Refusal("logit_bias: a name is no token id, expected whole numbers; correct it", param="logit_bias")
+        if biases[token] is None:
+            raise wrong(f"logit_bias[{token}]", None, "a number from -100 to 100")
         bias[int(token)] = number(biases, token, -100, 100, 0.0)
     try:
         return Sampling(
@@ -312,6 +314,8 @@ def chat_tools(body: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], 
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("parameters", {}), (dict, type(None))):
             raise wrong(f"tools[{i}]", tool, "an object of type function, with a function")
+        if not isinstance(function.get("description"), (str, type(None))):
+            raise wrong(f"tools[{i}].function.description", function["description"], "a string")
         names.append(text(function.get("name"), f"tools[{i}].function.name"))
     choice = body.get("tool_choice")
     if choice in (None, "auto"):
