@@ -229,8 +229,8 @@ async def one_model(service: Service, request: Request) -> Response:
 
 
 async def openapi(service: Service, request: Request) -> Response:
-    tokenizer = service.engine.tokenizer
-    return JSONResponse(api_document(service.engine.embedding_rows, tokenizer is not None and knows_tools(tokenizer.chat_template)))
+    engine, tokenizer = service.engine, service.engine.tokenizer
+    return JSONResponse(api_document(engine.vocab_size, engine.embedding_rows, tokenizer is not None and knows_tools(tokenizer.chat_template)))
 
 
 async def live(service: Service, request: Request) -> Response:

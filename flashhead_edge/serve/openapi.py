@@ -37,11 +37,23 @@ def too_many(prompts: int) -> dict[str, Any]:
     return {"required": ["n", "prompt"], "properties": {"prompt": several, "n": {"type": "integer", "minimum": MOST_CHOICES // prompts + 1}}}
 
 
-def api_document(tokens: int, tools: bool) -> dict[str, Any]:
+def below(n: int) -> str:
+    """A pattern of the whole numbers below n, at least 1, without zeros before them."""
+    last = str(n - 1)
+    ways = ["0", *(f"[1-9][0-9]{{{digits - 1}}}" for digits in range(1, len(last))), last]
+    for at, digit in enumerate(last):
+        low = 1 if at == 0 else 0
+        if int(digit) > low:
+            ways.append(f"{last[:at]}[{low}-{int(digit) - 1}][0-9]{{{len(last) - at - 1}}}")
+    return f"^({'|'.join(ways)})$"
+
+
+def api_document(vocab: int, tokens: int, tools: bool) -> dict[str, Any]:
     """OpenAPI 3.1.
 
     Args:
-        tokens: that the model reads: ids of prompts are below.
+        vocab: tokens that the model writes: ids of biases are below.
+        tokens: those that it reads: ids of prompts are below.
         tools: whether its chat template knows them.
     """
     object_: dict[str, Any] = {"type": "object"}
@@ -59,7 +71,7 @@ def api_document(tokens: int, tools: bool) -> dict[str, Any]:
         "presence_penalty": number(-2, 2),
         "frequency_penalty": number(-2, 2),
         "logit_bias": nullable(
-            type="object", additionalProperties={"type": "number", "minimum": -100, "maximum": 100}, propertyNames={"pattern": "^[0-9]{1,9}$"}
+            type="object", additionalProperties={"type": "number", "minimum": -100, "maximum": 100}, propertyNames={"pattern": below(vocab)}
         ),
         "seed": whole(-(2**63), 2**64 - 1),
         "n": whole(1, MOST_CHOICES),
@@ -100,6 +112,14 @@ def api_document(tokens: int, tools: bool) -> dict[str, Any]:
         },
         "if": {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
         "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+        "not": {  # a form of the text and calls in it
+            "required": ["tools", "response_format"],
+            "properties": {
+                "tools": {"type": "array", "minItems": 1},
+                "tool_choice": {"not": {"const": "none"}},
+                "response_format": {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["json_object", "json_schema"]}}},
+            },
+        },
     }
     ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": tokens - 1}}
     lists = [*({"type": "array", "minItems": 1, "maxItems": MOST_CHOICES, "items": item} for item in (some, ids)), ids]

@@ -141,6 +141,7 @@ def wanted(body: Mapping[str, Any], *, chat: bool) -> Wanted:
     modalities = body.get("modalities")
     if modalities not in (None, ["text"]):
         raise Refusal("modalities: found others than text, expected ['text']; leave the field out", param="modalities")
+    named(body, "model")  # one is served, whatever is asked for
     prompts = (messages(body),) if chat else completion_prompts(body)
     tools, forced, names = chat_tools(body) if chat else ((), False, ())
     count = whole(body, "n", 1, MOST_CHOICES, 1) or 1
@@ -188,7 +189,7 @@ def sampling(body: Mapping[str, Any]) -> Sampling:
         raise wrong("logit_bias", biases, "an object of numbers by token id")
     bias = {}
     for token in biases:
-        if not (token.isascii() and token.isdigit() and len(token) < 10):
+        if not (token.isascii() and token.isdigit() and len(token) < 10 and str(int(token)) == token):
             raise Refusal("logit_bias: a name is no token id, expected whole numbers; correct it", param="logit_bias")
         if biases[token] is None:
             raise wrong(f"logit_bias[{token}]", None, "a number from -100 to 100")
@@ -316,7 +317,9 @@ def chat_tools(body: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], 
             raise wrong(f"tools[{i}]", tool, "an object of type function, with a function")
         if not isinstance(function.get("description"), (str, type(None))):
             raise wrong(f"tools[{i}].function.description", function["description"], "a string")
-        names.append(text(function.get("name"), f"tools[{i}].function.name"))
+        if not function.get("name"):
+            raise wrong(f"tools[{i}].function.name", function.get("name"), "a string that is not empty")
+        names.append(text(function["name"], f"tools[{i}].function.name"))
     choice = body.get("tool_choice")
     if choice in (None, "auto"):
         return tuple(tools), False, tuple(names)
