@@ -37,7 +37,7 @@ KEEP_ALIVE = 15  # seconds that a connection may be idle between requests
 LINGER = 30.0  # seconds that a closed connection may take to hand over what was written
 WORKERS = 4  # threads that read prompts and figures: 40, which is anyio's number, keep 20 MiB in arenas of their own once they have been busy
 LAST = 5.0  # seconds that the decode thread has for the step it is in
-SWITCH = 0.0005  # seconds after which a thread gives way: at Python's 5 ms a token could wait as long as it takes to make
+SWITCH = 0.00005  # seconds after which a thread gives way: who is woken by a token takes the lock from who makes the next, for up to that time
 LOG = logging.getLogger("flashhead_edge.serve")
 
 
