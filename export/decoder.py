@@ -106,7 +106,9 @@ class Program:
 
 
 def decoder_model(body: ir.Model, metadata: dict[str, str]) -> ir.Model:
-    """input_ids [1, S], attention_mask [1, T], past of each layer -> hidden_states [1, S, d] and present, as the standard body has them.
+    """input_ids [1, S], texts [M, 3], past of each layer -> hidden_states [1, S, d] and present, as the standard body has them.
+
+    S are the tokens of M texts that stand side by side in one cache: decoder_step.c says what is in a row of `texts`.
 
     Args:
         body: in the `onnxruntime` dialect.
@@ -131,7 +133,8 @@ def decoder_model(body: ir.Model, metadata: dict[str, str]) -> ir.Model:
         raise NotNative("the last operator does not make the hidden states")
     instructions, widths = assigned(program.instructions, program.widths)
     cache = [name.removesuffix("key") + part for name in keys for part in ("key", "value")]
-    given = [_copy(inputs[name]) for name in ("input_ids", "attention_mask", *cache)]
+    texts = ir.Value(name="texts", shape=ir.Shape(("M", 3)), type=ir.TensorType(ir.DataType.INT64))
+    given = [_copy(inputs["input_ids"]), texts, *(_copy(inputs[name]) for name in cache)]
     arrays = [ir.Value(name=v.name, shape=v.shape, type=v.type, const_value=v.const_value) for v in program.initializers.values()]
     said = {v.name: v for v in graph.outputs}
     made = [said[name] for name in ("hidden_states", *(name.replace("past_key_values.", "present.") for name in cache))]
@@ -140,6 +143,7 @@ def decoder_model(body: ir.Model, metadata: dict[str, str]) -> ir.Model:
         [*given, *arrays],
         {
             "layers": len(keys),
+            "texts": 1,
             "widths": widths,
             "result": [instructions[-1].out.slot, instructions[-1].out.offset],
             "instructions": [x for i in instructions for x in record(i)],

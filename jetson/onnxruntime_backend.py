@@ -14,6 +14,7 @@ from flashhead_edge.jetson.folder import PARTS, ExportSettings, check_belongs, p
 from flashhead_edge.jetson.onnxruntime_body import FIRST_CAPACITY, OnnxBody
 from flashhead_edge.jetson.onnxruntime_sessions import NATIVE_BODY, NATIVE_HEAD, open_model, parts_of, usable_threads
 from flashhead_edge.jetson.onnxruntime_step import OneState
+from flashhead_edge.jetson.onnxruntime_texts import SharedCache, TextBody
 from flashhead_edge.jetson.plan import check_fits, free_here
 from flashhead_edge.jetson.plan_sources import onnx_need
 
@@ -36,6 +37,7 @@ class OnnxRuntime:
     sessions: dict[str, InferenceSession] = field(default_factory=dict)
     found: dict[str, ExportSettings] = field(default_factory=dict)
     single: dict[str, OneState] = field(default_factory=dict)  # of parts that make steps
+    shared: SharedCache | None = None  # of all texts, where the body takes several at once
 
     @property
     def settings(self) -> ExportSettings:
@@ -60,8 +62,13 @@ class OnnxRuntime:
             "body_operators": body,
         }
 
-    def body(self) -> OnnxBody:
-        return OnnxBody(self.session(self.body_part), self.settings)
+    def body(self) -> OnnxBody | TextBody:
+        session = self.session(self.body_part)
+        if all(value.name != "texts" for value in session.get_inputs()):
+            return OnnxBody(session, self.settings)
+        if self.shared is None:
+            self.shared = SharedCache(session, self.settings)
+        return TextBody(self.shared)
 
     def session(self, part: str) -> InferenceSession:
         """A part, opened and checked.

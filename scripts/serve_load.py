@@ -181,7 +181,7 @@ async def stranger(port: int, rng: random.Random, until: float, seen: Counter[st
                     status = int((await asyncio.wait_for(reader.readline(), 60)).split()[1])
                     seen["malformed not refused"] += status != 400
                 elif what == "oversized":
-                    writer.write(head(5 << 20) + b" " * 100_000)
+                    writer.write(head(5 << 20) + b" " * (5 << 20))
                     status = int((await asyncio.wait_for(reader.readline(), 60)).split()[1])
                     seen["oversized not refused"] += status != 413
                 else:

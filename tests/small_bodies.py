@@ -101,6 +101,8 @@ def session(path: Path, *, exact: bool = False) -> ort.InferenceSession:
 def feeds(inputs: list[Any], ids: np.ndarray, mask: np.ndarray, cache: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A step's inputs; an empty cache is made of the shapes that the model's inputs have."""
     feed = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+    if any(value.name == "texts" for value in inputs):  # the native body: one text from the cache's beginning on
+        feed = {"input_ids": feed["input_ids"], "texts": np.array([[ids.shape[1], mask.shape[1] - ids.shape[1], 0]])}
     for value in inputs:
         if value.name.startswith("past_key_values."):
             number = np.float16 if value.type == "tensor(float16)" else np.float32

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from flashhead_edge.generation.protocols import Array, BodySession, ReadsStates, TextEngine
+from flashhead_edge.generation.protocols import Array, BodySession, FeedsTogether, ReadsStates, TextEngine
 
 
 class PromptCache:
@@ -15,6 +15,7 @@ class PromptCache:
     def __init__(self) -> None:
         self.body: BodySession | None = None
         self.ids: list[int] = []  # what the body holds
+        self.ahead: tuple[int, Array] | None = None  # the last of them and its state, where `feed_ahead` read it and nobody has taken it yet
 
     def begin(self, engine: TextEngine, prompt: Sequence[int]) -> tuple[int, Array]:
         """Bring the body behind `prompt`, of at least one token: how many of its tokens were read, hidden state of the last one [1, d].
@@ -23,6 +24,7 @@ class PromptCache:
         """
         shared = next((i for i, (a, b) in enumerate(zip(self.ids, prompt)) if a != b), min(len(self.ids), len(prompt)))
         shared = min(shared, len(prompt) - 1)  # the last state comes from a token that is fed
+        self.ahead = None
         if self.body is None or not shared or (shared < len(self.ids) and not self.body.can_cut):
             self.body, self.ids, shared = engine.body(), [], 0
         if shared < len(self.ids):
@@ -30,7 +32,15 @@ class PromptCache:
         return len(prompt) - shared, self.feed(prompt[shared:])
 
     def feed(self, ids: Sequence[int]) -> Array:
+        if self.ahead is not None and list(ids) == [self.ahead[0]]:
+            hidden, self.ahead = self.ahead[1], None
+            return hidden
         return self._run(ids, lambda body: body.feed(ids))
+
+    @property
+    def feeds_together(self) -> bool:
+        """Whether `feed_ahead` can take it."""
+        return isinstance(self.body, FeedsTogether)
 
     @property
     def reads_states(self) -> bool:
@@ -51,7 +61,7 @@ class PromptCache:
     @contextmanager
     def _taken(self) -> Iterator[Any]:
         """The body, given up until all is done: what fails or is interrupted leaves nobody knows what."""
-        body, self.body = self._open(), None
+        body, self.body, self.ahead = self._open(), None, None
         yield body
         self.body = body
 
@@ -76,3 +86,16 @@ class PromptCache:
     def _open(self) -> BodySession:
         assert self.body is not None, "no text has begun"
         return self.body
+
+
+def feed_ahead(caches: Sequence[PromptCache], tokens: Sequence[int]) -> None:
+    """Feed a token to each of some caches of one engine in one pass: what each would `feed` next, which then runs nothing.
+
+    What fails has changed none of them.
+    """
+    bodies = [cache._open() for cache in caches]
+    assert isinstance(bodies[0], FeedsTogether)
+    states = bodies[0].feed_together(bodies, [[token] for token in tokens])
+    for cache, token, hidden in zip(caches, tokens, states):
+        cache.ids.append(token)
+        cache.ahead = token, hidden

@@ -59,6 +59,15 @@ class ReadsStates(Protocol):
         ...
 
 
+@runtime_checkable
+class FeedsTogether(Protocol):
+    """A session that can be fed in one pass with others of its engine: the weights are read once for all of them."""
+
+    def feed_together(self, sessions: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[Array]:
+        """`feed` of each of some sessions of one engine, with the same results: hidden states, [1, d] each. What fails has changed none of them."""
+        ...
+
+
 class TextEngine(Protocol):
     """A model with its fast head, ready to decode on one device."""
 

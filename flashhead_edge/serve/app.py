@@ -31,7 +31,7 @@ from flashhead_edge.serve.orders import Grammars, orders
 from flashhead_edge.serve.refusals import Refusal, error_document
 from flashhead_edge.serve.requests import Wanted, read_json, wanted
 from flashhead_edge.serve.texts import Decoder, Text
-from flashhead_edge.serve.tools import forced_schema, form_of
+from flashhead_edge.serve.tools import forced_schema, form_of, knows_tools
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 EVERY = 1.0  # seconds between two looks of the page
@@ -68,7 +68,7 @@ def create_app(service: Service) -> Guard:
         "/v1/models": partial(models, service),
         "/v1/models/{name:path}": partial(one_model, service),
         "/live": partial(live, service),
-        "/openapi.json": openapi,
+        "/openapi.json": partial(openapi, service),
     }
     routes = [Route(path, endpoint, methods=[method]) for method, table in (("POST", post), ("GET", get)) for path, endpoint in table.items()]
     return Guard(Starlette(routes=routes, exception_handlers={HTTPException: no_route, Refusal: refused}), service.key, service.loopback, service.metrics)
@@ -228,8 +228,9 @@ async def one_model(service: Service, request: Request) -> Response:
     return JSONResponse(model_form(service))
 
 
-async def openapi(request: Request) -> Response:
-    return JSONResponse(api_document())
+async def openapi(service: Service, request: Request) -> Response:
+    engine, tokenizer = service.engine, service.engine.tokenizer
+    return JSONResponse(api_document(engine.vocab_size, engine.embedding_rows, tokenizer is not None and knows_tools(tokenizer.chat_template)))
 
 
 async def live(service: Service, request: Request) -> Response:

@@ -27,8 +27,9 @@ PAUSE = 0.001  # seconds that a reader rests before it asks to be woken
 class Mailbox:
     """Of one request, however many texts it has. Made in the event loop that reads it.
 
-    To wake a loop takes a system call and a change of threads, 70 us and more, which is a share of a GPU's step. So who has just taken
-    something rests first: what is faster than that is found without being called.
+    To wake a loop takes a system call and a change of threads, 70 us and more, which is a share of a GPU's step. So who takes pieces that
+    come quickly rests before the next: what is faster than that is found without being called. Where they come slowly, as from a CPU, the
+    rest would be one more turn of the loop for each.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class Mailbox:
         self.event = asyncio.Event()
         self.pieces: deque[Piece] = deque()
         self.awake = True  # the reader looks by itself
+        self.quick, self.taken = True, self.loop.time()  # whether the last pieces came within two rests, and when they were taken
 
     def put(self, piece: Piece) -> None:
         """From any thread."""
@@ -49,7 +51,7 @@ class Mailbox:
 
     async def take(self) -> list[Piece]:
         """All that has come, at least one."""
-        if not self.pieces:
+        if not self.pieces and self.quick:
             await asyncio.sleep(PAUSE)
         while not self.pieces:
             self.awake = False
@@ -58,6 +60,8 @@ class Mailbox:
                 break
             await self.event.wait()
             self.event.clear()
+        now = self.loop.time()
+        self.quick, self.taken = now - self.taken < 2 * PAUSE, now
         found = []
         while self.pieces:
             found.append(self.pieces.popleft())

@@ -31,8 +31,31 @@ def form(kind: str, **more: Any) -> dict[str, Any]:
     return {"type": "object", "required": ["type", *more], "properties": {"type": {"const": kind}, **more}}
 
 
-def api_document() -> dict[str, Any]:
-    """OpenAPI 3.1."""
+def too_many(prompts: int) -> dict[str, Any]:
+    """So many prompts or more, each with more texts than there may be in all."""
+    several = {"type": "array", "minItems": prompts, "items": {"type": ["string", "array"]}}
+    return {"required": ["n", "prompt"], "properties": {"prompt": several, "n": {"type": "integer", "minimum": MOST_CHOICES // prompts + 1}}}
+
+
+def below(n: int) -> str:
+    """A pattern of the whole numbers below n, at least 1, without zeros before them."""
+    last = str(n - 1)
+    ways = ["0", *(f"[1-9][0-9]{{{digits - 1}}}" for digits in range(1, len(last))), last]
+    for at, digit in enumerate(last):
+        low = 1 if at == 0 else 0
+        if int(digit) > low:
+            ways.append(f"{last[:at]}[{low}-{int(digit) - 1}][0-9]{{{len(last) - at - 1}}}")
+    return f"^({'|'.join(ways)})$"
+
+
+def api_document(vocab: int, tokens: int, tools: bool) -> dict[str, Any]:
+    """OpenAPI 3.1.
+
+    Args:
+        vocab: tokens that the model writes: ids of biases are below.
+        tokens: those that it reads: ids of prompts are below.
+        tools: whether its chat template knows them.
+    """
     object_: dict[str, Any] = {"type": "object"}
     some = {"type": "string", "minLength": 1}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
@@ -48,9 +71,9 @@ def api_document() -> dict[str, Any]:
         "presence_penalty": number(-2, 2),
         "frequency_penalty": number(-2, 2),
         "logit_bias": nullable(
-            type="object", additionalProperties={"type": "number", "minimum": -100, "maximum": 100}, propertyNames={"pattern": "^[0-9]{1,9}$"}
+            type="object", additionalProperties={"type": "number", "minimum": -100, "maximum": 100}, propertyNames={"pattern": below(vocab)}
         ),
-        "seed": whole(-(2**63), 2**63 - 1),
+        "seed": whole(-(2**63), 2**64 - 1),
         "n": whole(1, MOST_CHOICES),
         "stop": {"anyOf": [some, {"type": "array", "maxItems": MOST_STOPS, "items": some}, {"type": "null"}]},
         "stream": nullable(type="boolean"),
@@ -69,7 +92,11 @@ def api_document() -> dict[str, Any]:
             "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]},
         },
     }
-    function = {"type": "object", "required": ["name"], "properties": {"name": some, "description": {"type": "string"}, "parameters": object_}}
+    function = {
+        "type": "object",
+        "required": ["name"],
+        "properties": {"name": some, "description": nullable(type="string"), "parameters": nullable(type="object")},
+    }
     tool = {"type": "object", "required": ["type", "function"], "properties": {"type": {"const": "function"}, "function": function}}
     chat = {
         "type": "object",
@@ -80,16 +107,29 @@ def api_document() -> dict[str, Any]:
             "max_completion_tokens": whole(1, 1 << 20),
             "logprobs": nullable(type="boolean"),
             "top_logprobs": whole(0, 20),
-            "tools": nullable(type="array", items=tool),
+            "tools": nullable(type="array", items=tool) if tools else nullable(type="array", maxItems=0, description="This model's chat template knows none"),
             "tool_choice": {"enum": ["none", "auto", None], "description": "Beside tools also required, or a function that they name"},
         },
         "if": {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
         "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+        "not": {  # a form of the text and calls in it
+            "required": ["tools", "response_format"],
+            "properties": {
+                "tools": {"type": "array", "minItems": 1},
+                "tool_choice": {"not": {"const": "none"}},
+                "response_format": {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["json_object", "json_schema"]}}},
+            },
+        },
     }
-    token = {"type": "integer", "minimum": 0}
-    lists = [{"type": "array", "minItems": 1, "maxItems": MOST_CHOICES, "items": some}, {"type": "array", "minItems": 1, "items": token}]
-    prompt = {"anyOf": [some, *lists], "description": "A text, texts, or token ids of the model; with n 16 texts in all"}
-    plain = {"type": "object", "required": ["prompt"], "properties": {**common, "prompt": prompt, "logprobs": whole(0, 20)}}
+    ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": tokens - 1}}
+    lists = [*({"type": "array", "minItems": 1, "maxItems": MOST_CHOICES, "items": item} for item in (some, ids)), ids]
+    prompt = {"anyOf": [some, *lists], "description": "A text or token ids of the model, or some of either; with n 16 texts in all"}
+    plain = {
+        "type": "object",
+        "required": ["prompt"],
+        "properties": {**common, "prompt": prompt, "logprobs": whole(0, 20)},
+        "not": {"anyOf": [too_many(prompts) for prompts in range(2, MOST_CHOICES + 1) if MOST_CHOICES // prompts < MOST_CHOICES // (prompts - 1)]},
+    }
     errors = {status: {"description": text, "content": error} for status, text in ERRORS.items()}
 
     def post(summary: str, schema: dict[str, Any]) -> dict[str, Any]:

@@ -96,12 +96,16 @@ def number(body: Mapping[str, Any], name: str, low: float, high: float, default:
     return float(value)
 
 
+def named(body: Mapping[str, Any], name: str) -> str:
+    value = body.get(name)
+    return "" if value is None else text(value, name)
+
+
 def whole(body: Mapping[str, Any], name: str, low: int, high: int, default: int | None = None) -> int | None:
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # 5.0 is a whole number in JSON
+    value = without_point(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise wrong(name, value, f"a whole number from {low} to {high}")
     return value
@@ -137,6 +141,7 @@ def wanted(body: Mapping[str, Any], *, chat: bool) -> Wanted:
     modalities = body.get("modalities")
     if modalities not in (None, ["text"]):
         raise Refusal("modalities: found others than text, expected ['text']; leave the field out", param="modalities")
+    named(body, "model")  # one is served, whatever is asked for
     prompts = (messages(body),) if chat else completion_prompts(body)
     tools, forced, names = chat_tools(body) if chat else ((), False, ())
     count = whole(body, "n", 1, MOST_CHOICES, 1) or 1
@@ -164,7 +169,7 @@ def wanted(body: Mapping[str, Any], *, chat: bool) -> Wanted:
         logprobs=chat_logprobs(body) if chat else whole(body, "logprobs", 0, 20),
         dense=head == "dense",
         again=body.get("seed") is not None,
-        user=text(body.get("user") or body.get("safety_identifier") or "", "user")[:64],
+        user=(named(body, "user") or named(body, "safety_identifier"))[:64],
     )
 
 
@@ -184,8 +189,10 @@ def sampling(body: Mapping[str, Any]) -> Sampling:
         raise wrong("logit_bias", biases, "an object of numbers by token id")
     bias = {}
     for token in biases:
-        if not (token.isascii() and token.isdigit() and len(token) < 10):
+        if not (token.isascii() and token.isdigit() and len(token) < 10 and str(int(token)) == token):
             raise Refusal("logit_bias: a name is no token id, expected whole numbers; correct it", param="logit_bias")
+        if biases[token] is None:
+            raise wrong(f"logit_bias[{token}]", None, "a number from -100 to 100")
         bias[int(token)] = number(biases, token, -100, 100, 0.0)
     try:
         return Sampling(
@@ -308,7 +315,11 @@ def chat_tools(body: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], 
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("parameters", {}), (dict, type(None))):
             raise wrong(f"tools[{i}]", tool, "an object of type function, with a function")
-        names.append(text(function.get("name"), f"tools[{i}].function.name"))
+        if not isinstance(function.get("description"), (str, type(None))):
+            raise wrong(f"tools[{i}].function.description", function["description"], "a string")
+        if not function.get("name"):
+            raise wrong(f"tools[{i}].function.name", function.get("name"), "a string that is not empty")
+        names.append(text(function["name"], f"tools[{i}].function.name"))
     choice = body.get("tool_choice")
     if choice in (None, "auto"):
         return tuple(tools), False, tuple(names)
@@ -322,6 +333,11 @@ def chat_tools(body: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], 
     raise wrong("tool_choice", choice, "none, auto, required, or a function that tools names")
 
 
+def without_point(value: Any) -> Any:
+    """5.0 is a whole number in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def completion_prompts(body: Mapping[str, Any]) -> tuple[Any, ...]:
     """Texts, or lists of token ids."""
     found = body.get("prompt")
@@ -330,8 +346,8 @@ def completion_prompts(body: Mapping[str, Any]) -> tuple[Any, ...]:
     if isinstance(found, list) and found:
         if all(isinstance(p, str) for p in found):
             return tuple(text(p, "prompt") for p in found)
-        if all(isinstance(p, int) and not isinstance(p, bool) for p in found):
-            return (tuple(found),)
-        if all(isinstance(p, list) and p and all(isinstance(t, int) and not isinstance(t, bool) for t in p) for p in found):
-            return tuple(tuple(p) for p in found)
+        lists = found if all(isinstance(p, list) and p for p in found) else [found]
+        ids = [[without_point(token) for token in some] for some in lists]
+        if all(isinstance(token, int) and not isinstance(token, bool) for some in ids for token in some):
+            return tuple(map(tuple, ids))
     raise wrong("prompt", found, "a string, token ids, or a list of them")

@@ -25,9 +25,17 @@ class Rotation:
             beside = [self.turns[other] for other in present & self.turns.keys() if other[:-1] == key[:-1] and len(other) == len(key)]
             self.turns[key] = min(beside, default=0)
         best = min(ready, key=lambda path: [self.turns[path[:n]] for n in range(1, len(path) + 1)])
-        for n in range(1, len(best) + 1):
-            self.turns[best[:n]] += 1
+        self._count({best[:n] for n in range(1, len(best) + 1)})
         return best
+
+    def along(self, path: Path, others: Iterable[Path]) -> None:
+        """Count a turn of others that went along with `path`, which was counted: their beginnings that are not its own, once each."""
+        own = {path[:n] for n in range(1, len(path) + 1)}
+        self._count({other[:n] for other in others for n in range(1, len(other) + 1)} - own)
+
+    def _count(self, beginnings: Iterable[Path]) -> None:
+        for key in beginnings:
+            self.turns[key] = self.turns.get(key, 0) + 1
 
     def keep(self, paths: Iterable[Path]) -> None:
         """Forget all but the beginnings of these."""

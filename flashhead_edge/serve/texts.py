@@ -1,8 +1,9 @@
 """The decode thread: texts in fair turns, a token at a time, and nobody who reads them is waited for.
 
-The engine belongs to this thread alone. Where it can hold several texts (each has a body of its own), up to `Limits.at_once` of them
-take turns token by token; where it has one cache, one text is made after the other, and the turns are those of who comes next.
-A long prompt is read in parts, so that a text beside it waits for a part and not for all of it.
+The engine belongs to this thread alone. Where it can hold several texts, up to `Limits.at_once` of them are made at once: in one pass
+of the body for a token of each where it has such passes, else token by token in turns. Where it has one cache, one text is made after
+the other, and the turns are those of who comes next. A long prompt is read in parts, so that a text beside it waits for a part and
+not for all of it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 from flashhead_edge.errors import FlashHeadError, SettingsError, first_line
 from flashhead_edge.generation import PromptCache, Stream, stream
+from flashhead_edge.generation.cache import feed_ahead
 from flashhead_edge.generation.protocols import TextEngine
 from flashhead_edge.serve.dense import DenseHead
 from flashhead_edge.serve.limits import Limits
@@ -43,7 +45,8 @@ class Text:
     cache: PromptCache | None = None
     read: int = 0  # tokens of the prompt that were fed before the stream begins
     stream: Stream | None = None
-    last: float = 0.0  # when its last token came
+    token: int | None = None  # its last one, which its body has not read yet
+    last: float = 0.0  # when that came
     steps: tuple[int, int] = (0, 0)  # tokens and capped steps that the metrics know
 
     def put(self, piece: Piece) -> None:
@@ -119,7 +122,7 @@ class Decoder:
             while self._admit():
                 by_path = {text.path: text for text in self.active}
                 if by_path:
-                    self._turn(by_path[self.turns.next(by_path)])
+                    self._step(by_path[self.turns.next(by_path)])
         except BaseException:
             self.broken = True
             LOG.exception("the decode thread failed")
@@ -195,6 +198,18 @@ class Decoder:
         message = f"text: it was not done after {self.limits.deadline:g} s, expected a shorter one; ask for fewer tokens"
         text.put(Piece(text.index, None, "", error=Refusal(message, 504, "deadline")))
 
+    def _step(self, text: Text) -> None:
+        """A turn of a text, and of all that can go along with it in one pass of the body."""
+        along = [t for t in self.active if goes_along(t)] if len(self.active) > 1 and goes_along(text) else [text]
+        if len(along) > 1:
+            self.turns.along(text.path, [t.path for t in along])
+            try:
+                feed_ahead([t.cache for t in along if t.cache is not None], [t.token for t in along if t.token is not None])
+            except Exception:  # whose fault it is shows when each is fed alone
+                LOG.exception("a pass of several texts failed")
+        for one in along:
+            self._turn(one)
+
     def _turn(self, text: Text) -> None:
         """One token of a text, or one part of its prompt. What goes wrong is the text's own."""
         try:
@@ -237,7 +252,7 @@ class Decoder:
             self.metrics.first(now - text.arrived, summary.prompt_tokens)
         else:
             self.metrics.between(now - text.last)
-        text.last = now
+        text.last, text.token = now, token.id
         self.metrics.step(summary.capped_steps - text.steps[1])
         text.steps = (summary.tokens, summary.capped_steps)
         if summary.stopped:
@@ -256,6 +271,11 @@ class Decoder:
         self._leave(text)
         self.metrics.ended("failed")
         text.put(Piece(text.index, None, "", error=refusal))
+
+
+def goes_along(text: Text) -> bool:
+    """Whether the text's next token is one that its body can read in one pass with others."""
+    return text.token is not None and text.cache is not None and text.cache.feeds_together
 
 
 def internal() -> Refusal:

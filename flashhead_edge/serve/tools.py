@@ -28,10 +28,18 @@ def form_of(template: Any) -> str:
     Raises:
         Refusal: the template knows no tools.
     """
-    texts = template if isinstance(template, str) else json.dumps(template)
-    if "tools" not in texts:
+    if not knows_tools(template):
         raise Refusal("tools: the model's chat template knows none, expected a model made for tools; leave them out", param="tools")
-    return "tagged" if TAG in texts else "bare"
+    return "tagged" if TAG in said_by(template) else "bare"
+
+
+def knows_tools(template: Any) -> bool:
+    return "tools" in said_by(template)
+
+
+def said_by(template: Any) -> str:
+    """A chat template's text, or those of several."""
+    return template if isinstance(template, str) else json.dumps(template)
 
 
 def forced_schema(tools: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:

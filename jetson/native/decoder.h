@@ -1,4 +1,4 @@
-/* A decoder's body as a list of instructions over rows of floats: what `DecoderStep` runs for some tokens of one text.
+/* A decoder's body as a list of instructions over rows of floats: what `DecoderStep` runs for some tokens of one text or of several.
  *
  * Instructions are made from the graph of the standard body (export/decoder.py), so that a family is data here, not code.
  */
@@ -32,7 +32,7 @@ struct instruction {
 };
 
 struct decoder {
-    size_t n_instructions, n_slots, n_layers, hidden, phases;
+    size_t n_instructions, n_slots, n_layers, hidden;
     size_t widths[64];        /* of slots, floats a token */
     struct instruction *instructions;
     struct place result;
@@ -49,25 +49,34 @@ struct partial { /* of a head's attention, over some positions */
     float sum, best;
 };
 
+struct text { /* of a pass */
+    size_t tokens, past, start; /* now fed; positions before them; where in the cache its first position is */
+    size_t first;   /* of its tokens among the pass's */
+    size_t parts;   /* of one token: the first of its places among the parts */
+};
+
 struct pass { /* some tokens' way through the decoder, and its memory */
     struct team team;
     const struct decoder *d;
     const struct instruction *now;
     const int64_t *ids;
-    size_t tokens, past;  /* now fed; positions before them */
+    size_t tokens, n_texts, singles; /* now fed, of all texts; texts with one token */
+    struct text *texts;              /* [n_texts] */
+    const struct text *text;         /* of several tokens, whose attention is made */
+    size_t *positions, *rows;        /* [tokens]: in their texts and in the cache */
     struct cache *caches; /* [n_layers] */
     float *slots[MOST_SLOTS];
     struct rounded rounded;
-    float *scores, *turned_keys;
+    float *scores, *part_scores, *turned_keys; /* part_scores [heads, parts, PART] */
     size_t score_room;    /* of several tokens: floats that a piece's scores have */
-    size_t parts;         /* of one token: parts of a head's positions, of each of which there are */
+    size_t parts;         /* of texts with one token: parts of a head's positions, all texts side by side */
     struct partial *partials; /* [heads, parts] */
     float *sums;          /* [heads, parts, size] */
     void *memory;
 };
 
-/* Memory for `tokens` tokens after `past` positions. 0: there is not enough. */
-int pass_open(struct pass *p, const struct decoder *d, size_t tokens, size_t past, int shared);
+/* Memory for some texts, of which tokens, past and start are read. 0: there is not enough. */
+int pass_open(struct pass *p, const struct decoder *d, const struct text *texts, size_t n_texts, int shared);
 void pass_run(void *pass);
 void pass_close(struct pass *p);
 

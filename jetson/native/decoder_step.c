@@ -1,16 +1,19 @@
-/* A decoder's body as one operator of ONNX Runtime on the CPU: tokens of one text and its cache in, hidden states out.
+/* A decoder's body as one operator of ONNX Runtime on the CPU: tokens of some texts and their caches in, hidden states out.
  *
  *   domain flashhead.native, operator DecoderStep, inputs and attributes as `export/decoder.py` writes them
- *   input_ids          in   [1, S] int64
- *   attention_mask     in   [1, T] int64, of which only T is read: S tokens after T - S positions
- *   past keys, values  in   [1, KV, P, size] float32 of each layer, P at least T - S
+ *   input_ids          in   [1, S] int64: the texts' tokens, one text behind the other
+ *   texts              in   [M, 3] int64 of each text: its tokens here, its positions before them, and where in the cache it begins
+ *   past keys, values  in   [1, KV, P, size] float32 of each layer: each text's positions side by side, those of no two texts the same
  *   hidden_states      out  [1, S, d] float32
- *   keys, values       out  [1, KV, max(P, T), size] float32 of each layer: where one is the buffer of its past, nothing is copied
+ *   keys, values       out  [1, KV, max(P, the last text's end), size] float32 of each layer: where one is the buffer of its past, nothing is copied
+ *
+ * Without the attribute `texts`, as it was exported before there were several, the second input is
+ *   attention_mask     in   [1, T] int64, of which only T is read: one text of S tokens after T - S positions, at the cache's beginning
  *
  * Judge: the standard body that it was made from (tests/export/test_decoder.py), with products of 8-bit activations.
  *
- * Threads share every product of a step (threads.h). What a token gets depends on the tokens before it alone, but for attention,
- * whose sums are added in another order where several tokens are fed at once.
+ * Threads share every product of a step (threads.h), and texts share its reads of the weights. What a token gets depends on the tokens
+ * before it in its text alone, but for attention, whose sums are added in another order where several tokens of a text are fed at once.
  */
 #include "operator.h"
 
@@ -29,6 +32,7 @@ struct decoder_kernel {
     ort_api api;
     struct decoder decoder;
     int64_t vocab; /* of the embedding */
+    int64_t several; /* the second input says which texts there are */
     float **offsets; /* [n_instructions], of matrices with zero points */
 };
 
@@ -37,18 +41,23 @@ struct decoder_kernel {
 static ort_status *cache_of(const struct decoder_kernel *k, ort_context *context, const struct instruction *i, struct pass *p, size_t which, float **out) {
     struct tensor past;
     void *now;
-    const size_t total = p->past + p->tokens, index = FIXED_INPUTS + 2 * i->layer + which;
+    const size_t index = FIXED_INPUTS + 2 * i->layer + which;
+    size_t total = 0, before = 0; /* positions that the cache must have, and those that are read of its past */
+    for (const struct text *t = p->texts; t < p->texts + p->n_texts; t++) {
+        total = t->start + t->past + t->tokens > total ? t->start + t->past + t->tokens : total;
+        before = t->start + t->past > before ? t->start + t->past : before;
+    }
     TRY(op_input(k->api, context, index, &past));
     const int64_t *size = past.dimensions;
     const int fits_layer = past.type == ORT_FLOAT && past.rank == 4 && size[0] == 1 && size[1] == (int64_t)i->kv_heads && size[3] == (int64_t)i->n;
-    if (!fits_layer || size[2] < (int64_t)p->past)
+    if (!fits_layer || size[2] < (int64_t)before)
         return refused(k->api, "DecoderStep: a past does not have the shape [1, heads, positions, size] of its layer, with all positions before the tokens");
     const size_t had = (size_t)past.dimensions[2], room = had > total ? had : total;
     const int64_t shape[] = {1, (int64_t)i->kv_heads, (int64_t)room, (int64_t)i->n};
     TRY(op_output(k->api, context, 1 + 2 * i->layer + which, shape, 4, &now));
-    if (now != past.data && p->past)
+    if (now != past.data && before)
         for (size_t h = 0; h < i->kv_heads; h++)
-            memcpy((float *)now + h * room * i->n, (const float *)past.data + h * had * i->n, p->past * i->n * sizeof(float));
+            memcpy((float *)now + h * room * i->n, (const float *)past.data + h * had * i->n, before * i->n * sizeof(float));
     p->caches[i->layer].capacity = room;
     *out = now;
     return NULL;
@@ -59,7 +68,8 @@ static ort_status *run(const struct decoder_kernel *k, ort_context *context, str
     for (size_t i = 0; i < d->n_instructions; i++) {
         const struct instruction *one = &d->instructions[i];
         if (one->operation != ATTEND) continue;
-        if (p->past + p->tokens > one->turns && one->turned) return refused(k->api, "DecoderStep: the text is longer than the model's rotary tables");
+        for (const struct text *t = p->texts; one->turned && t < p->texts + p->n_texts; t++)
+            if (t->past + t->tokens > one->turns) return refused(k->api, "DecoderStep: the text is longer than the model's rotary tables");
         TRY(cache_of(k, context, one, p, 0, &p->caches[one->layer].keys));
         TRY(cache_of(k, context, one, p, 1, &p->caches[one->layer].values));
     }
@@ -72,22 +82,51 @@ static ort_status *run(const struct decoder_kernel *k, ort_context *context, str
     return NULL;
 }
 
+/* The texts of a run, [*n], to be freed. */
+static ort_status *texts_of(const struct decoder_kernel *k, const struct tensor *ids, const struct tensor *second, struct text **texts, size_t *n) {
+    const int64_t *x = second->data;
+    size_t tokens = 0;
+    *texts = NULL, *n = 1;
+    if (ids->rank != 2 || second->rank != 2 || ids->dimensions[0] != 1)
+        return refused(k->api, "DecoderStep: input_ids is not [1, S], or what stands beside it has not two dimensions");
+    if (k->several) {
+        *n = (size_t)second->dimensions[0];
+        if (second->dimensions[1] != 3) return refused(k->api, "DecoderStep: texts is not [M, 3]: tokens, positions before them, the first position in the cache");
+        for (size_t t = 0; t < *n; t++) {
+            for (size_t f = 0; f < 3; f++)
+                if (x[3 * t + f] < 0 || x[3 * t + f] > INT32_MAX) return refused(k->api, "DecoderStep: a number of texts is below 0 or beyond all caches");
+            tokens += (size_t)x[3 * t];
+        }
+        if (tokens != ids->n) return refused(k->api, "DecoderStep: the tokens of all texts are not those of input_ids");
+    } else if (second->dimensions[0] != 1 || second->dimensions[1] < ids->dimensions[1])
+        return refused(k->api, "DecoderStep: attention_mask is not [1, T] with T of at least S: one text at a time");
+    *texts = malloc((*n ? *n : 1) * sizeof **texts);
+    if (!*texts) return failed(k->api, "DecoderStep: not enough memory for the texts");
+    if (!k->several) (*texts)[0] = (struct text){.tokens = ids->n, .past = (size_t)second->dimensions[1] - ids->n};
+    for (size_t t = 0; k->several && t < *n; t++)
+        (*texts)[t] = (struct text){.tokens = (size_t)x[3 * t], .past = (size_t)x[3 * t + 1], .start = (size_t)x[3 * t + 2]};
+    return NULL;
+}
+
 static ort_status *ORT_CALL compute(void *op_kernel, ort_context *context) {
     const struct decoder_kernel *k = op_kernel;
-    struct tensor ids, mask;
+    struct tensor ids, second;
+    struct text *texts;
+    size_t n;
     struct pass p;
     TRY(op_input(k->api, context, 0, &ids));
-    TRY(op_input(k->api, context, 1, &mask));
-    if (ids.rank != 2 || mask.rank != 2 || ids.dimensions[0] != 1 || mask.dimensions[0] != 1 || mask.dimensions[1] < ids.dimensions[1])
-        return refused(k->api, "DecoderStep: input_ids and attention_mask are not [1, S] and [1, T] with T of at least S: one text at a time");
-    for (size_t t = 0; t < ids.n; t++) {
+    TRY(op_input(k->api, context, 1, &second));
+    TRY(texts_of(k, &ids, &second, &texts, &n));
+    ort_status *status = NULL;
+    for (size_t t = 0; !status && t < ids.n; t++) {
         const int64_t id = ((const int64_t *)ids.data)[t];
-        if (id < 0 || id >= k->vocab) return refused(k->api, "DecoderStep: a token of input_ids is none of the vocabulary");
+        if (id < 0 || id >= k->vocab) status = refused(k->api, "DecoderStep: a token of input_ids is none of the vocabulary");
     }
-    const size_t past = (size_t)mask.dimensions[1] - ids.n;
-    if (!pass_open(&p, &k->decoder, ids.n, past, THREADS > 1)) return failed(k->api, "DecoderStep: not enough memory for the tokens");
+    if (!status && !pass_open(&p, &k->decoder, texts, n, THREADS > 1)) status = failed(k->api, "DecoderStep: not enough memory for the tokens");
+    free(texts);
+    if (status) return status;
     p.ids = ids.data;
-    ort_status *status = run(k, context, &p);
+    status = run(k, context, &p);
     pass_close(&p);
     return status;
 }
@@ -200,6 +239,8 @@ static ort_status *fill(struct reader *r, const ort_info *info) {
     int64_t widths[MOST_SLOTS], layers_count, result[2];
     size_t n_records = 0, n_numbers = 0, n_slots = MOST_SLOTS, n_result = 2;
     TRY(ORT(api, int_attribute)(info, "layers", &layers_count));
+    ort_status *absent = ORT(api, int_attribute)(info, "texts", &r->k->several);
+    if (absent) ORT(api, release_status)(absent);
     TRY(ORT(api, int_attributes)(info, "widths", widths, &n_slots));
     TRY(ORT(api, int_attributes)(info, "result", result, &n_result));
     TRY(ORT(api, int_attributes)(info, "instructions", NULL, &n_records));
@@ -208,7 +249,7 @@ static ort_status *fill(struct reader *r, const ort_info *info) {
     d->n_instructions = n_records / RECORD;
     if (!d->n_instructions || n_records % RECORD || n_numbers != d->n_instructions * NUMBERS || layers_count < 1 || layers_count > 4096 || n_result != 2)
         return refused(api, "DecoderStep: attributes of the body do not fit each other");
-    d->n_layers = (size_t)layers_count, d->n_slots = n_slots, d->phases = 4 * d->n_instructions;
+    d->n_layers = (size_t)layers_count, d->n_slots = n_slots;
     r->first = FIXED_INPUTS + 2 * d->n_layers;
     if (r->inputs <= r->first) return refused(api, "DecoderStep: the node has fewer inputs than its layers need");
     r->records = malloc(n_records * sizeof *r->records);

@@ -5,7 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { AHEAD = 8, TOGETHER = 4 }; /* rows that lie apart are asked of memory so many before they are multiplied; rows that are multiplied together */
+enum { AHEAD = 8, TOGETHER = 4 };        /* rows that lie apart are asked of memory so many before they are multiplied; rows that are multiplied together */
+enum { SPAN_ROWS = 16, SPAN_BYTES = 2048 }; /* rows of spans that are multiplied at a time; bytes of them that are asked of memory before */
 
 static size_t most_items(const struct kernel *k) { return k->probe.cap * k->cluster_size + k->always; }
 
@@ -65,6 +66,20 @@ static void probe_piece(void *run, size_t piece) {
     r->best[piece] = largest(r->clusters + first, end - first);
 }
 
+struct asked { /* how far memory was asked for rows of spans: steadily, since a whole span at once is more than a processor waits for */
+    const struct span *span, *end;
+    size_t at; /* bytes of the span */
+};
+
+static void ask(const struct matrix *m, struct asked *a, size_t bytes) {
+    while (bytes && a->span < a->end) {
+        const size_t size = (a->span[1].at - a->span->at) * m->row, some = size - a->at < bytes ? size - a->at : bytes;
+        prefetch(m->data + (size_t)a->span->slot * m->row + a->at, some);
+        a->at += some, bytes -= some;
+        if (a->at == size) a->span++, a->at = 0;
+    }
+}
+
 /* The first code: a span's rows are multiplied together. Kept are items that may pass the gate: their gap to the best so far,
  * which is not above the best of all, passes. They stand from where the piece's first slot would. */
 static void span_piece(void *run, size_t piece) {
@@ -76,13 +91,15 @@ static void span_piece(void *run, size_t piece) {
     r->best[piece] = best;
     if (!team_piece(&r->team, piece, r->n_spans, &first, &end)) return;
     struct item *out = r->items + r->spans[first].at;
+    struct asked asked = {&r->spans[first], &r->spans[end], 0};
+    ask(m, &asked, SPAN_BYTES);
     for (size_t o = first; o < end; o++) {
         const struct span *span = &r->spans[o];
-        if (o + 1 < end) prefetch(m->data + (size_t)span[1].slot * m->row, (span[2].at - span[1].at) * m->row);
         const float cluster = r->clusters[(size_t)span->slot / r->k->cluster_size];
         const size_t n = span[1].at - span->at;
-        for (size_t i = 0; i < n; i += BLOCK) {
-            const size_t some = n - i < BLOCK ? n - i : BLOCK, slot = (size_t)span->slot + i;
+        for (size_t i = 0; i < n; i += SPAN_ROWS) {
+            const size_t some = n - i < SPAN_ROWS ? n - i : SPAN_ROWS, slot = (size_t)span->slot + i;
+            ask(m, &asked, some * m->row);
             sums_of(m, &r->state, slot, some, sums);
             for (size_t j = 0; j < some; j++) {
                 const struct tail *tail = tail_of(m, slot + j);

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_cache_in_place_gives_what_a_growing_one_gives(built: Built, tmp_path: P
     for length in LENGTHS:
         binding.bind_output("hidden_states")
         binding.bind_cpu_input("input_ids", ids[:, start : start + length])
-        binding.bind_cpu_input("attention_mask", np.ones((1, start + length), np.int64))
+        binding.bind_cpu_input("texts", np.array([[length, start, 0]]))
         s.run_with_iobinding(binding)
         found.append(binding.get_outputs()[0].numpy())
         start += length
@@ -203,18 +204,106 @@ def test_instructions_that_do_not_fit_are_refused_when_the_model_is_opened(field
             native_session(tmp_path / "wrong.onnx")
 
 
+@dataclass
+class Text:
+    """Of a test: what is fed of it at a time, and where in the cache it stands."""
+
+    ids: list[int]
+    lengths: list[int]
+    start: int
+    read: int = 0
+    states: list[np.ndarray] = field(default_factory=list)
+
+    def next(self, number: int) -> int:
+        return self.lengths[number] if number < len(self.lengths) else 0
+
+
+def feed_side_by_side(s: ort.InferenceSession, texts: list[Text], capacity: int) -> None:
+    """Feed texts in passes of all that have something left: what each says comes to its states."""
+    binding = s.io_binding()
+    binding.bind_output("hidden_states")
+    for value in (v for v in s.get_inputs() if v.name.startswith("past_key_values.")):
+        buffer = ort.OrtValue.ortvalue_from_numpy(np.full((1, value.shape[1], capacity, value.shape[3]), np.nan, np.float32))
+        binding.bind_ortvalue_input(value.name, buffer)
+        binding.bind_ortvalue_output(value.name.replace("past_key_values.", "present."), buffer)
+    for number in range(max(len(text.lengths) for text in texts)):
+        binding.bind_output("hidden_states")
+        parts = [text.ids[text.read : text.read + text.next(number)] for text in texts]
+        binding.bind_cpu_input("input_ids", np.array([[token for part in parts for token in part]], np.int64))
+        binding.bind_cpu_input("texts", np.array([[len(part), text.read, text.start] for text, part in zip(texts, parts)]))
+        s.run_with_iobinding(binding)
+        found, at = binding.get_outputs()[0].numpy()[0], 0
+        for text, part in zip(texts, parts):
+            text.states.append(found[at : at + len(part)])
+            text.read, at = text.read + len(part), at + len(part)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3", "gemma3", "phi"])
+def test_texts_in_one_pass_have_the_states_that_each_has_alone(family: str, threads: int, built: Built, tmp_path: Path) -> None:
+    """To the bit: prompts beside single tokens, texts that have ended, more than one part of a cache, windows, and no order in the cache."""
+    s, generator = native_session(native(built(family, "int4")[0], tmp_path), threads), np.random.default_rng(1)
+    lengths = [[20, 1, 1, 1, 15, 1, 1], [1, 1, 1, 1, 1], [3, 30, 1], [2, 0, 0, 1, 1, 1, 1], [1, 60, 1, 1, 1, 1, 1]]
+    starts = [70, 0, 140, 8, 200]
+    made = [generator.integers(3, 120, sum(some)).tolist() for some in lengths]
+    together = [Text(ids, some, start) for ids, some, start in zip(made, lengths, starts)]
+    feed_side_by_side(s, together, 300)
+    for text in together:
+        alone = Text(text.ids, [n for n in text.lengths if n], 0)
+        feed_side_by_side(s, [alone], 80)
+        assert np.array_equal(np.concatenate(text.states), np.concatenate(alone.states))
+
+
+def test_long_texts_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several parts of 256 positions of some texts, one of others."""
+    monkeypatch.setitem(BODIES, "llama", lambda t: t.LlamaForCausalLM(t.LlamaConfig(**SIZES | {"max_position_embeddings": 1024})))
+    with warm_builder():
+        body = build_body(save_body(tmp_path / "model", "llama"), tmp_path / "work", precision="int4")
+    ir.save(body.model, tmp_path / "body.onnx", external_data="body.onnx.data")
+    s, generator = native_session(native(tmp_path / "body.onnx", tmp_path)), np.random.default_rng(2)
+    lengths = [[700, 1, 1, 1], [5, 1, 1, 1], [255, 1, 1, 1], [513, 1, 1, 1]]
+    together = [Text(generator.integers(3, 120, sum(some)).tolist(), some, start) for some, start in zip(lengths, (0, 720, 740, 1000))]
+    feed_side_by_side(s, together, 1600)
+    for text in together:
+        alone = Text(text.ids, text.lengths, 0)
+        feed_side_by_side(s, [alone], 800)
+        assert np.array_equal(np.concatenate(text.states), np.concatenate(alone.states))
+
+
+def test_a_body_of_one_text_still_runs(built: Built, tmp_path: Path) -> None:
+    """As it was exported before there were several: the mask's length says how many positions there are."""
+    path, ids = native(built("llama", "int4")[0], tmp_path), ids_of()
+    want = decode_with(native_session(path), ids, LENGTHS)
+    model = ir.load(path)
+    (node,) = model.graph
+    del node.attributes["texts"]
+    model.graph.inputs[1].name, model.graph.inputs[1].shape = "attention_mask", ir.Shape((1, "T"))
+    ir.save(model, tmp_path / "older.onnx", external_data="older.onnx.data")
+    older = native_session(tmp_path / "older.onnx")
+    assert np.array_equal(decode_with(older, ids, LENGTHS), want)
+    cache = {v.name: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32) for v in older.get_inputs() if v.name.startswith("past")}
+    with pytest.raises(runtime_errors(), match="one text at a time"):
+        older.run(None, {"input_ids": np.full((1, 2), 5), "attention_mask": np.ones((1, 1), np.int64)} | cache)
+
+
 def test_inputs_that_do_not_fit_are_refused(built: Built, tmp_path: Path) -> None:
     s = native_session(native(built("llama", "int4")[0], tmp_path))
     cache = {v.name: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32) for v in s.get_inputs() if v.name.startswith("past")}
 
-    def refused(ids: np.ndarray, mask: int, **other: np.ndarray) -> str:
+    def refused(ids: np.ndarray, *texts: tuple[int, ...], **other: np.ndarray) -> str:
         with pytest.raises(runtime_errors()) as error:
-            s.run(None, {"input_ids": ids, "attention_mask": np.ones((len(ids), mask), np.int64)} | cache | other)
+            s.run(None, {"input_ids": ids, "texts": np.array(texts, np.int64)} | cache | other)
         return str(error.value)
 
     one = np.full((1, 1), 5, np.int64)
-    assert "one text at a time" in refused(np.repeat(one, 2, 0), 1)
-    assert "a token of input_ids is none of the vocabulary" in refused(one + 10**6, 1)
-    assert "all positions before the tokens" in refused(one, 4)
-    assert "longer than the model's rotary tables" in refused(one, 10**6, **{n: np.zeros((1, 2, 10**6, 16), np.float32) for n in cache})
-    assert s.run(["hidden_states"], {"input_ids": one[:, :0], "attention_mask": np.ones((1, 0), np.int64)} | cache)[0].shape == (1, 0, 64)
+    assert "input_ids is not [1, S]" in refused(np.repeat(one, 2, 0), (2, 0, 0))
+    assert "a token of input_ids is none of the vocabulary" in refused(one + 10**6, (1, 0, 0))
+    assert "all positions before the tokens" in refused(one, (1, 3, 0))
+    assert "all positions before the tokens" in refused(one, (1, 0, 3))
+    assert "are not those of input_ids" in refused(one, (1, 0, 0), (1, 0, 1))
+    assert "below 0 or beyond all caches" in refused(one, (1, 0, -1))
+    assert "below 0 or beyond all caches" in refused(one, (1, 1 << 40, 0))
+    assert "longer than the model's rotary tables" in refused(one, (1, 10**6, 0), **{n: np.zeros((1, 2, 10**6 + 1, 16), np.float32) for n in cache})
+    for rows in ((), ((0, 0, 0),)):
+        empty = {"input_ids": one[:, :0], "texts": np.array(rows, np.int64).reshape(-1, 3)}
+        assert s.run(["hidden_states"], empty | cache)[0].shape == (1, 0, 64)

@@ -13,10 +13,12 @@ import pytest
 from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
 from flashhead_edge.generation import PromptCache, compile_grammar, exact_stream, generate, load_engine, prompt_ids, stream
+from flashhead_edge.generation.cache import feed_ahead
 from flashhead_edge.jetson import onnxruntime_backend, onnxruntime_body, open_engine
 from flashhead_edge.jetson.evaluation import ExportedContender
 from flashhead_edge.jetson.onnxruntime_body import OnnxBody
 from flashhead_edge.jetson.onnxruntime_sessions import vector_unit
+from flashhead_edge.jetson.onnxruntime_texts import free_start
 
 NATIVE = pytest.mark.skipif(vector_unit() in (None, "plain"), reason="this installation has no native body: no C compiler, or a processor without AVX2")
 PROMPT = [1, 17, 90, 5, 33, 128, 64]
@@ -246,6 +248,83 @@ def test_a_native_body_goes_back_and_on(exported):
     assert np.array_equal(body.feed([ids[260]]), steps[10])
     body.cut(11)
     assert np.array_equal(np.concatenate([body.feed([token]) for token in ids[250:]]), np.concatenate(steps))
+
+
+@NATIVE
+def test_texts_side_by_side_have_the_states_that_each_has_alone(exported, monkeypatch):
+    """To the bit: rooms that double from 2 positions, are left, found again and moved; texts that begin late, go back, and end."""
+    backend = open_engine(exported(body="int4"), threads=1).backend
+    monkeypatch.setattr(onnxruntime_body, "FIRST_CAPACITY", 2)
+    generator = np.random.default_rng(4)
+    texts = [generator.integers(0, 255, n).tolist() for n in (70, 9, 40, 25, 60, 3)]
+    want = []
+    for ids in texts:
+        alone = open_engine(exported(body="int4"), threads=1).backend.body()
+        want.append(np.concatenate([alone.feed(ids[:2]), *(alone.feed([token]) for token in ids[2:])]))
+    bodies, found = {}, {n: [] for n in range(len(texts))}
+    for turn in range(400):
+        ready = [n for n in found if len(found[n]) + 1 < len(texts[n]) and turn >= 3 * n]
+        for n in [n for n in ready if n not in bodies]:
+            bodies[n] = backend.body()
+            found[n].append(bodies[n].feed(texts[n][:2]))
+        for n in [n for n in bodies if n not in ready]:
+            del bodies[n]  # its room is free
+        if not ready:
+            break
+        if turn % 7 == 5:  # forgotten, and read again
+            bodies[ready[0]].cut(1)
+            found[ready[0]].pop()
+        chosen = [n for n in ready if generator.random() < 0.7] or ready
+        chosen = [n for n in chosen if 0 < len(found[n]) < len(texts[n]) - 1]
+        if chosen:
+            states = bodies[chosen[0]].feed_together([bodies[n] for n in chosen], [[texts[n][len(found[n]) + 1]] for n in chosen])
+            for n, state in zip(chosen, states):
+                found[n].append(state)
+    for n, rows in found.items():
+        assert np.array_equal(np.concatenate(rows), want[n]), n
+    assert backend.shared.capacity < 3 * sum(map(len, texts))  # rooms are used again
+
+
+def test_rooms_are_found_where_positions_are_free():
+    """Stretches that are taken, the cache's length, positions that are wanted, where the text is now; where it will be."""
+    for taken, capacity, room, now, want in (
+        ([], 0, 2, 0, None), ([], 8, 8, 0, 0), ([], 8, 9, 0, None), ([(0, 4)], 8, 4, 0, 4), ([(0, 4)], 8, 5, 0, None), ([(4, 8)], 8, 4, 0, 0),
+        ([(0, 2), (6, 8)], 16, 4, 2, 2), ([(0, 2), (6, 8)], 16, 6, 2, 8), ([(2, 4), (6, 8)], 8, 2, 6, 0), ([(0, 2), (4, 6)], 12, 4, 7, 7),
+    ):  # fmt: skip
+        assert free_start(taken, capacity, room, now) == want
+
+
+@NATIVE
+def test_a_pass_of_several_texts_that_fails_changes_none_of_them(exported):
+    backend = open_engine(exported(body="int4"), threads=1).backend
+    one, two, apart = backend.body(), backend.body(), open_engine(exported(body="int4"), threads=1).backend.body()
+    for body in (one, two, apart):
+        body.feed([1, 2, 3])
+    with pytest.raises(EngineError, match="body: ONNX Runtime failed on 2 tokens after 3 and 3"):
+        one.feed_together([one, two], [[4], [10**6]])
+    with pytest.raises(EngineError, match="no token was given"):
+        one.feed_together([one, two], [[4], []])
+    want = apart.feed([4])
+    assert all(np.array_equal(state, want) for state in one.feed_together([one, two], [[4], [4]]))
+
+
+@NATIVE
+def test_a_token_that_was_fed_ahead_is_not_fed_again(exported):
+    engine = open_engine(exported(body="int4"), threads=1)
+    caches, prompts = [PromptCache(), PromptCache()], ([5, 9, 77], [8, 2])
+    want = [ids_of(stream(engine, prompt, 20)) for prompt in prompts]
+    streams = [stream(engine, prompt, 20, cache=cache) for prompt, cache in zip(prompts, caches)]
+    found = [[next(s).id] for s in streams]
+    assert all(cache.feeds_together for cache in caches)
+    for _ in range(19):
+        feed_ahead(caches, [ids[-1] for ids in found])
+        assert [cache.ids[-1] for cache in caches] == [ids[-1] for ids in found]
+        for ids, s in zip(found, streams):
+            ids.append(next(s).id)
+    assert found == want
+    feed_ahead(caches, [7, 7])  # nobody takes these: the texts are over
+    again = [ids_of(stream(engine, [*prompt, *ids[:4]], 16, cache=cache)) for prompt, ids, cache in zip(prompts, found, caches)]
+    assert again == [ids[4:] for ids in want]
 
 
 @NATIVE

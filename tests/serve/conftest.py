@@ -25,20 +25,38 @@ TOOL_TEMPLATE = """{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% e
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of a random Llama over bytes whose head leaves nothing out, and whose template knows tools."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama over bytes whose head leaves nothing out."""
     pytest.importorskip("onnxruntime_genai")
+    folder = tmp_path_factory.mktemp("served")
+    source = write_exportable(folder / "model")
+    return write_with_index(source, folder / "checkpoint", lambda w, fingerprint: everything_open(w, cascade=True, fingerprint=fingerprint))
+
+
+def exported(checkpoint: Path, body: str) -> Path:
+    """Its export, whose template knows tools."""
     from small_bodies import warm_builder
 
     from flashhead_edge.export import export_onnx
 
-    folder = tmp_path_factory.mktemp("served")
-    source = write_exportable(folder / "model")
-    checkpoint = write_with_index(source, folder / "checkpoint", lambda w, fingerprint: everything_open(w, cascade=True, fingerprint=fingerprint))
+    out = checkpoint.parent / body / "tiny"
+    out.parent.mkdir()
     with warm_builder():
-        export_onnx(checkpoint, folder / "tiny", dialect="onnxruntime", body="fp32")
-    (folder / "tiny/chat_template.jinja").write_text(TOOL_TEMPLATE)
-    return folder / "tiny"
+        export_onnx(checkpoint, out, dialect="onnxruntime", body=body)
+    (out / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    return out
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> Path:
+    """With a body in float32: one text at a time."""
+    return exported(checkpoint, "fp32")
+
+
+@pytest.fixture(scope="session")
+def coded_model(checkpoint: Path) -> Path:
+    """With a body in 4 bits, which takes several texts in a pass where it is our own operator."""
+    return exported(checkpoint, "int4")
 
 
 @pytest.fixture(scope="session")

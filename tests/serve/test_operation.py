@@ -10,7 +10,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +92,20 @@ def test_large_heads_and_endless_bodies_are_cut_off(server):
         part = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
         with pytest.raises((ConnectionError, TimeoutError)):  # the server answers and closes, whatever else comes
             connection.sendall(part * 2000)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
+def test_many_clients_at_once_do_not_make_many_threads(start_server):
+    """Each would keep a stack and an arena of memory."""
+    from flashhead_edge.serve.run import WORKERS
+
+    body = json.dumps({**ASK, "max_tokens": 3}).encode()
+    with start_server("--waiting", "100") as server:
+        before = len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
+        with ThreadPoolExecutor(40) as pool:
+            found = list(pool.map(lambda _: send(server.address, body)[0], range(80)))
+        assert found == [200] * 80
+        assert len(list(Path(f"/proc/{server.process.pid}/task").iterdir())) <= before + WORKERS
 
 
 def test_who_goes_away_takes_the_text_along(server):

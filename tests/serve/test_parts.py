@@ -10,7 +10,10 @@ import pytest
 pytest.importorskip("starlette")
 
 from flashhead_edge.decoding import Sampling
-from flashhead_edge.errors import SettingsError
+from flashhead_edge.errors import EngineError, SettingsError
+from flashhead_edge.jetson import open_engine
+from flashhead_edge.jetson.onnxruntime_sessions import vector_unit
+from flashhead_edge.jetson.onnxruntime_texts import SharedCache
 from flashhead_edge.serve.limits import Limits
 from flashhead_edge.serve.mailbox import Mailbox
 from flashhead_edge.serve.metrics import Metrics
@@ -18,6 +21,8 @@ from flashhead_edge.serve.orders import Order
 from flashhead_edge.serve.rotation import Rotation
 from flashhead_edge.serve.texts import Decoder, Text
 from flashhead_edge.serve.tools import Call, CallReader, form_of
+
+NATIVE = pytest.mark.skipif(vector_unit() in (None, "plain"), reason="this installation has no native body: no C compiler, or a processor without AVX2")
 
 
 def test_hosts_have_equal_turns_and_so_have_their_users_and_texts():
@@ -29,6 +34,13 @@ def test_hosts_have_equal_turns_and_so_have_their_users_and_texts():
     assert turns.count(newcomer) == 20  # neither all of the first turns nor none
     rotation.keep([newcomer])
     assert set(rotation.turns) == {("c",), ("c", "x"), newcomer}
+
+
+def test_who_goes_along_has_had_a_turn():
+    rotation, paths = Rotation(), [("a", "u", "1"), ("a", "u", "2"), ("b", "w", "3")]
+    first = rotation.next(paths)
+    rotation.along(first, paths)
+    assert rotation.turns == dict.fromkeys([("a",), ("a", "u"), ("b",), ("b", "w"), *paths], 1)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +104,82 @@ def test_text_whose_reader_is_too_slow_is_given_up_and_others_go_on(engine):
     assert left == ["reader_too_slow"]
     assert not decoder.thread.is_alive()
     assert len(decoder.caches) == 2
+
+
+@pytest.fixture
+def passes(coded_model, monkeypatch):
+    """An engine whose body takes several texts in a pass, and how many each pass had."""
+    engine, run, found = open_engine(coded_model, threads=1), SharedCache.run, []
+
+    def counted(self, texts, ids):
+        found.append(len(texts))
+        return run(self, texts, ids)
+
+    monkeypatch.setattr(SharedCache, "run", counted)
+    return engine, found
+
+
+def made_at_once(engine, orders, at_once=8):
+    """The tokens of some texts that one decoder makes, and how each ended."""
+    decoder = Decoder(engine, Limits(), Metrics("tiny"), at_once)
+
+    async def run():
+        box, late = Mailbox(), time.monotonic() + 60
+        decoder.thread.start()
+        decoder.submit([Text(one, ("a", "", str(i)), box, i, late) for i, one in enumerate(orders)])
+        tokens, ended = [[] for _ in orders], [None] * len(orders)
+        while not all(ended):
+            for piece in await box.take():
+                if piece.token is not None:
+                    tokens[piece.index].append(piece.token.id)
+                ended[piece.index] = piece.error.code if piece.error else piece.ended or None
+        return tokens, ended
+
+    found = asyncio.run(run())
+    decoder.close()
+    decoder.thread.join(10)
+    return found
+
+
+@NATIVE
+def test_texts_at_once_share_passes_and_are_what_each_is_alone(passes):
+    """Greedy and drawn, short and long, with a prompt that is read in parts while others are made (one ends before it is read), and a dense one."""
+    engine, found = passes
+    drawn = Sampling(temperature=1.0, seed=3)
+    orders = [
+        Order((1, 2, 3), 60, Sampling(), (), None, None, False, False),
+        Order((9, 8), 40, drawn, (), None, 2, False, False),
+        Order(tuple(i % 250 for i in range(1200)), 30, Sampling(), (), None, None, False, False),
+        Order((5, 5, 5, 5), 3, drawn, (), None, None, True, False),
+        Order((40, 41), 60, Sampling(), (), None, None, False, True),
+    ]
+    want = [made_at_once(engine, [one])[0][0] for one in orders]
+    assert set(found) == {1}
+    found.clear()
+    tokens, ended = made_at_once(engine, orders)
+    assert tokens == want
+    assert set(ended) <= {"max_new_tokens", "stop token"}
+    assert max(found) == 4 and sum(found) - len(found) > 100  # reads of the weights that were not made
+
+
+@NATIVE
+def test_one_whose_token_fails_in_a_shared_pass_harms_no_other(passes, monkeypatch):
+    """A pass that fails is made again text by text: only whose fault it was ends with an error."""
+    engine, _ = passes
+    run = SharedCache.run
+
+    def failing(self, texts, ids):
+        if any(text.length > 20 and text.start == 256 for text in texts):  # the second's room
+            raise EngineError("planted: expected nothing of the kind; go on")
+        return run(self, texts, ids)
+
+    orders = [order([1, 2, 3], 60), order([4, 5], 60), order([6, 7], 60)]
+    want = [made_at_once(engine, [one])[0][0] for one in orders]
+    monkeypatch.setattr(SharedCache, "run", failing)
+    tokens, ended = made_at_once(engine, orders)
+    assert sorted(ended) == ["engine_failed", *2 * ["max_new_tokens"]]
+    for i, how in enumerate(ended):
+        assert tokens[i] == (want[i] if how == "max_new_tokens" else want[i][: len(tokens[i])])
 
 
 def test_text_that_fails_harms_no_other(engine, monkeypatch):

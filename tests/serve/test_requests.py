@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("starlette")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashhead_edge.serve.openapi import below
 from flashhead_edge.serve.refusals import Refusal
 from flashhead_edge.serve.requests import LEFT_OUT, Wanted, read_json, wanted
 
@@ -54,3 +56,34 @@ def test_any_object_is_taken_or_refused(body, chat):
 def test_any_bytes_are_an_object_or_refused(body):
     refusal, found = refusal_of(read_json, body)
     assert isinstance(found, dict) if refusal is None else str(refusal).startswith("body: it is ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"user": {}}, "user: found an object, expected a string"),
+        ({"model": 3}, "model: found 3, expected a string"),
+        ({"logit_bias": {"7": None}}, "logit_bias[7]: found null, expected a number from -100 to 100"),
+        ({"logit_bias": {"07": 1}}, "logit_bias: a name is no token id"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name: found a string, expected a string that is not empty"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": {}}}]}, "tools[0].function.description: found an object, expected a string"),
+    ],
+    ids=range(6),
+)
+def test_fields_of_another_type_are_refused(fields, sentence):
+    """What the OpenAPI document forbids, schemathesis finds in a server that takes it."""
+    refusal, _ = refusal_of(wanted, {"messages": [{"role": "user", "content": "a"}], **fields}, chat=True)
+    assert str(refusal).startswith(sentence)
+
+
+def test_token_ids_may_have_a_point():
+    for given_, found in (([1.0, 2], ((1, 2),)), ([[1.0], [2, 3.0]], ((1,), (2, 3)))):
+        assert wanted({"prompt": given_}, chat=False).prompts == found
+    assert refusal_of(wanted, {"prompt": [1.5]}, chat=False)[0] is not None
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 11, 101, 256, 1000, 1001])
+def test_the_document_s_pattern_of_token_ids(n):
+    pattern = re.compile(below(n))
+    assert [i for i in range(n + 1200) if pattern.match(str(i))] == list(range(n))
+    assert not any(pattern.match(text) for text in ("", "-1", "00", "01", "1.0"))
