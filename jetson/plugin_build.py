@@ -26,7 +26,7 @@ from flashhead_edge.jetson.driver import device_facts
 from flashhead_edge.jetson.nvrtc import Nvrtc, cuda_folders, find_nvrtc, wheel_folders
 from flashhead_edge.progress import Progress, silent
 
-LAUNCHERS = ("attention", "decode", "elementwise", "embedding", "head_step", "settings", "w4a16")  # the CUDA sources that plugins call
+LAUNCHERS = ("attention", "decode", "elementwise", "embedding", "head_step", "settings", "w4a16", "w4a16_fused")  # the CUDA sources that plugins call
 CUDA_HEADERS = ("cuda.h", "cuda_runtime.h", "crt/host_defines.h")
 LEAST_CAPABILITY = 80
 MOST_JOBS = 4  # a compilation takes up to half a gigabyte

@@ -688,7 +688,7 @@ def test_an_exported_decoder_is_taken_node_by_node(family, batch, queries, expor
             known[name] = NUMBER[kind], tuple(json.loads(shape))
     for value in graph.output:
         assert known[value.name] == shape_of(value), value.name
-    assert seen == {"TokenEmbedding", "RmsNorm", "W4A16Linear", "GatedProduct", "DecodeAttention", "FlashHead"}
+    assert seen == {"TokenEmbedding", "RmsNorm", "W4A16Linear", "DecodeAttention", "FlashHead"}
     size = (folder / "weights.safetensors").stat().st_size
     assert 0.8 * size < core.core_device_bytes() <= size  # each tensor once, whoever reads it
     for plugin in held:
