@@ -137,9 +137,7 @@ def cuda_headers() -> list[Path]:
     return list(dict.fromkeys(folder for folder in found if folder))
 
 
-def build(
-    include: Path | None = None, out: Path | None = None, target: Target | None = None, progress: Progress = silent
-) -> BuiltLibrary:
+def build(include: Path | None = None, out: Path | None = None, target: Target | None = None, progress: Progress = silent) -> BuiltLibrary:
     """Make the plugin library for this machine's GPU, or for another one.
 
     Args:

@@ -28,7 +28,10 @@ def plugin() -> None:
     "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="LIB", help="The file to write.  [default: in the cache, where other verbs look]"
 )
 @click.option(
-    "--for", "name", metavar="BOARD|NUMBER", help="What shall run it: a board (orin-nano-8gb, agx-thor, ...), or a GPU's capability (89).  [default: this machine]"
+    "--for",
+    "name",
+    metavar="BOARD|NUMBER",
+    help="What shall run it: a board (orin-nano-8gb, agx-thor, ...), or a GPU's capability (89).  [default: this machine]",
 )
 @json_option
 @common_options

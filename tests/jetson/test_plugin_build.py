@@ -176,7 +176,7 @@ def test_every_instance_is_in_the_library_once(library: Path) -> None:
 @pytest.mark.skipif("TENSORRT_INCLUDE" not in os.environ, reason="TENSORRT_INCLUDE names no folder of TensorRT's headers")
 def test_the_whole_library_is_built_from_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = plugin_build.build(Path(os.environ["TENSORRT_INCLUDE"]), target=plugin_build.ORIN)
+    made = plugin_build.build(Path(os.environ["TENSORRT_INCLUDE"]), target=plugin_build.Target(87, None))
     major = int(made.version.split()[-1].split(".")[0])
     assert made.path == plugins.find_library(major) and made.path.parent == plugins.cache_folder() and made.bytes > 1_000_000
     assert [p.name for p in made.path.parent.iterdir()] == [plugins.library_name(major)]
@@ -189,7 +189,7 @@ def test_the_whole_library_is_built_from_the_sources(tmp_path: Path, monkeypatch
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="there is no compiler for aarch64")
 def test_a_board_s_library_is_built_on_a_pc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
-    made = plugin_build.build(Path(os.environ["TENSORRT_INCLUDE"]), tmp_path / "board.so", target=plugin_build.ORIN)
+    made = plugin_build.build(Path(os.environ["TENSORRT_INCLUDE"]), tmp_path / "board.so", target=plugin_build.Target(87, None))
     aarch64 = 183  # ELF's number of the machine, at byte 18
     assert int.from_bytes(made.path.read_bytes()[18:20], "little") == aarch64
     assert made.version.startswith(f"{plugin_build.__version__} tensorrt ")
@@ -265,7 +265,7 @@ def test_what_is_missing_is_named(headers: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as m:
         m.setenv("CXX", "no-such-compiler")
         with pytest.raises(EngineError, match="no-such-compiler: it is not installed, .* install g"):
-            plugin_build.build(headers, target=plugin_build.ORIN)
+            plugin_build.build(headers, target=plugin_build.Target(87, None))
     with monkeypatch.context() as m:
         m.setattr(plugin_build, "cuda_folders", list)
         m.setattr(plugin_build, "wheel_folders", list)
@@ -278,7 +278,7 @@ def test_what_is_missing_is_named(headers: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_board_s_library_does_not_take_this_machine_s_place(headers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
     with pytest.raises(SettingsError, match="for another processor, expected --out then"):
-        plugin_build.build(headers, target=plugin_build.ORIN)
+        plugin_build.build(headers, target=plugin_build.Target(87, None))
 
 
 def test_headers_of_two_wheels_are_one_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
