@@ -22,7 +22,7 @@ from typing import Any
 from flashhead_edge import __version__
 from flashhead_edge.errors import DeviceError, EngineError, SettingsError
 from flashhead_edge.jetson import plugins
-from flashhead_edge.jetson.board import module_named
+from flashhead_edge.jetson.board_gpus import board_gpu
 from flashhead_edge.jetson.driver import device_facts
 from flashhead_edge.jetson.nvrtc import Nvrtc, cuda_folders, find_nvrtc, wheel_folders
 from flashhead_edge.progress import Progress, silent
@@ -63,11 +63,6 @@ class Target:
     cuda: int | None  # major version of its driver's CUDA, the oldest that may be there; None: any
 
 
-ORIN, THOR, SPARK = Target(87, 12), Target(110, 13), Target(121, 13)  # JetPack 6 has CUDA 12, JetPack 7 CUDA 13
-BOARDS = {
-    "orin-nano-4gb": ORIN, "orin-nano-8gb": ORIN, "orin-nx-8gb": ORIN, "orin-nx-16gb": ORIN, "agx-orin-32gb": ORIN, "agx-orin-64gb": ORIN,
-    "agx-thor": THOR, "dgx-spark": SPARK,
-}  # fmt: skip
 BOARDS_PROCESSOR = "aarch64"
 
 
@@ -79,15 +74,13 @@ def target_named(name: str) -> Target:
     """
     if name.isdecimal():
         return Target(int(name), None)
-    module = module_named(name)
-    if module is None:
-        raise SettingsError(f"board {name}: not known, expected one of {', '.join(BOARDS)}, or a GPU's capability such as 89; pass --for with one of them")
+    gpu = board_gpu(name)
     if shutil.which(compiler()) and machine_of_compiler() != BOARDS_PROCESSOR:
         raise SettingsError(
-            f"{module.title}: {compiler()} compiles for {machine_of_compiler()}, expected a compiler for {BOARDS_PROCESSOR}, which the board has; "
+            f"board {name}: {compiler()} compiles for {machine_of_compiler()}, expected a compiler for {BOARDS_PROCESSOR}, which the board has; "
             f"install one (apt install g++-{BOARDS_PROCESSOR}-linux-gnu) and set CXX={BOARDS_PROCESSOR}-linux-gnu-g++, or build on the board"
         )
-    return BOARDS[module.key]
+    return Target(gpu.capability, gpu.cuda)
 
 
 def sources() -> Sources:

@@ -15,6 +15,7 @@ import pytest
 from flashhead_edge.errors import DeviceError, EngineError, SettingsError
 from flashhead_edge.jetson import nvrtc, plugin_build, plugins
 from flashhead_edge.jetson.board import MODULES
+from flashhead_edge.jetson.board_gpus import BOARD_GPUS
 
 ROOM = Path(__file__).parents[2] / "plugins_trt"
 
@@ -236,10 +237,10 @@ def test_both_ways_of_writing_a_version_are_read(tmp_path: Path) -> None:
 
 def test_a_board_is_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin_build, "machine_of_compiler", lambda: "aarch64")
-    assert set(plugin_build.BOARDS) == {m.key for m in MODULES}
+    assert set(BOARD_GPUS) == {m.key for m in MODULES}
     assert plugin_build.target_named("Jetson Orin Nano") == plugin_build.target_named("agx-orin-64gb") == plugin_build.Target(87, 12)
     assert plugin_build.target_named("thor").capability == 110 and plugin_build.target_named("89") == plugin_build.Target(89, None)
-    with pytest.raises(SettingsError, match="board xavier: not known, expected one of orin-nano-4gb, .*, or a GPU's capability such as 89; pass --for"):
+    with pytest.raises(SettingsError, match="board xavier: not known, expected one of orin-nano-4gb, .*; name one of them, or give its GPU's numbers"):
         plugin_build.target_named("xavier")
 
 
@@ -247,7 +248,7 @@ def test_a_board_is_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is a board's")
 def test_a_board_s_library_needs_a_compiler_for_its_processor(headers: Path, flashhead) -> None:
     code, out, err = flashhead("plugin", "build", "--for", "orin-nano-8gb", "--tensorrt-include", headers)
-    said = "Jetson Orin Nano 8 GB: g++ compiles for x86_64, expected a compiler for aarch64"
+    said = "board orin-nano-8gb: g++ compiles for x86_64, expected a compiler for aarch64"
     assert (code, out) == (2, "") and said in err.splitlines()[-1] and "set CXX=aarch64-linux-gnu-g++" in err.splitlines()[-1]
 
 
