@@ -30,8 +30,9 @@ RUNTIMES = {  # of TensorRT: modules, the first that has its classes; what it en
 LOOK = """
 import importlib, sys
 from pathlib import Path
-from flashhead_edge.errors import EngineError
+from flashhead_edge.errors import DeviceError, EngineError
 from flashhead_edge.jetson import plugins
+from flashhead_edge.jetson.driver import device_facts
 try:
     module = importlib.import_module(sys.argv[1])
     print(module.__version__, flush=True)
@@ -39,7 +40,11 @@ except (ImportError, OSError, AttributeError) as error:
     print("!", *str(error).split(), flush=True)
     sys.exit()
 try:
-    library = plugins.find_library(int(module.__version__.split(".")[0]))
+    capability = device_facts().capability
+except DeviceError:
+    capability = None
+try:
+    library = plugins.find_library(int(module.__version__.split(".")[0]), None, capability)
     print(library, plugins.version(library), sep="\\n", flush=True)
     plugins.load_library(module, library)
     print("loads")

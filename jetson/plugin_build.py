@@ -22,11 +22,12 @@ from typing import Any
 from flashhead_edge import __version__
 from flashhead_edge.errors import DeviceError, EngineError, SettingsError
 from flashhead_edge.jetson import plugins
+from flashhead_edge.jetson.board_gpus import board_gpu
 from flashhead_edge.jetson.driver import device_facts
 from flashhead_edge.jetson.nvrtc import Nvrtc, cuda_folders, find_nvrtc, wheel_folders
 from flashhead_edge.progress import Progress, silent
 
-LAUNCHERS = ("attention", "decode", "elementwise", "embedding", "head_step", "settings", "w4a16")  # the CUDA sources that plugins call
+LAUNCHERS = ("attention", "decode", "elementwise", "embedding", "head_step", "settings", "w4a16", "w4a16_fused")  # the CUDA sources that plugins call
 CUDA_HEADERS = ("cuda.h", "cuda_runtime.h", "crt/host_defines.h")
 LEAST_CAPABILITY = 80
 MOST_JOBS = 4  # a compilation takes up to half a gigabyte
@@ -52,6 +53,34 @@ class BuiltLibrary:
     nvrtc: str
     bytes: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """What must be known of the machine that shall run a library."""
+
+    capability: int  # of its GPU, 87 for 8.7
+    cuda: int | None  # major version of its driver's CUDA, the oldest that may be there; None: any
+
+
+BOARDS_PROCESSOR = "aarch64"
+
+
+def target_named(name: str) -> Target:
+    """The target of a board's name, such as orin-nano-8gb, or of a capability, such as 89.
+
+    Raises:
+        SettingsError: the name is not known; the C++ compiler is of another processor than the board's.
+    """
+    if name.isdecimal():
+        return Target(int(name), None)
+    gpu = board_gpu(name)
+    if shutil.which(compiler()) and machine_of_compiler() != BOARDS_PROCESSOR:
+        raise SettingsError(
+            f"board {name}: {compiler()} compiles for {machine_of_compiler()}, expected a compiler for {BOARDS_PROCESSOR}, which the board has; "
+            f"install one (apt install g++-{BOARDS_PROCESSOR}-linux-gnu) and set CXX={BOARDS_PROCESSOR}-linux-gnu-g++, or build on the board"
+        )
+    return Target(gpu.capability, gpu.cuda)
 
 
 def sources() -> Sources:
@@ -101,59 +130,58 @@ def cuda_headers() -> list[Path]:
     return list(dict.fromkeys(folder for folder in found if folder))
 
 
-def build(
-    include: Path | None = None, out: Path | None = None, capability: int | None = None, cuda: int | None = None, progress: Progress = silent
-) -> BuiltLibrary:
+def build(include: Path | None = None, out: Path | None = None, target: Target | None = None, progress: Progress = silent) -> BuiltLibrary:
     """Make the plugin library for this machine's GPU, or for another one.
 
     Args:
         include: the folder of TensorRT's headers; None: where a system has them.
         out: the file to write; None: its place in the cache, where exports and sessions look for it.
-        capability: 10 times the compute capability of the GPU that shall run it; None: this machine's.
-        cuda: the major version of CUDA that its driver has; None: this machine's driver's, or with a capability any.
+        target: what shall run it; None: this machine.
     Raises:
         EngineError: a compiler or headers are missing, or a source does not compile.
-        DeviceError: no capability is given, and there is no GPU.
+        DeviceError: no target is given, and there is no GPU.
         SettingsError: the capability is too low.
     """
     begin = time.monotonic()
-    if capability is None:
+    if target is None:
         try:
             facts = device_facts()
         except DeviceError as error:
-            raise DeviceError(f"plugin build: no GPU here says its capability ({error}), expected one, or the number; pass --capability") from error
-        capability, cuda = facts.capability, cuda or int(facts.cuda_version.split(".")[0])
+            raise DeviceError(f"plugin build: no GPU here says its capability ({error}), expected one, or its name; pass --for BOARD") from error
+        target = Target(facts.capability, int(facts.cuda_version.split(".")[0]))
+    capability = target.capability
     if capability < LEAST_CAPABILITY:
         raise SettingsError(f"capability {capability}: the kernels run from {LEAST_CAPABILITY} on (Ampere, 8.0), expected that or more; use another GPU")
     trt, version = tensorrt_headers(include)
     tools = [tool for tool in (compiler(), binutil("nm"), binutil("c++filt")) if shutil.which(tool) is None]
     if tools:
         raise EngineError(f"{tools[0]}: it is not installed, expected a C++ compiler with its tools; install g++ and binutils (apt install g++), or set CXX")
-    headers, nvrtc = cuda_headers(), find_nvrtc(cuda)
+    headers, nvrtc = cuda_headers(), find_nvrtc(target.cuda)
     if capability not in nvrtc.architectures():
         raise EngineError(
             f"NVRTC {nvrtc.version[0]}.{nvrtc.version[1]} ({nvrtc.path}): it does not compile for capability {capability}, expected one of "
-            f"{', '.join(map(str, nvrtc.architectures()))}; install a newer NVRTC, or name another --capability"
+            f"{', '.join(map(str, nvrtc.architectures()))}; install a newer NVRTC, or name another board with --for"
         )
     if out is None and for_another_machine():
         raise SettingsError(f"plugin build: {compiler()} compiles for another processor, expected --out then, since the cache is for this machine; pass --out")
-    target = (out or plugins.cache_folder() / plugins.library_name(version[0])).absolute()
+    path = (out or plugins.cache_folder() / plugins.library_name(version[0])).absolute()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
-            made, s = Path(work) / target.name, sources()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+            made, s = Path(work) / path.name, sources()
             flags = [
                 f'-DFLASHHEAD_VERSION="{__version__}"',
+                f'-DFLASHHEAD_CAPABILITIES="{capability}"',
                 f"-I{s.kernels}",
                 *(w for folder in (*headers, trt) for w in ("-isystem", str(folder))),
             ]
             launchers, others = [s.kernels / f"{stem}.cu" for stem in LAUNCHERS], [*sorted(s.plugins.glob("*.cpp")), s.nvrtc / "runtime.cpp"]
             make_library(made, launchers, others, s.plugins / "exports.map", flags, nvrtc, "sm_90a" if capability == 90 else f"sm_{capability}", progress)
             said = f"{__version__} tensorrt {'.'.join(map(str, version))}" if for_another_machine() else plugins.version(made)
-            os.replace(made, target)
+            os.replace(made, path)
     except OSError as error:
-        raise EngineError(f"{target}: it cannot be written ({error.strerror}), expected a folder that can be; name another file with --out") from error
-    return BuiltLibrary(target, said, capability, f"{nvrtc.version[0]}.{nvrtc.version[1]}", target.stat().st_size, time.monotonic() - begin)
+        raise EngineError(f"{path}: it cannot be written ({error.strerror}), expected a folder that can be; name another file with --out") from error
+    return BuiltLibrary(path, said, capability, f"{nvrtc.version[0]}.{nvrtc.version[1]}", path.stat().st_size, time.monotonic() - begin)
 
 
 def compiler() -> str:
@@ -169,7 +197,12 @@ def binutil(name: str) -> str:
 
 def for_another_machine() -> bool:
     """Whether the compiler writes for another processor than this one, which cannot load the library then."""
-    return run([compiler(), "-dumpmachine"]).split("-")[0] != platform.machine()
+    return machine_of_compiler() != platform.machine()
+
+
+def machine_of_compiler() -> str:
+    """The processor that the compiler writes for, such as aarch64."""
+    return run([compiler(), "-dumpmachine"]).split("-")[0]
 
 
 def make_library(

@@ -10,6 +10,7 @@ from typing import Any
 from flashhead_edge.errors import EngineError
 
 _loaded: dict[str, Path] = {}  # by TensorRT's module: its registry keeps plugins by name, so that a second library would be passed over
+ALONE = 87  # Orin: other GPUs of its major version do not run its code, nor it theirs
 HOW = "make it with: flashhead plugin build --tensorrt-include DIR, DIR being the folder of NvInfer.h"
 
 
@@ -24,12 +25,21 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "flashhead-edge" / "plugins"
 
 
-def find_library(tensorrt_major: int, given: Path | None = None) -> Path:
+def find_library(tensorrt_major: int, given: Path | None = None, capability: int | None = None) -> Path:
     """The library for a TensorRT: the one given, else the one in the cache, else the one that `make plugin` left in a clone.
 
+    Args:
+        capability: of the GPU that shall run it, 87 for 8.7; None: that is not looked at.
     Raises:
-        EngineError: there is none.
+        EngineError: there is none, or it has no kernels for that GPU.
     """
+    path = _placed(tensorrt_major, given)
+    if capability is not None:
+        check_capability(path, capability)
+    return path
+
+
+def _placed(tensorrt_major: int, given: Path | None) -> Path:
     name = library_name(tensorrt_major)
     if given is not None:
         if not given.is_file():
@@ -68,6 +78,27 @@ def text_of(path: Path, function: str, *arguments: bytes) -> str | None:
 def version(path: Path) -> str:
     """Its own version and that of the TensorRT whose headers it was made with, such as ``0.1.0 tensorrt 8.6.0``."""
     return text_of(path, "flashhead_plugin_version") or ""
+
+
+def check_capability(path: Path, capability: int) -> None:
+    """Raise EngineError where the library has no kernels for a GPU of a capability, 87 for 8.7."""
+    if not hasattr(opened(path), "flashhead_plugin_capabilities"):
+        raise EngineError(f"{path}: the plugin library is of an older version, which does not say its GPUs, expected one of this version; {HOW}")
+    made_for = [int(word) for word in (text_of(path, "flashhead_plugin_capabilities") or "").split()]
+    if not any(runs_on(made, capability) for made in made_for):
+        raise EngineError(
+            f"{path}: the plugin library has kernels for capability {', '.join(map(str, made_for))}, found a GPU of {capability}, expected one for it; {HOW}"
+        )
+
+
+def runs_on(made_for: int, capability: int) -> bool:
+    """Whether a GPU runs code that was compiled for a capability: the same major version, no older minor one, Orin's apart.
+
+    Source: CUDA's programming guide, binary compatibility. Code for 90 is for sm_90a, which runs on 9.0 alone.
+    """
+    if ALONE in {made_for, capability}:
+        return made_for == capability
+    return made_for // 10 == capability // 10 and made_for <= capability
 
 
 def load_library(trt: Any, path: Path) -> None:

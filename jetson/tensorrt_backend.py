@@ -492,7 +492,7 @@ def open_folder(folder: Path, plugin: Path | None = None, stream: int | None = N
     if manifest.layers != "plugin":
         raise EngineError(f"{folder}: an export with native layers, expected plugin ones: native engines are built and not run by this version; {PLUGINS}")
     trt = load_tensorrt()
-    library = plugins.find_library(int(str(trt.__version__).split(".")[0]), plugin)
+    library = plugins.find_library(int(str(trt.__version__).split(".")[0]), plugin, facts.capability)
     check_machine(manifest, facts, str(trt.__version__), hashlib.sha256(library.read_bytes()).hexdigest())
     check_files(manifest, contents=check)
     check_fits(tensorrt_need(folder), free_gpu(facts.free_bytes), manifest.context, manifest.max_batch)

@@ -130,7 +130,22 @@ class Interpreter:
         y = total / np.sqrt(np.mean(total**2, -1, keepdims=True) + np.float32(at["epsilon"])) * (np.float32(at["offset"]) + weight)
         return self.rounded(y) if residual is None else (self.rounded(y), total)
 
-    def W4A16Linear(self, at: dict[str, Any], x: np.ndarray) -> np.ndarray:
+    def W4A16Linear(self, at: dict[str, Any], x: np.ndarray, residual: np.ndarray | None = None) -> Any:
+        """The product, and around it what the node says, by the other plugins' own steps."""
+        around = {"norm": b"", "first_norm": b"", "residual": 0, "gated": 0} | at
+        assert around["residual"] == int(residual is not None)
+        total = None
+        for name, skipped in (("first_norm", None), ("norm", residual)):
+            if around[name]:
+                x = self.RmsNorm(at | {"weight": at[name], "d": at["k"]}, x, skipped)
+                if skipped is not None:
+                    x, total = x
+        y = self.product(at, x)
+        if around["gated"]:
+            y = self.GatedProduct(at, y)
+        return y if total is None else (y, total)
+
+    def product(self, at: dict[str, Any], x: np.ndarray) -> np.ndarray:
         key = at["codes"].decode()
         if key not in self.matrices:
             n, k, group = at["n"], at["k"], at["group"]

@@ -73,7 +73,7 @@ def clean(request):
     assert library.core_blocks() == 0
 
 
-def to_bytes(fields, version=1):
+def to_bytes(fields, version=2):
     """Fields as fields.h lays them out."""
     out = b""
     for name, value in fields.items():
@@ -226,7 +226,7 @@ def test_fields_come_back_as_they_were_given(core, weights):
         ({"d": 64.0}, "field d holds real numbers, expected whole numbers; see docs/tensorrt.md for the fields"),
         ({"d": [64, 64]}, "field d holds 2 values, expected one; see docs/tensorrt.md for the fields"),
         ({"d": 60}, "d is 60, expected a multiple of 8 up to 16384; use TensorRT's own norm for this model"),
-        ({"format": 2}, "the engine holds this plugin in format 2, this library reads 1; build the engine again with this library, or load"),
+        ({"format": 1}, "the engine holds this plugin in format 1, this library reads 2; build the engine again with this library, or load"),
         ({"weight": "12"}, 'field weight is "12", expected where a tensor lies as "offset bytes", or nothing; export the model again'),
         ({"weight": "0 126"}, "field weight names a tensor of 126 bytes, expected 128; export the model again"),
         ({"weight": "99999999999999999999999 128"}, "expected where a tensor lies"),
@@ -242,7 +242,7 @@ def test_wrong_fields_are_a_sentence(change, said, core, weights):
 
 
 def test_what_onnx_adds_and_whole_numbers_for_real_ones_are_taken(core, weights):
-    fields = norm_fields(weights) | {"plugin_version": "1", "plugin_namespace": "flashhead", "offset": 1, "format": 1}
+    fields = norm_fields(weights) | {"plugin_version": "1", "plugin_namespace": "flashhead", "offset": 1, "format": 2}
     with Plugin(core, "RmsNorm", fields) as plugin:
         assert plugin.wrong == ""
 
@@ -253,7 +253,7 @@ def test_damaged_bytes_of_an_engine_are_a_sentence(core, weights):
         for size in range(len(whole)):
             wrong = plugin.read(whole[:size])
             assert ("are no plugin of ours" if size < 16 else f"the engine holds {size} bytes of this plugin, expected {len(whole)}") in wrong
-        assert "in format 3, this library reads 1" in plugin.read(to_bytes(norm_fields(weights), version=3))
+        assert "in format 1, this library reads 2" in plugin.read(to_bytes(norm_fields(weights), version=1))
         assert "1 bytes follow the plugin's last field" in plugin.read(whole[:8] + struct.pack("<I", len(whole) + 1) + whole[12:] + b"\0")
         generator = random.Random(1)
         for _ in range(2000):  # any other damage is a sentence or a harmless other value, never a crash or a huge allocation
@@ -472,9 +472,18 @@ def test_a_cache_in_place_is_not_copied(core, weights):
         assert plugin.prepare() == ""
         in_place = plugin.run(inputs, arrays_of(inputs), in_place=(None, 1, 2))
         assert in_place[0] == ""
-        assert in_place[2] == "rope_write with norms; attention_decode, 2 arrivals apart, zero"
-        copied = plugin.run(inputs, arrays_of(inputs))
-        assert copied[2] == "copy 8192; copy 8192; rope_write with norms; attention_decode, 2 arrivals apart, zero"
+        assert in_place[2] == "rope with norms in; attention_decode, 2 arrivals apart, zero"
+        copied = plugin.run(inputs, arrays_of(inputs))  # older positions are written just before: nothing is read while that runs
+        assert copied[2] == "copy 8192; copy 8192; rope with norms, alone, in; attention_decode, 2 arrivals apart, zero"
+
+
+@pytest.mark.parametrize(("queries", "launched"), [(8, "rope with norms in; attention_decode"), (9, "rope_write with norms; attention_decode")])
+def test_more_new_tokens_than_one_launch_takes_are_two(queries, launched, core, weights):
+    inputs = attention_inputs(2, queries)
+    with Plugin(core, "DecodeAttention", attention_fields(weights)) as plugin:
+        assert plugin.prepare() == ""
+        wrong, _, found = plugin.run(inputs, arrays_of(inputs), in_place=(None, 1, 2))
+    assert wrong == "" and found.startswith(launched)
 
 
 def test_scratch_memory_holds_every_launch_up_to_the_largest(core, weights):
@@ -483,7 +492,7 @@ def test_scratch_memory_holds_every_launch_up_to_the_largest(core, weights):
         assert plugin.prepare() == ""
         most = core.core_scratch(plugin.handle, *shapes_of(attention_inputs(9, 30)))
         for batch in range(1, 10):
-            for queries in (1, 2, 3, 30):
+            for queries in (1, 2, 3, 8, 9, 30):
                 inputs = attention_inputs(batch, queries)
                 assert core.core_scratch(plugin.handle, *shapes_of(inputs)) <= most
                 wrong, _, launched = plugin.run(inputs, arrays_of(inputs), in_place=(None, 1, 2))
@@ -568,6 +577,82 @@ def test_a_product_is_one_launch_over_all_leading_extents(tokens, zeros, core, w
         assert plugin.wrong.startswith("the matrix is [32, 128] in groups of 48, expected n % 16 == 0")
 
 
+def product_fields(weights, n=64, k=128, **more):
+    """Of a product; `norm` and `first_norm` = 1 become places."""
+    sizes = {"codes": n * k // 2, "scales": n * k // 32 * 2, "norm": 2 * k, "first_norm": 2 * k}
+    source, places = weights({name: bytes(size) for name, size in sizes.items()})
+    fields = {"codes": places["codes"], "scales": places["scales"], "n": n, "k": k, "group": 32} | source
+    return fields | {name: places[name] if name in places and value == 1 else value for name, value in more.items()}
+
+
+AROUND = [
+    ({}, "w4a16_linear {} x [64, 128], symmetric", "w4a16_linear {} x [64, 128], symmetric"),
+    ({"early": 1}, "w4a16_fused {} x [64, 128]", "w4a16_linear {} x [64, 128], symmetric"),
+    ({"norm": 1}, "w4a16_fused {} x [64, 128], norm", "rms_norm [{}, 128]; w4a16_linear {} x [64, 128], symmetric"),
+    (
+        {"norm": 1, "residual": 1, "gated": 1},
+        "w4a16_fused {} x [64, 128], norm, residual, silu",
+        "rms_norm [{}, 128] with residual; w4a16_linear {} x [64, 128], symmetric; gated_product [{}, 32] of 0",
+    ),
+    (
+        {"norm": 1, "first_norm": 1, "residual": 1, "gated": 1, "activation": 1},
+        "w4a16_fused {} x [64, 128], first norm, norm, residual, gelu",
+        "rms_norm [{}, 128]; rms_norm [{}, 128] with residual; w4a16_linear {} x [64, 128], symmetric; gated_product [{}, 32] of 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("around", "few", "many"), AROUND)
+def test_what_stands_around_a_product_is_in_its_launch_for_few_rows(around, few, many, core, weights):
+    with Plugin(core, "W4A16Linear", product_fields(weights, **around)) as plugin:
+        assert (plugin.wrong, plugin.prepare()) == ("", "")
+        for rows in (1, 8, 9, 70):
+            inputs = [(FP16, (1, rows, 128))] * (1 + around.get("residual", 0))
+            columns = 32 if around.get("gated") else 64
+            assert plugin.fits(*inputs) == ""
+            assert plugin.shapes(*inputs) == [f"float16 [1, {rows}, {columns}]", f"float16 [1, {rows}, 128]"][: len(inputs)]
+            wrong, _, launched = plugin.run(inputs, arrays_of(inputs))
+            assert (wrong, launched) == ("", (few if rows <= 8 else many).replace("{}", str(rows)))
+
+
+def test_a_launch_that_needs_more_shared_memory_than_there_is_becomes_several(core, weights):
+    core.core_device(4, 16, 36_000, 8)  # 32,768 bytes beside those of a row of 320
+    with Plugin(core, "W4A16Linear", product_fields(weights, norm=1)) as plugin:
+        assert plugin.prepare() == ""
+        for rows, launch in ((8, "w4a16_fused"), (1, "w4a16_fused")):
+            inputs = [(FP16, (rows, 128))]
+            assert plugin.run(inputs, arrays_of(inputs))[2].startswith(launch)
+    with Plugin(core, "W4A16Linear", product_fields(weights, k=320, norm=1)) as plugin:
+        assert plugin.prepare() == ""
+        for rows, launch in ((4, "w4a16_fused"), (5, "rms_norm"), (8, "rms_norm")):
+            inputs = [(FP16, (rows, 320))]
+            assert plugin.run(inputs, arrays_of(inputs))[2].startswith(launch)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"residual": 1}, "a residual, a gate or first_norm stands beside no norm, expected the place of one in field norm"),
+        ({"first_norm": 1}, "a residual, a gate or first_norm stands beside no norm"),
+        ({"norm": 1, "gated": 2}, "residual, gated and early are 0, 2 and 0, expected 0 or 1"),
+        ({"norm": 1, "residual": -1}, "residual, gated and early are -1, 0 and 0, expected 0 or 1"),
+        ({"norm": 1, "activation": 2}, "activation is 2, expected 0 (silu) or 1 (gelu with tanh)"),
+        ({"norm": "0 254"}, "field norm names a tensor of 254 bytes, expected 256"),
+        ({"norm": 1, "gated": 1, "n": 48}, "n is 48 beside a gate, expected a multiple of 32"),
+        ({"norm": 1, "n": 16, "k": 16448}, "k is 16448 beside a norm, expected at most 16384"),
+    ],
+)
+def test_what_stands_around_a_product_and_does_not_fit_it_is_refused(change, said, core, weights):
+    with Plugin(core, "W4A16Linear", product_fields(weights, **change)) as plugin:
+        assert plugin.wrong.startswith(said)
+
+
+def test_a_residual_of_another_shape_is_refused(core, weights):
+    with Plugin(core, "W4A16Linear", product_fields(weights, norm=1, residual=1)) as plugin:
+        assert plugin.fits((FP16, (2, 3, 128)), (FP16, (2, 4, 128))).startswith("input residual is [2, 4, 128], expected [2, 3, 128]")
+        assert plugin.fits((FP16, (2, 3, 128))).startswith("1 inputs, expected 2")
+
+
 # An exported decoder
 
 TYPE_OF_ONNX = {10: FP16, 16: BF16, 1: FP32, 6: INT32}
@@ -603,7 +688,7 @@ def test_an_exported_decoder_is_taken_node_by_node(family, batch, queries, expor
             known[name] = NUMBER[kind], tuple(json.loads(shape))
     for value in graph.output:
         assert known[value.name] == shape_of(value), value.name
-    assert seen == {"TokenEmbedding", "RmsNorm", "W4A16Linear", "GatedProduct", "DecodeAttention", "FlashHead"}
+    assert seen == {"TokenEmbedding", "RmsNorm", "W4A16Linear", "DecodeAttention", "FlashHead"}
     size = (folder / "weights.safetensors").stat().st_size
     assert 0.8 * size < core.core_device_bytes() <= size  # each tensor once, whoever reads it
     for plugin in held:

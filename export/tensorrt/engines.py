@@ -69,7 +69,7 @@ def prepared(build: Build, layers: str, precision: str) -> Ready:
     if layers == "plugin":
         from flashhead_edge.jetson.plugins import find_library, load_library
 
-        library = find_library(versions.major(trt), build.plugin)
+        library = find_library(versions.major(trt), build.plugin, None if facts is None else facts.capability)
         load_library(trt, library)
     return Ready(build, trt, facts, library)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import flashhead_edge
 from flashhead_edge.errors import ExportError
+from flashhead_edge.export.tensorrt.fusing import plugin_nodes
 from flashhead_edge.export.tensorrt.graph import write_graph
 from flashhead_edge.jetson.tensorrt_folder import WEIGHTS
 from flashhead_edge.program.head import HeadPart, decoder_graph, dense_graph, head_graph, settings_of
@@ -71,7 +73,7 @@ def write_parts(
         graphs["decoder_dense"] = dense_graph(d, h)
     for part, graph in graphs.items():
         progress(f"writing {part}.onnx", None)
-        write_graph(new / f"{part}.onnx", graph, weights, final, about | {"flashhead.part": part})
+        write_graph(new / f"{part}.onnx", replace(graph, nodes=plugin_nodes(graph.nodes)), weights, final, about | {"flashhead.part": part})
     return {
         "version": flashhead_edge.__version__,
         "fingerprint": h.index.fingerprint,

@@ -105,7 +105,10 @@ def engine_options(function: F) -> F:
 @click.option("--chunk", type=click.IntRange(min=1), help="Tokens of a prompt that are read together, at most.  [default: 256]")
 @click.option("--dense-head", is_flag=True, help="Write and build the same decoder with TensorRT's own head over the whole vocabulary too, to compare with.")
 @engine_options
-@click.option("--onnx-only", is_flag=True, help="Build no engine: `flashhead export engines OUT` does it on the board. Needs the three options that follow.")
+@click.option(
+    "--onnx-only", is_flag=True, help="Build no engine: `flashhead export engines OUT` does it on the board. Needs --for, or the three options behind it."
+)
+@click.option("--for", "board", metavar="BOARD", help="The board that shall run it: orin-nano-8gb, agx-orin-64gb, agx-thor, ...")
 @click.option("--multiprocessors", type=click.IntRange(min=1), help="Of the GPU that shall run it: 8 for Orin Nano and NX, 16 for AGX Orin, 132 for an H100.")
 @click.option(
     "--shared-kib", type=click.IntRange(min=1), help="Shared memory that a block may have there, KiB: 99 for 8.6 and 8.9, 163 for 8.0 and 8.7, 227 for 9.0."
@@ -129,6 +132,7 @@ def tensorrt(
     timing_cache: Path | None,
     memory: int | None,
     onnx_only: bool,
+    board: str | None,
     multiprocessors: int | None,
     shared_kib: int | None,
     capability: int | None,
@@ -139,9 +143,16 @@ def tensorrt(
 
     OUT is written whole or not at all.
     """
+    if board is not None:
+        if multiprocessors or shared_kib or capability:
+            raise click.UsageError("--for names the board whose numbers --multiprocessors, --shared-kib and --capability are: leave them out.")
+        from flashhead_edge.jetson.board_gpus import board_gpu
+
+        gpu = board_gpu(board)
+        multiprocessors, shared_kib, capability = gpu.multiprocessors, gpu.shared_kib, gpu.capability
     device_asked = (multiprocessors, shared_kib, capability)
     if onnx_only == (None in device_asked) or (not onnx_only and any(device_asked)):
-        raise click.UsageError("--onnx-only, --multiprocessors, --shared-kib and --capability belong together: all of them, or none.")
+        raise click.UsageError("--onnx-only and --for, or --multiprocessors, --shared-kib and --capability, belong together: all of them, or none.")
     if onnx_only and (plugin or timing_cache or memory or runtime != "tensorrt"):
         raise click.UsageError("--plugin, --timing-cache, --memory and --runtime are of builds: with --onnx-only give them to `flashhead export engines`.")
     with answer_only() as stdout:

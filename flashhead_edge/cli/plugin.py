@@ -27,22 +27,27 @@ def plugin() -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="LIB", help="The file to write.  [default: in the cache, where other verbs look]"
 )
-@click.option("--capability", type=click.IntRange(min=70), help="Compute capability of the GPU that shall run it: 87 for Orin.  [default: this machine's]")
-@click.option("--cuda", type=click.IntRange(min=12), metavar="MAJOR", help="CUDA's major version on that machine: 12 on JetPack 6.  [default: this machine's]")
+@click.option(
+    "--for",
+    "name",
+    metavar="BOARD|NUMBER",
+    help="What shall run it: a board (orin-nano-8gb, agx-thor, ...), or a GPU's capability (89).  [default: this machine]",
+)
 @json_option
 @common_options
-def build(include: Path | None, out: Path | None, capability: int | None, cuda: int | None, as_json: bool) -> None:
+def build(include: Path | None, out: Path | None, name: str | None, as_json: bool) -> None:
     """Compile the plugin library with g++ and NVRTC: neither nvcc nor CMake nor torch is needed, a minute or two is.
 
-    The library is for one major version of TensorRT and one kind of GPU. An older one stays until the new one is whole. For a board of another
-    processor set CXX to its compiler, and name --capability, --cuda and --out.
+    The library is for one major version of TensorRT and one kind of GPU. An older one stays until the new one is whole. For a board, on a PC,
+    set CXX to a compiler for its processor, and name it with --for and the file with --out.
     """
     with answer_only() as stdout:
         with shown_progress("looking for headers") as progress:
             from flashhead_edge.jetson.plugin_build import build as make
+            from flashhead_edge.jetson.plugin_build import target_named
 
-            made = make(include, out, capability, cuda, progress)
-        figures("plugin library", {name: value for name, value in plain(made).items() if name != "path"})
+            made = make(include, out, None if name is None else target_named(name), progress)
+        figures("plugin library", {key: value for key, value in plain(made).items() if key != "path"})
         if as_json:
             write_json(made, stdout)
         else:

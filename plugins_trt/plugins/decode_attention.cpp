@@ -1,12 +1,13 @@
 // DecodeAttention: qkv [B, S, (q_heads + 2 kv_heads) head_size], cache_k, cache_v [B, kv_heads, max_length, head_size], lengths int32 [B]
-//   -> out [B, S, q_heads head_size], present_k, present_v like the caches (kernels/attention.h: rope_write, then attention_decode).
+//   -> out [B, S, q_heads head_size], present_k, present_v like the caches (kernels/attention.h: up to eight new tokens of a sequence in
+//   one launch, rope_decode; more by rope_write, then attention_decode; with the same bits).
 //   fields: q_heads, kv_heads, head_size, max_length, window (0), scale, rotations (place of float32 [max_length or more, head_size / 2, 2]),
 //   q_norm, k_norm (places of [head_size], or ""), norm_offset (0), epsilon (0), bf16
 //
 // The cache is meant to be written in place: present bound to the memory of past (declared as an alias where TensorRT knows that, 10.3 and later).
 // Where the addresses differ, as under trtexec, all of it is copied first: right, and slow.
 //
-// TensorRT's scratch memory holds anything, and is shared between layers. The queries and the partial sums lie there; the arrivals, which must be zero at
+// TensorRT's scratch memory holds anything, and is shared between layers. The queries of many tokens and the partial sums lie there; the arrivals, which must be zero at
 // first and are left zero, lie in memory of this instance's own, enough for kArrivals of them: 512 sequences of 8 key-value heads, or 1,024 new tokens of
 // 32 heads over 8. A larger launch counts in scratch memory, made zero in the stream.
 #include "attention.h"
@@ -64,7 +65,7 @@ class DecodeAttention final : public Operation {
     // A smaller launch may be cut into more parts: no plan has more of them than multiprocessors, or than items where these are more.
     const int64_t batch = in[0].dims[0], queries = in[0].dims[1], rows = queries * (q_heads_ / kv_heads_), most_rows = rows < 8 ? rows : 8;
     const int64_t items = batch * kv_heads_ * ((rows + most_rows - 1) / most_rows), parts = items > facts.multiprocessors ? items : facts.multiprocessors;
-    return query_bytes(batch * queries) + size_t(parts * most_rows * (head_size_ + 2) + items) * sizeof(float);
+    return query_bytes(batch, queries) + size_t(parts * most_rows * (head_size_ + 2) + items) * sizeof(float);
   }
 
  protected:
@@ -101,32 +102,44 @@ class DecodeAttention final : public Operation {
     Sentence wrong = said(fh_attention_make_plan(&shape, &facts_, &plan));
     if (!wrong.empty()) return wrong;
 
-    char* partials = static_cast<char*>(c.scratch) + query_bytes(int64_t(batch) * queries);
+    char* partials = static_cast<char*>(c.scratch) + query_bytes(batch, queries);
     unsigned* arrivals = reinterpret_cast<unsigned*>(arrivals_.data());
     cudaError_t error = cudaSuccess;
+    fh_device facts = facts_;
     const size_t cache = size_t(batch) * size_t(kv_heads_) * size_t(max_length_) * size_t(head_size_) * 2;
     for (int i = 1; i <= 2; ++i) {
-      if (error == cudaSuccess && c.y[i] != c.x[i]) error = cudaMemcpyAsync(c.y[i], c.x[i], cache, cudaMemcpyDeviceToDevice, c.stream);
+      if (error != cudaSuccess || c.y[i] == c.x[i]) continue;
+      error = cudaMemcpyAsync(c.y[i], c.x[i], cache, cudaMemcpyDeviceToDevice, c.stream);
+      facts.overlap = 0;  // the copy writes older positions, which an overlapping launch reads at once
     }
     if (error == cudaSuccess && plan.items > kArrivals && plan.workspace_bytes) {
       const size_t bytes = size_t(plan.items) * sizeof(unsigned);
       arrivals = reinterpret_cast<unsigned*>(partials + plan.workspace_bytes - bytes);
       error = cudaMemsetAsync(arrivals, 0, bytes, c.stream);
+      facts.overlap = 0;
     }
     if (error != cudaSuccess) {
       cudaGetLastError();
       return format("the cache could not be copied: CUDA says \"%s\"; look that present and past are whole caches", cudaGetErrorString(error));
     }
     const int* lengths = static_cast<const int*>(c.x[3]);
-    wrong = said(fh_attention_rope_write(&shape, c.x[0], static_cast<const float*>(held_[0].get()), held_[1].get(), held_[2].get(), norm_offset_, epsilon_,
-                                         lengths, c.scratch, c.y[1], c.y[2], &facts_, c.stream));
+    const fh_attention_fusion rope = {c.x[0], static_cast<const float*>(held_[0].get()), held_[1].get(), held_[2].get(), norm_offset_, epsilon_};
+    if (queries <= FH_ATTENTION_FUSED_QUERIES) {
+      return said(fh_attention_rope_decode(&shape, &plan, &rope, c.y[1], c.y[2], lengths, c.y[0], partials, arrivals, &facts, c.stream));
+    }
+    wrong = said(fh_attention_rope_write(&shape, rope.qkv, rope.rotations, rope.q_norm, rope.k_norm, norm_offset_, epsilon_, lengths, c.scratch, c.y[1], c.y[2],
+                                         &facts, c.stream));
     if (!wrong.empty()) return wrong;
     return said(fh_attention_decode(&shape, &plan, c.scratch, c.y[1], c.y[2], lengths, c.y[0], partials, arrivals, &facts_, c.stream));
   }
   std::unique_ptr<Operation> copy() const override { return std::make_unique<DecodeAttention>(*this); }
 
  private:
-  size_t query_bytes(int64_t tokens) const { return (size_t(tokens) * size_t(q_heads_) * size_t(head_size_) * 2 + 255) / 256 * 256; }
+  // Where a launch of its own writes them.
+  size_t query_bytes(int64_t batch, int64_t queries) const {
+    if (queries <= FH_ATTENTION_FUSED_QUERIES) return 0;
+    return (size_t(batch * queries) * size_t(q_heads_) * size_t(head_size_) * 2 + 255) / 256 * 256;
+  }
 
   Weights weights_;
   std::string rotations_, q_norm_, k_norm_;

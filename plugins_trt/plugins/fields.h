@@ -1,6 +1,6 @@
 // fields.h: a plugin's settings by name, as every TensorRT hands them over, and as one string of bytes.
 //
-// The string of bytes is what a V2 plugin leaves in an engine. Little-endian, frozen as format 1:
+// The string of bytes is what a V2 plugin leaves in an engine. Little-endian:
 //   uint32 "FHPL" (0x4c504846), uint32 format, uint32 bytes in all, uint32 number of fields; then of each field
 //   uint32 kind (0 whole numbers, 1 real numbers, 2 text), uint32 length of the name, uint32 number of values; the name; the values:
 //   int32, float32 or characters. Nothing is padded, nothing ends with a zero.
@@ -16,7 +16,7 @@
 
 namespace flashhead {
 
-constexpr int kFormat = 1;  // rises when a reader of the old one would read something else out of it
+constexpr int kFormat = 2;  // rises when a reader of the old one would read something else out of it; 2: products have what stands around them
 
 enum class Kind : uint32_t { whole, real, text };
 

@@ -156,6 +156,69 @@ void linear(Library& library, Element e) {
   }
 }
 
+// A product with what stands around it gives the bits of the plugins one after the other: up to eight rows in one launch, more in several.
+void around(Library& library, Element e) {
+  const int n = 288, k = 320, group = 64;
+  const float offset = 1, epsilon = 1e-5f;
+  const reference::Matrix m(e, n, k, group, false);
+  reference::Weights w;
+  w.add("codes", m.codes);
+  w.add("scales", m.scales);
+  w.add("zeros", m.zeros);
+  w.add("first", reference::normal(e, k, 0.1));
+  w.add("norm", reference::normal(e, k, 0.1));
+  w.write(folder);
+  const auto product = [&](Array x, int tokens, int columns) {
+    Node node{"W4A16Linear", source_of(w), {std::move(x)}, {Array(type_of(e), {1, tokens, columns})}};
+    node.fields.add("codes", w.place("codes")).add("scales", w.place("scales")).add("zeros", w.place("zeros"));
+    node.fields.add("n", n).add("k", k).add("group", group).add("bf16", int(e.bf16));
+    return node;
+  };
+  for (const int tokens : {1, 5, 8, 9, 70}) {
+    const auto x = reference::normal(e, size_t(tokens) * k), residual = reference::normal(e, size_t(tokens) * k, 3);
+    const Array rows = filled(type_of(e), {1, tokens, k}, x.data()), skipped = filled(type_of(e), {1, tokens, k}, residual.data());
+    const auto normed = [&](Node& node, const char* weight) {
+      node.fields.add("weight", w.place(weight)).add("d", k).add("offset", offset).add("epsilon", epsilon).add("bf16", int(e.bf16));
+      return drive(library, node);
+    };
+    for (const int parts : {0, 1, 3, 7, 15, 9}) {  // 1: a norm; 2: with residual; 4: behind a norm of its own; 8: gated. 0: early alone
+      const bool norm = parts & 1, sums = parts & 2, twice = parts & 4, gate = parts & 8;
+      Node whole = product(rows, tokens, gate ? n / 2 : n);
+      if (norm) whole.fields.add("norm", w.place("norm")).add("offset", offset).add("epsilon", epsilon);
+      if (twice) whole.fields.add("first_norm", w.place("first"));
+      if (sums) whole.fields.add("residual", 1), whole.in.push_back(skipped), whole.out.push_back(rows);
+      if (gate) whole.fields.add("gated", 1).add("activation", 1);
+      if (!norm) whole.fields.add("early", 1);
+      printf("parts %d of %d rows: ", parts, tokens);
+      if (!drive(library, whole)) continue;
+
+      Array at = rows, sum = rows;
+      if (twice) {
+        Node first{"RmsNorm", source_of(w), {at}, {at}};
+        if (!normed(first, "first")) continue;
+        at = first.out[0];
+      }
+      if (norm) {
+        Node second{"RmsNorm", source_of(w), {at}, {at}};
+        if (sums) second.in.push_back(skipped), second.out.push_back(at);
+        if (!normed(second, "norm")) continue;
+        at = second.out[0], sum = second.out.back();
+      }
+      Node linear = product(at, tokens, n);
+      if (!drive(library, linear)) continue;
+      Array y = linear.out[0];
+      if (gate) {
+        Node last{"GatedProduct", {}, {y}, {Array(type_of(e), {1, tokens, n / 2})}};
+        last.fields.add("activation", 1).add("bf16", int(e.bf16));
+        if (!drive(library, last)) continue;
+        y = last.out[0];
+      }
+      WANT(whole.out[0].bytes == y.bytes, "other bits than one after the other");
+      if (sums) WANT(whole.out[1].bytes == sum.bytes, "another sum than one after the other");
+    }
+  }
+}
+
 struct Attention {
   int batch, queries, q_heads, kv_heads, head_size, length, window;
   bool norms;
@@ -383,7 +446,7 @@ void bad_input(Library& library) {
   refused(fields("17", w.fingerprint()), "offset bytes", true);
   refused(fields("0 126", w.fingerprint()), "expected 128", true);
   Fields other = fields(w.place("weight"), w.fingerprint());
-  refused(other.add("format", 2), "in format 2, this library reads 1", true);
+  refused(other.add("format", 1), "in format 1, this library reads 2", true);
   if (build_only) return;  // the others are found when weights go to a device
   refused(fields(w.place("weight"), "0123456789abcdef"), w.fingerprint().c_str(), false);
   refused(fields("1000000 128", w.fingerprint()), "copy the file again", false);
@@ -412,9 +475,12 @@ int main(int count, char** values) {
     norm(library, e);
     gated(library, e);
     linear(library, e);
+    around(library, e);
     attention(library, e, {2, 1, 4, 2, 64, 300, 0, false, {5, 300}});
     attention(library, e, {3, 1, 6, 2, 128, 96, 16, true, {1, 17, 96}});
     attention(library, e, {1, 7, 9, 3, 64, 64, 0, false, {40}});
+    attention(library, e, {2, 8, 4, 2, 64, 64, 0, true, {8, 64}});  // the most of one launch
+    attention(library, e, {2, 9, 4, 2, 64, 64, 0, true, {9, 64}});
     attention(library, e, {40, 1, 8, 8, 64, 32, 0, false, std::vector<int>(40, 20)});  // more items than multiprocessors: no cluster
     attention(library, e, {3, 1, 4, 2, 64, 32, 0, false, {0, 1 << 30, -7}});         // no lengths at all
   }

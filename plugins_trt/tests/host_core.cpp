@@ -16,7 +16,7 @@
 #include "head_step.h"
 #include "operation.h"
 #include "settings.h"
-#include "w4a16.h"
+#include "w4a16_fused.h"
 
 namespace {
 
@@ -137,6 +137,18 @@ const char* fh_w4a16_linear(const fh_w4a16_weight* w, const void*, void* y, int 
   fill(y, size_t(M) * size_t(w->N) * 2);
   return note("w4a16_linear %d x [%d, %d]%s", M, w->N, w->K, w->zeros ? "" : ", symmetric");
 }
+// The real plan's bytes of rows, beside as many as the product takes.
+void fh_w4a16_make_fused_plan(const fh_w4a16_weight* w, const fh_w4a16_fusion* f, int M, const fh_device*, fh_w4a16_plan* plan) {
+  *plan = {};
+  plan->shared_bytes = 32768 * (f->gated ? 2 : 1) + (f->norm ? M * (w->K + 32) * 2 : 0);
+}
+const char* fh_w4a16_fused(const fh_w4a16_weight* w, const fh_w4a16_fusion* f, const void*, void* y, int M, const fh_device*, cudaStream_t) {
+  fill(y, size_t(M) * size_t(f->gated ? w->N / 2 : w->N) * 2);
+  if (f->sum) fill(f->sum, size_t(M) * size_t(w->K) * 2);
+  const bool residual = f->residual && f->sum;
+  return note("w4a16_fused %d x [%d, %d]%s%s%s%s", M, w->N, w->K, f->first_norm ? ", first norm" : "", f->norm ? ", norm" : "", residual ? ", residual" : "",
+              f->gated ? f->activation == FH_SILU ? ", silu" : ", gelu" : "");
+}
 const char* fh_attention_make_plan(const fh_attention_shape* s, const fh_device* device, fh_attention_plan* plan) {
   const int count = s->queries * (s->q_heads / s->kv_heads);
   plan->rows = count < 8 ? count : 8, plan->row_blocks = (count + plan->rows - 1) / plan->rows;
@@ -144,6 +156,11 @@ const char* fh_attention_make_plan(const fh_attention_shape* s, const fh_device*
   plan->splits = device->multiprocessors > plan->items ? device->multiprocessors / plan->items : 1, plan->cluster = 1, plan->threads = 256;
   plan->workspace_bytes = (size_t(plan->items) * size_t(plan->splits) * size_t(plan->rows) * size_t(s->head_size + 2) + size_t(plan->items)) * 4;
   return nullptr;
+}
+const char* fh_attention_rope_decode(const fh_attention_shape* s, const fh_attention_plan* plan, const fh_attention_fusion* fusion, void*, void*,
+                                     const int* lengths, void* out, void* workspace, unsigned* arrivals, const fh_device* device, cudaStream_t stream) {
+  note("rope%s%s in", fusion->q_norm && fusion->k_norm ? " with norms" : "", device->overlap ? "" : ", alone,");
+  return fh_attention_decode(s, plan, nullptr, nullptr, nullptr, lengths, out, workspace, arrivals, device, stream);
 }
 const char* fh_attention_rope_write(const fh_attention_shape* s, const void*, const float*, const void* q_norm, const void* k_norm, float, float, const int*,
                                     void* q, void*, void*, const fh_device*, cudaStream_t) {

@@ -61,7 +61,7 @@ def to_bytes(fields: dict[str, int | float | str | list[int]]) -> bytes:
             whole = value if isinstance(value, list) else [value]
             kind, count, data = 0, len(whole), np.array(whole, "<i4").tobytes()
         out += struct.pack("<3I", kind, len(name), count) + name.encode() + data
-    return struct.pack("<4I", 0x4C504846, 1, 16 + len(out), len(fields)) + out
+    return struct.pack("<4I", 0x4C504846, 2, 16 + len(out), len(fields)) + out
 
 
 def raw(tensor: torch.Tensor) -> bytes:

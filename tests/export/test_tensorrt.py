@@ -237,7 +237,7 @@ def test_products_of_their_own_become_one(family: str, bodies: Bodies, tmp_path:
     assert len([n for n in body.model.graph if n.op_type == "MatMulNBits"]) == 2 * 7
     p = check_against_standard(body, model, tmp_path)
     linears = [n for n in p.model.graph.node if n.op_type == "W4A16Linear"]
-    assert [n.output[0] for n in linears] == [f"layers.{layer}.{part}" for layer in range(2) for part in ("qkv", "o", "gate_up", "down")]
+    assert [n.output[0] for n in linears] == [f"layers.{layer}.{part}" for layer in range(2) for part in ("qkv", "o", "gated", "down")]
 
 
 def test_zero_points_of_a_quantised_checkpoint(bodies: Bodies, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_model_is_plain_onnx_but_for_its_plugins(bodies: Bodies, tmp_path: Pat
         **{name.replace("past_key_values", "present"): value for name, value in past.items()},
     }
     assert {(n.op_type, n.domain) for n in graph.node} == {
-        ("Add", ""), *((op, "flashhead") for op in ("TokenEmbedding", "RmsNorm", "W4A16Linear", "DecodeAttention", "GatedProduct", "FlashHead"))
+        ("Add", ""), *((op, "flashhead") for op in ("TokenEmbedding", "RmsNorm", "W4A16Linear", "DecodeAttention", "FlashHead"))
     }  # fmt: skip
     head = onnx.load(tmp_path / "one/head_logits.onnx")
     assert list(said(head.graph.input)) == ["hidden_states"] and said(head.graph.output)["logits"] == (float32, ["batch", 127])

@@ -171,9 +171,12 @@ PLANNED = ("--onnx-only", "--multiprocessors", "16", "--shared-kib", "163", "--c
 
 
 def test_verb_writes_and_tells(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = run(capsys, "export", "tensorrt", checkpoint, tmp_path / "out", "--context", 64, "--chunk", 16, "--dense-head", *PLANNED, "--json")
+    done = run(
+        capsys, "export", "tensorrt", checkpoint, tmp_path / "out", "--context", 64, "--chunk", 16, "--dense-head", "--onnx-only", "--for", "AGX Orin", "--json"
+    )
     assert done.returncode == 0, done.stderr
     document = one_document(done.stdout)
+    assert [document["manifest"][name] for name in ("multiprocessors", "shared_bytes", "capability")] == [16, 163 << 10, 87]
     assert document["manifest"]["settings"]["q_heads"] == 4 and document["files"]["decoder_dense.onnx"] > 0
     assert f"no engines yet; on the board: flashhead export engines {tmp_path / 'out'}" in done.stderr.replace("\n", "")
     assert done.stdout.count("{") == done.stdout.count("}")
@@ -186,6 +189,13 @@ def test_verb_refuses_half_a_device_and_names_wrong_input(checkpoint: Path, tmp_
     for option in (("--memory", 100), ("--runtime", "tensorrt_rtx")):
         done = run(capsys, "export", "tensorrt", checkpoint, tmp_path / "out", *PLANNED, *option)
         assert done.returncode == 2 and "give them to `flashhead export engines`" in done.stderr
+    for some, said in (
+        (("--for", "thor", *PLANNED[1:]), "leave them out"),
+        (("--for", "thor"), "all of them, or none"),
+        (("--for", "xavier"), "board xavier: not known"),
+    ):
+        done = run(capsys, "export", "tensorrt", checkpoint, tmp_path / "out", *some)
+        assert done.returncode == 2 and said in done.stderr
     done = run(capsys, "export", "engines", tmp_path / "none")
     assert done.returncode == 2 and "manifest.json: the file is missing" in done.stderr
 

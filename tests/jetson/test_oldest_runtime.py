@@ -82,7 +82,7 @@ def test_what_tensorrt_needs_runs_there(oldest: Path, tmp_path: Path) -> None:
     code = f"import sys\nfor name in {modules}: __import__(f'flashhead_edge.jetson.{{name}}')\nassert 'torch' not in sys.modules"
     done = subprocess.run([oldest, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    verb = [oldest, "-m", "flashhead_edge", "plugin", "build", "--capability", "87", "--tensorrt-include", tmp_path]
+    verb = [oldest, "-m", "flashhead_edge", "plugin", "build", "--for", "87", "--tensorrt-include", tmp_path]
     done = subprocess.run(verb, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1 and f"NvInferRuntime.h is not in {tmp_path}" in done.stderr
     done = subprocess.run([oldest, "-m", "flashhead_edge", "doctor", "--json"], capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 from flashhead_edge.errors import DeviceError, EngineError, SettingsError
 from flashhead_edge.jetson import nvrtc, plugin_build, plugins
+from flashhead_edge.jetson.board import MODULES
+from flashhead_edge.jetson.board_gpus import BOARD_GPUS
 
 ROOM = Path(__file__).parents[2] / "plugins_trt"
 
@@ -174,7 +177,7 @@ def test_every_instance_is_in_the_library_once(library: Path) -> None:
 @pytest.mark.skipif("TENSORRT_INCLUDE" not in os.environ, reason="TENSORRT_INCLUDE names no folder of TensorRT's headers")
 def test_the_whole_library_is_built_from_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = plugin_build.build(Path(os.environ["TENSORRT_INCLUDE"]), capability=87)
+    made = plugin_build.build(Path(os.environ["TENSORRT_INCLUDE"]), target=plugin_build.Target(87, None))
     major = int(made.version.split()[-1].split(".")[0])
     assert made.path == plugins.find_library(major) and made.path.parent == plugins.cache_folder() and made.bytes > 1_000_000
     assert [p.name for p in made.path.parent.iterdir()] == [plugins.library_name(major)]
@@ -187,7 +190,7 @@ def test_the_whole_library_is_built_from_the_sources(tmp_path: Path, monkeypatch
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="there is no compiler for aarch64")
 def test_a_board_s_library_is_built_on_a_pc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
-    made = plugin_build.build(Path(os.environ["TENSORRT_INCLUDE"]), tmp_path / "board.so", capability=87)
+    made = plugin_build.build(Path(os.environ["TENSORRT_INCLUDE"]), tmp_path / "board.so", target=plugin_build.Target(87, None))
     aarch64 = 183  # ELF's number of the machine, at byte 18
     assert int.from_bytes(made.path.read_bytes()[18:20], "little") == aarch64
     assert made.version.startswith(f"{plugin_build.__version__} tensorrt ")
@@ -202,7 +205,7 @@ def test_a_build_that_fails_leaves_the_old_library(tmp_path: Path) -> None:
     old.parent.mkdir()
     old.write_bytes(b"old")
     with pytest.raises(EngineError, match=r"plugin library: g\+\+ fails \(.*no header of TensorRT.*\), expected it to compile"):
-        plugin_build.build(include, old, 87)
+        plugin_build.build(include, old, plugin_build.Target(87, None))
     assert [p.name for p in old.parent.iterdir()] == ["lib.so"] and old.read_bytes() == b"old"
 
 
@@ -232,6 +235,23 @@ def test_both_ways_of_writing_a_version_are_read(tmp_path: Path) -> None:
     assert plugin_build.tensorrt_headers(tmp_path) == (tmp_path, (11, 1, 0))
 
 
+def test_a_board_is_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin_build, "machine_of_compiler", lambda: "aarch64")
+    assert set(BOARD_GPUS) == {m.key for m in MODULES}
+    assert plugin_build.target_named("Jetson Orin Nano") == plugin_build.target_named("agx-orin-64gb") == plugin_build.Target(87, 12)
+    assert plugin_build.target_named("thor").capability == 110 and plugin_build.target_named("89") == plugin_build.Target(89, None)
+    with pytest.raises(SettingsError, match="board xavier: not known, expected one of orin-nano-4gb, .*; name one of them, or give its GPU's numbers"):
+        plugin_build.target_named("xavier")
+
+
+@can_build
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is a board's")
+def test_a_board_s_library_needs_a_compiler_for_its_processor(headers: Path, flashhead) -> None:
+    code, out, err = flashhead("plugin", "build", "--for", "orin-nano-8gb", "--tensorrt-include", headers)
+    said = "board orin-nano-8gb: g++ compiles for x86_64, expected a compiler for aarch64"
+    assert (code, out) == (2, "") and said in err.splitlines()[-1] and "set CXX=aarch64-linux-gnu-g++" in err.splitlines()[-1]
+
+
 @pytest.fixture
 def headers(tmp_path: Path) -> Path:
     """A folder that looks like TensorRT's headers."""
@@ -242,11 +262,11 @@ def headers(tmp_path: Path) -> Path:
 
 def test_what_is_missing_is_named(headers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="capability 75: the kernels run from 80 on"):
-        plugin_build.build(headers, capability=75)
+        plugin_build.build(headers, target=plugin_build.Target(75, None))
     with monkeypatch.context() as m:
         m.setenv("CXX", "no-such-compiler")
         with pytest.raises(EngineError, match="no-such-compiler: it is not installed, .* install g"):
-            plugin_build.build(headers, capability=87)
+            plugin_build.build(headers, target=plugin_build.Target(87, None))
     with monkeypatch.context() as m:
         m.setattr(plugin_build, "cuda_folders", list)
         m.setattr(plugin_build, "wheel_folders", list)
@@ -259,7 +279,7 @@ def test_what_is_missing_is_named(headers: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_board_s_library_does_not_take_this_machine_s_place(headers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
     with pytest.raises(SettingsError, match="for another processor, expected --out then"):
-        plugin_build.build(headers, capability=87)
+        plugin_build.build(headers, target=plugin_build.Target(87, None))
 
 
 def test_headers_of_two_wheels_are_one_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +295,7 @@ def test_headers_of_two_wheels_are_one_set(tmp_path: Path, monkeypatch: pytest.M
 @can_build
 def test_an_architecture_that_nvrtc_does_not_know_is_named(headers: Path) -> None:
     with pytest.raises(EngineError, match=r"it does not compile for capability 999, expected one of .*87.*; install a newer NVRTC"):
-        plugin_build.build(headers, capability=999)
+        plugin_build.build(headers, target=plugin_build.Target(999, None))
 
 
 def test_an_nvrtc_newer_than_the_driver_is_not_taken(tmp_path: Path) -> None:
@@ -292,7 +312,7 @@ def test_an_nvrtc_newer_than_the_driver_is_not_taken(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(has_driver, reason="this machine has a driver")
 def test_without_a_gpu_the_capability_is_asked_for(headers: Path, flashhead) -> None:
-    with pytest.raises(DeviceError, match=r"libcuda.so.1 cannot be loaded.*; pass --capability$"):
+    with pytest.raises(DeviceError, match=r"libcuda.so.1 cannot be loaded.*; pass --for BOARD$"):
         plugin_build.build(headers)
     code, out, err = flashhead("plugin", "build", "--tensorrt-include", headers)
     assert (code, out) == (1, "") and "libcuda.so.1 cannot be loaded" in err.splitlines()[-1]

@@ -85,7 +85,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     s = plugin_build.sources()
     includes = [word for path in plugin_build.cuda_headers() for word in ("-isystem", str(path))]
     flags = [f"-I{s.kernels}", *includes, "-fvisibility=default"]
-    launchers = [s.kernels / f"{stem}.cu" for stem in ("attention", "elementwise", "w4a16")]
+    launchers = [s.kernels / f"{stem}.cu" for stem in ("attention", "elementwise", "w4a16", "w4a16_fused")]
     plugin_build.make_library(folder / "lib.so", launchers, [s.nvrtc / "runtime.cpp"], folder / "exports.map", flags, nvrtc.find_nvrtc(), "sm_90a")
     return folder / "lib.so"
 
@@ -156,6 +156,26 @@ def test_products(library: Path, made_driver: Path, asked: Callable[..., tuple])
     assert len(kernels) == 2 * 3 * 2 * (1 + 2 + 3)  # types, groups, zeros; decode, prefill and wide prefill by their forms: every instance there is
 
 
+@pytest.mark.parametrize(("norm", "gated"), [(False, False), (True, False), (True, True)])
+def test_fused_products(library: Path, made_driver: Path, asked: Callable[..., tuple], norm: bool, gated: bool) -> None:
+    def cases() -> Iterator[tuple[tuple, tuple]]:
+        shapes = ((32, 128), (2048, 2048), (576, 1536), (8192, 2048), (2048, 8192))
+        for dtype, group, zeros, (n, k), rows, f in itertools.product(TYPES, layers.GROUPS, (False, True), shapes, (1, 5, 8), FACTS):
+            codes = torch.empty(n // 16, k // 64, 512, dtype=torch.uint8)
+            scales, points = torch.empty(n // 16, k // group, 16, dtype=dtype), torch.empty(n // 16, k // group, 16, dtype=torch.uint8) if zeros else None
+            x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(k, dtype=dtype) if norm else None
+            activation = "silu" if gated else ""
+            around = (None, None, None, weight, 0.0, 1e-6, activation)
+            want = asked("w4a16_fused", x, codes, scales, points, group, *around, f.architecture, f.multiprocessors, f.overlap)
+            if want[3] > f.shared_bytes:  # the plugin launches the steps one by one
+                continue
+            matrix = ["P16", "P16", "P16" if zeros else "P0", n, k, group, TYPES[dtype]]
+            fusion = ["P0", "P0", "P0", "P16" if norm else "P0", 0.0, 1e-6, int(gated), 0]
+            yield want, ("fh_w4a16_fused", False, [matrix, fusion, "P16", "P16", rows, device_of(f), "P0"])
+
+    assert len(compare(library, made_driver, cases())) == 2 * 3 * 2  # types, groups, zeros
+
+
 def test_attention(library: Path, made_driver: Path, asked: Callable[..., tuple]) -> None:
     def cases() -> Iterator[tuple[tuple, tuple]]:
         some = itertools.product(TYPES, (1, 4), (1, 5, 40), ((32, 8), (4, 1), (9, 3)), layers.HEAD_SIZES, (128, 1000), (0, 60), FACTS)
@@ -170,9 +190,15 @@ def test_attention(library: Path, made_driver: Path, asked: Callable[..., tuple]
             qkv, turn = torch.empty(batch, queries, heads + 2 * kv, size, dtype=dtype), torch.empty(length, size // 2, 2)
             want = asked("attention_rope_write", qkv, turn, None, None, 0.0, 1e-6, lengths, k, k, f.architecture, f.overlap)
             yield want, ("fh_attention_rope_write", False, [shape, "P16", "P16", "P0", "P0", 0.0, 1e-6, *["P16"] * 4, device_of(f), "P0"])
+            if queries <= layers.FUSED_QUERIES:
+                want = asked(
+                    "attention_rope_decode", qkv, turn, None, None, 0.0, 1e-6, lengths, k, k, room, plan.words(), window, 0.125, f.architecture, f.overlap
+                )
+                fusion = ["P16", "P16", "P0", "P0", 0.0, 1e-6]
+                yield want, ("fh_attention_rope_decode", True, [shape, fusion, *["P16"] * 6, device_of(f), "P0"])
 
     kernels = compare(library, made_driver, cases())
-    assert len(kernels) == 2 * 4 * 2 + 2  # types, head sizes, with and without clusters; rope of both types
+    assert len(kernels) == 2 * 2 * 4 * 2 + 2  # alone and with rope: types, head sizes, with and without clusters; rope alone of both types
 
 
 def test_small_steps(library: Path, made_driver: Path, asked: Callable[..., tuple]) -> None:

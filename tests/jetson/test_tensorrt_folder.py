@@ -171,6 +171,31 @@ def test_a_missing_library_names_the_command(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_library_for_another_gpu_is_refused_when_it_is_looked_up(tmp_path, monkeypatch):
+    source = tmp_path / "made.c"
+    text = 'const char* flashhead_plugin_version(void) { return "0.1.0 tensorrt 8.6.1"; }\n'
+    for number, (capabilities, fits, not_) in enumerate(((None, (), (90,)), ("87", (87,), (80, 86, 89, 90)), ("80 86 90", (80, 86, 89, 90), (87, 100)))):
+        source.write_text(text + (f'const char* flashhead_plugin_capabilities(void) {{ return "{capabilities}"; }}\n' if capabilities else ""))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(number)))  # a process loads a path once
+        place = plugins.cache_folder() / "libflashhead_plugins_trt8.so"
+        place.parent.mkdir(parents=True)
+        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", place], check=True)
+        assert plugins.find_library(8) == place
+        for capability in fits:
+            assert plugins.find_library(8, None, capability) == place
+        said = (
+            f"has kernels for capability {', '.join(capabilities.split())}, found a GPU of"
+            if capabilities
+            else "of an older version, which does not say its GPUs"
+        )
+        for capability in not_:
+            with pytest.raises(EngineError, match=rf"trt8\.so: the plugin library.*{said}.* flashhead plugin build"):
+                plugins.find_library(8, None, capability)
+            with pytest.raises(EngineError, match=said):
+                plugins.find_library(8, place, capability)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_a_second_library_in_a_process_is_refused(tmp_path, monkeypatch):
     """TensorRT would keep the first one's plugins, which look for weights in other folders, without a word."""
     source = tmp_path / "made.c"
