@@ -1,6 +1,7 @@
 """The CUDA backend on a GPU, torch-free: made models of several shapes against numpy's truth, graphs, batches, memory.
 
-`python -m pytest tests/gpu/test_cuda_backend.py` needs numpy, NVRTC and the library of launchers (setup.py build_ext --inplace).
+`python -m pytest tests/gpu/test_cuda_backend.py` needs numpy, NVRTC and the library of launchers (setup.py build_ext --inplace). FLASHHEAD_BOARD names
+another device (tests/cuda_boards.py) whose code and launch plans this GPU runs; tests/gpu/test_cuda_boards.py does that for each.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
+from cuda_boards import as_board
 from cuda_truth import CHUNK, CONTEXT, MODELS, Truth, small_program
 
 from flashhead_edge.decoding import Sampling, choose
@@ -17,15 +19,18 @@ from flashhead_edge.errors import EngineError, SettingsError
 from flashhead_edge.generation import stream
 from flashhead_edge.jetson import cuda_session, open_engine
 from flashhead_edge.jetson.cuda_backend import open_program, sample
-from flashhead_edge.jetson.driver import device_facts
 from flashhead_edge.program.head import Device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs an NVIDIA GPU")]
 PROMPTS = [[1, 5, 9, 200, 31, 77, 1024, 8], [3, 17], [400, 12, 12, 12, 90, 7, 7, 300, 21, 55, 1000, 2], [8] * 70]
 
 
+if "FLASHHEAD_BOARD" in os.environ and shutil.which("nvidia-smi"):
+    as_board(os.environ["FLASHHEAD_BOARD"])
+
+
 def gpu() -> Device:
-    facts = device_facts()
+    facts = cuda_session.device_facts()
     return Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
 
 
