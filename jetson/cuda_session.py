@@ -28,6 +28,7 @@ from flashhead_edge.jetson.cuda_program import (
     memory_plan,
     put_advance,
     put_body,
+    put_draft,
     put_draw,
     put_head,
     put_step,
@@ -98,7 +99,7 @@ def open_model(
         m.mail_address = m.mail.device
         m.settings = Pinned(settings_bytes(m))
         m.prompts = Pinned(4 * program.batch * (program.context + -(-program.context // chunk) + 1))
-        m.results = Pinned(results_extent(m)[1] + 2 * head.hidden * program.batch)
+        m.results = Pinned(results_extent(m)[1] + 2 * head.hidden * head.rows)
         setting(m, "top_p")[:] = 1
         send_settings(m)
         m.stream.wait()
@@ -146,6 +147,31 @@ def put_prompt(m: Model, ids: Sequence[int], length: int, row: int) -> int:
         queries = min(m.chunk, n - i * m.chunk)
         put_body(m, Run(1, queries, row, m.block("prompt", 4 * i * m.chunk), m.block("prompt_lengths", 4 * i)))
     return m.value(m.head.node.inputs[0]) + 2 * m.head.hidden * (queries - 1)
+
+
+def read_draft(m: Model, ids: Sequence[int], length: int) -> int:
+    """Tokens of row 0 after `length` positions, at most as many as the head takes states, with the head's step of each: the address of their states."""
+    assert m.stream is not None and m.prompts is not None
+    n, room = len(ids), m.program.context
+    words = m.prompts.array.view(np.int32)
+    words[:n], words[room] = ids, length + n
+    m.stream.to_device(m.block("prompt"), m.prompts.pointer, 4 * n)
+    m.stream.to_device(m.block("prompt_lengths"), m.prompts.pointer + 4 * room, 4)
+    run_draft(m, n)
+    return m.value(m.head.node.inputs[0])
+
+
+def run_draft(m: Model, tokens: int) -> None:
+    """The pass over the tokens of a draft, captured at its first run for those to come."""
+    assert m.stream is not None
+    if tokens in m.drafts:
+        m.drafts[tokens].launch(m.stream)
+        return
+    put_draft(m, tokens)  # once outside of a graph, as a step
+    m.stream.wait()
+    with m.stream.captured() as graph:
+        put_draft(m, tokens)
+    m.drafts[tokens] = graph
 
 
 def step_graph(m: Model, rows: int, drawn: bool) -> Graph:
@@ -257,16 +283,39 @@ def decode(m: Model, prompts: Sequence[Sequence[int]], steps: int) -> Iterator[M
     setting(m, "lengths")[:rows] = [len(p) for p in prompts]
     setting(m, "step")[:rows] = 0
     send_settings(m)
+    numbers = []
+    for row, prompt in enumerate(prompts):
+        state = put_prompt(m, prompt, 0, row)
+        put_head(m, state, 1, row)
+        numbers.append(put_end(m, row, drawn))
+    yield from mails_of(m, graph, rows, steps, numbers)
+
+
+def go_on(m: Model, length: int, steps: int) -> Iterator[Mail]:
+    """Continue row 0's text of `length` positions, for whose last state the head's step has just been made. Otherwise as `decode`."""
+    assert m.stream is not None
+    drawn = bool(setting(m, "temperature")[0] > 0)
+    graph = step_graph(m, 1, drawn) if steps > 1 else None  # which was made when nothing was in the cache
+    take_number(m)
+    setting(m, "lengths")[0] = length
+    setting(m, "step")[0] = 0
+    send_settings(m)
+    yield from mails_of(m, graph, 1, steps, [put_end(m, 0, drawn)])
+
+
+def put_end(m: Model, row: int, drawn: bool) -> int:
+    """A token from the head's step of a prompt: its number in the mailbox."""
+    if drawn:
+        put_draw(m, 1, row)
+    put_advance(m, 1, row, drawn)
+    m.number += 1
+    return m.number
+
+
+def mails_of(m: Model, graph: Graph | None, rows: int, steps: int, numbers: Sequence[int]) -> Iterator[Mail]:
+    """What `steps` steps say, the first of them in a mail for each row: one is in the stream before the one before it is read."""
+    assert m.stream is not None
     try:
-        numbers = []
-        for row, prompt in enumerate(prompts):
-            state = put_prompt(m, prompt, 0, row)
-            put_head(m, state, 1, row)
-            if drawn:
-                put_draw(m, 1, row)
-            put_advance(m, 1, row, drawn)
-            m.number += 1
-            numbers.append(m.number)
         waiting = [launch_step(m, graph)] if graph is not None else []
         mails = [read_mail(m, number, 1) for number in numbers]
         yield Mail(*(np.concatenate([getattr(mail, part) for mail in mails]) for part in ("token", "capped", "logprob", "counts")))

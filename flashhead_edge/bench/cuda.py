@@ -67,7 +67,7 @@ def made_program(
         device: that the head is planned for (program.head.Device).
     """
     from flashhead_edge.export.tensorrt.made import ROW, record_layers, with_margins
-    from flashhead_edge.program.head import decoder_graph, head_part
+    from flashhead_edge.program.head import DRAFTED_ROWS, decoder_graph, head_part
     from flashhead_edge.program.nodes import Decoder
     from flashhead_edge.program.weights import BLOCK_ROWS, STORED, Item, rounded, write_weights
 
@@ -81,7 +81,7 @@ def made_program(
     decoder = Decoder(precision, context)
     record_layers(decoder, model, embedding, model.layers if layers is None else layers, group, seed)
     case = Case("made", vocab, model.hidden, s.cluster_size, s.rows, s.centroids, s.mean, s.caps, coordinates=s.coordinates)
-    head = head_part(with_margins(made_index(case, seed), s, seed), embedding, None, device, batch, precision)
+    head = head_part(with_margins(made_index(case, seed), s, seed), embedding, None, device, max(batch, DRAFTED_ROWS), precision)
     folder.mkdir(parents=True)
     path = folder / "weights.safetensors"
     places = write_weights(path, [*decoder.items.values(), *head.items], head.index.fingerprint).places

@@ -18,7 +18,7 @@ from flashhead_edge.index import HeadIndex
 from flashhead_edge.packed import Weights
 from flashhead_edge.packed.coded import GROUPS
 from flashhead_edge.program.families import Layout, Rope, describe, rotations
-from flashhead_edge.program.head import Device, HeadPart, head_part
+from flashhead_edge.program.head import DRAFTED_ROWS, Device, HeadPart, head_part
 from flashhead_edge.program.nodes import Attention, Decoder, HeadNorm, Stored
 from flashhead_edge.program.recoding import MINIMA, ORDER, Form, anew, form_of, recoded
 from flashhead_edge.program.weights import BLOCK_ROWS, PRECISIONS, STORED, Item, Matrix, rounded
@@ -35,6 +35,7 @@ class Built:
     decoder: Decoder
     head: HeadPart
     layout: Layout
+    batch: int  # texts at once, at most; the head takes some more states, of a text's drafts
     notices: tuple[str, ...]  # what is not in it as the checkpoint has it, a sentence each
 
 
@@ -129,8 +130,8 @@ def build_program(
         )
     # a config that leaves a cap out has none in these families
     scale, softcap = logit_rule(dict.fromkeys(SOFTCAPS) | dict(text_config(config)), layout.family)
-    head = head_part(index, exact, bias, device, batch, precision, scale, softcap)
-    return Built(decoder, head, layout, tuple(_notices(w.anew)))
+    head = head_part(index, exact, bias, device, max(batch, DRAFTED_ROWS), precision, scale, softcap)
+    return Built(decoder, head, layout, batch, tuple(_notices(w.anew)))
 
 
 def _check(layout: Layout, precision: str, context: int, group: int) -> None:

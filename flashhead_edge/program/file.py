@@ -18,7 +18,7 @@ from flashhead_edge.program.nodes import Attention, Attribute, Constant, Decoder
 from flashhead_edge.program.weights import STORED, Item, write_weights
 from flashhead_edge.progress import Progress, silent
 
-FORMAT = 2  # of program.json; to be raised too when a checkpoint's program becomes another one: kept ones are known by it
+FORMAT = 3  # of program.json; to be raised too when a checkpoint's program becomes another one: kept ones are known by it
 PROGRAM, WEIGHTS = "program.json", "weights.safetensors"
 AGAIN = "write the program again"
 SPARE = 8 << 20  # bytes for program.json
@@ -90,7 +90,7 @@ def write_program(folder: str | Path, built: Built, device: Device, about: Mappi
             "weights_sha256": written.sha256,
             "precision": d.precision,
             "context": d.context,
-            "batch": h.max_rows,
+            "batch": built.batch,
             "device": asdict(device),
             "settings": settings,
             "notices": list(built.notices),
