@@ -17,7 +17,7 @@ SECONDS = 500  # most of them are the compilation of some 150 kernels
 # What depends on the code or on the plans; how memory is kept and what is refused does not.
 TESTS = (
     "test_states_are_the_truths or test_the_loop_and_the_device or test_rows_of_a_batch or test_fused_steps or test_draws_are or test_full_width or "
-    "test_states_of_a_draft or test_speculation"
+    "test_states_of_a_draft or test_speculation or test_a_text_goes_on"
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_emulator import emulated
+from cuda_emulator import emulated, host_bytes
 from cuda_truth import CHUNK, CONTEXT, MODELS, VOCAB, Truth, small_program
 
 from flashhead_edge.decoding import Sampling, choose
@@ -319,6 +319,7 @@ def test_what_the_device_cannot_choose_stays_in_the_loop(programs):
     with emulated(programs("llama")) as (m, called):
         b = opened(m)
         engine = engine_of(b)
+        b.wide = host_bytes(4 * m.program.batch * VOCAB), host_bytes(4 * m.program.batch * VOCAB)  # full-width logits
         for s in (Sampling(temperature=1.5), Sampling(frequency_penalty=0.5), Sampling(allowed=(5, 6, 7)), Sampling(logit_bias={5: 1.0})):
             called.clear()
             assert len(list(stream(engine, PROMPTS[1], 4, s))) == 4 and called.count("fh_decode") == 0
