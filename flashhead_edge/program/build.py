@@ -34,7 +34,8 @@ class Built:
 
     decoder: Decoder
     head: HeadPart
-    layout: Layout
+    positions: int  # that the model was made for
+    vocab: int  # rows of its embedding
     batch: int  # texts at once, at most; the head takes some more states, of a text's drafts
     notices: tuple[str, ...]  # what is not in it as the checkpoint has it, a sentence each
 
@@ -131,7 +132,7 @@ def build_program(
     # a config that leaves a cap out has none in these families
     scale, softcap = logit_rule(dict.fromkeys(SOFTCAPS) | dict(text_config(config)), layout.family)
     head = head_part(index, exact, bias, device, max(batch, DRAFTED_ROWS), precision, scale, softcap)
-    return Built(decoder, head, layout, batch, tuple(_notices(w.anew)))
+    return Built(decoder, head, layout.positions, layout.vocab, batch, tuple(_notices(w.anew)))
 
 
 def _check(layout: Layout, precision: str, context: int, group: int) -> None:

@@ -77,7 +77,7 @@ def write_program(folder: str | Path, built: Built, device: Device, about: Mappi
     if not d.attentions:
         raise ExportError("decoder: it has no attention, expected one a layer; report this model")
     items, graph, first = program_items(d, h), decoder_graph(d, h), d.attentions[0]
-    settings = settings_of(h.index, h.scale, h.softcap, built.layout.positions, built.layout.vocab) | {
+    settings = settings_of(h.index, h.scale, h.softcap, built.positions, built.vocab) | {
         "body_parameters": d.parameters, "layers": len(d.attentions), "kv_heads": first.kv_heads, "head_size": first.head_size, "q_heads": first.q_heads,
     }  # fmt: skip
     with replacing(path, sum(item.nbytes for item in items) + SPARE) as new:
