@@ -7,7 +7,7 @@ from a mailbox of pinned memory while the next step runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from flashhead_edge.errors import DeviceError, EngineError
 from flashhead_edge.jetson import cuda_library as native
 from flashhead_edge.jetson.cuda_kernels import ready
 from flashhead_edge.jetson.cuda_memory import Mailbox, Range, fill
+from flashhead_edge.jetson.cuda_plan import CHUNK, need_of_plan
 from flashhead_edge.jetson.cuda_program import (
     OPERATORS,
     SETTINGS,
@@ -35,10 +36,10 @@ from flashhead_edge.jetson.cuda_program import (
     slot_words,
 )
 from flashhead_edge.jetson.driver import Device, DeviceFacts, Graph, Pinned, Stream, device_facts
+from flashhead_edge.jetson.plan import check_fits, free_gpu
 from flashhead_edge.program.nodes import PLAIN
 from flashhead_edge.progress import Progress, silent
 
-CHUNK = 256  # tokens of a prompt that are read together
 WAIT_SECONDS = 2.0  # for a step's results, before the stream is asked what is wrong
 
 # ---- opening
@@ -76,7 +77,7 @@ def open_model(
         overlap: whether launches begin while the one before them ends; None: where the GPU can.
         fuses: whether steps of up to eight rows run fused nodes, with the same bits; a measurement compares both.
     Raises:
-        DeviceError: no GPU, or too little memory; nothing stays allocated.
+        DeviceError: no GPU, or too little memory, which is looked at before anything is compiled or allocated.
         EngineError: the program is another GPU's, or a kernel does not compile.
     """
     facts, head = device_facts(), head_of(program)
@@ -85,6 +86,8 @@ def open_model(
     chunk = min(chunk, program.context)
     dtype = native.BF16 if program.precision == "bfloat16" else native.FP16
     m = Model(program, head, facts, limits, memory_plan(program, head, limits, chunk, dtype), chunk, fuses)
+    need = replace(need_of_plan(program, m.plan, program.weights.parent.name), limit=None)
+    check_fits(need, free_gpu(facts.free_bytes), program.context, program.batch)
     m.readied = ready(lambda: dry_pass(m), facts, progress)
     m.device = Device()
     try:

@@ -39,8 +39,8 @@ class KeptCodes:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._folder.shape(name)
 
-    def linear(self, name: str) -> Coded4 | Coded8 | np.ndarray:
-        return self._codes.linear(name) if f"{name}.weight" in self._coded else self._folder.linear(name)
+    def linear(self, name: str, rows: int | None = None) -> Coded4 | Coded8 | np.ndarray:
+        return self._codes.linear(name, rows) if f"{name}.weight" in self._coded else self._folder.linear(name, rows)
 
     def floats(self, name: str) -> np.ndarray:
         return self._folder.floats(name)

@@ -37,8 +37,8 @@ class Weights(Protocol):
         """Of a parameter, as floats: [N, K] of a packed matrix."""
         ...
 
-    def linear(self, name: str) -> Coded4 | Coded8 | np.ndarray:
-        """A matrix by its layer's name, without ".weight": its codes, or [N, K] float32 where it is not packed."""
+    def linear(self, name: str, rows: int | None = None) -> Coded4 | Coded8 | np.ndarray:
+        """A matrix by its layer's name, without ".weight": its codes, or [N, K] float32 where it is not packed; with `rows` that many of its first ones."""
         ...
 
     def floats(self, name: str) -> np.ndarray:

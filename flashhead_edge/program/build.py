@@ -1,12 +1,13 @@
 """From the weights of a checkpoint to a decoder in nodes, layer by layer as `families` describes it. numpy only.
 
-Nothing is read whole: a matrix is looked at when it is recorded, and read again when the program's file is written.
+Nothing is read whole: some rows of a matrix are looked at when it is recorded, and it is read when the program's file is written. So a plan can build a
+program for its sizes alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from flashhead_edge.program.recoding import MINIMA, ORDER, Form, anew, form_of, 
 from flashhead_edge.program.weights import BLOCK_ROWS, PRECISIONS, STORED, Item, Matrix, rounded
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head"
+LOOKED_AT = 16  # rows of a matrix that say how all of it is stored
 UNREAD = ("rotary_emb.inv_freq",)  # tables that older checkpoints store, which the config says too
 Neutral = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
@@ -266,7 +268,8 @@ def _form(w: _Work, name: str, n: int, k: int) -> Form:
     if f"{name}.weight" not in w.left:
         raise CheckpointError(f"{name}.weight: it is not among the weights, expected the parameter of a {w.layout.family} model; fetch the model again")
     w.left.discard(f"{name}.weight")
-    form = form_of(w.weights.linear(name), w.group)
+    form = form_of(w.weights.linear(name, LOOKED_AT), w.group)
+    form = replace(form, n=w.weights.shape(f"{name}.weight")[0])
     if (form.n, form.k) != (n, k):
         raise CheckpointError(f"{name}.weight: its shape is {[form.n, form.k]}, expected {[n, k]} as config.json says; fetch the model again")
     return form

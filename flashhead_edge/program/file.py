@@ -56,6 +56,11 @@ def program_items(d: Decoder, h: HeadPart) -> list[Item]:
     return [*first.values(), *(item for name, item in d.items.items() if name not in first), *constants, *h.items]
 
 
+def sizes_of(d: Decoder, h: HeadPart) -> dict[str, int]:
+    """Bytes of each tensor of the file, without making any."""
+    return {item.name: item.nbytes for item in program_items(d, h)}
+
+
 def _constant_item(name: str, c: Constant) -> Item:
     if c.dtype not in STORED or c.array.nbytes % 16:
         raise ExportError(f"{name}: a constant {c.dtype} {list(c.array.shape)}, expected 16-bit floats in multiples of 16 bytes; report this model")
