@@ -11,7 +11,9 @@ from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
 from flashhead_edge.jetson.cuda_backend import Cuda, open_program
 from flashhead_edge.jetson.cuda_plan import checkpoint_need
 from flashhead_edge.jetson.driver import DeviceFacts, device_facts
+from flashhead_edge.jetson.folder import is_exported
 from flashhead_edge.jetson.plan import Need
+from flashhead_edge.jetson.tensorrt_folder import is_tensorrt
 from flashhead_edge.program.families import describe
 from flashhead_edge.program.file import PROGRAM, Program, read_program
 from flashhead_edge.program.head import Device
@@ -64,8 +66,9 @@ def need_of_checkpoint(folder: Path, context: int | None = None, batch: int = 1)
     Raises:
         As `open_folder`, but for what needs a GPU. Headers, norms and the head's index are read.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json, expected a FlashHead checkpoint, which the cuda backend runs; run flashhead convert")
+    if not (folder / "config.json").is_file() or is_exported(folder) or is_tensorrt(folder):
+        found = "an exported folder" if folder.is_dir() and (folder / "config.json").is_file() else "no config.json"
+        raise CheckpointError(f"{folder}: {found}, expected a FlashHead checkpoint, which the cuda backend runs; run flashhead convert")
     config = read_json(folder / "config.json")
     try:
         facts = device_facts()
