@@ -103,6 +103,10 @@ class Stream:
             self._ids.close()
         return Token(token, text + self._stop.finish() if last else text, logprobs)
 
+    def close(self) -> None:
+        """End it early: an engine that is a step ahead leaves that, and the cache keeps what has been said. Harmless when it has ended."""
+        self._ids.close()
+
     @property
     def summary(self) -> Summary:
         return self._run.finished()

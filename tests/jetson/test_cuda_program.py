@@ -311,7 +311,7 @@ def test_a_text_goes_on_by_itself_one_step_ahead(programs):
         assert [t.id for t in stream(engine, PROMPTS[1], 20, s)] == [int(t[0]) for t in b.decode([PROMPTS[1]], 20, s)]
         left = stream(engine, PROMPTS[1], 20, s, cache=cache)
         next(left), next(left)
-        left._ids.close()
+        left.close()
         assert len(cache.ids) == len(PROMPTS[1]) + 1 and cache.body is not None and (cuda_session.setting(m, "temperature") == 0).all()
 
 
