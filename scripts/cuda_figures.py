@@ -16,14 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flashhead_edge.bench.cuda import CACHED, graph_times, made_program, models, rewind, step_times
-from flashhead_edge.bench.cuda_dense import KINDS, DenseHead, put_dense_step
+from flashhead_edge.bench.cuda import CACHED, made_program, models, rewind, step_times
+from flashhead_edge.bench.cuda_dense import KINDS, DenseHead, dense_steps
 from flashhead_edge.jetson.cuda_memory import device_bytes
 from flashhead_edge.jetson.cuda_session import decode, open_model, run_draft, step_graph
 from flashhead_edge.jetson.driver import Device, Timer, device_facts
@@ -96,25 +95,13 @@ def steps(names: list[str], record: Record) -> None:
                     "model": name, "rows": rows, "cached": CACHED, "ours": middle(ours), "spread": spread(ours), "drawn": middle(step_times(m, rows, True)),
                     "without_head": middle(body), "graph_nodes": step_graph(m, rows, False).nodes,
                 }  # fmt: skip
-                for kind in KINDS:
-                    dense = DenseHead(m, kind)
-                    try:
-                        if kind == KINDS[0]:
-                            found["token_is_dense"] = dense_is_right(m, dense)
-                        times, alone = graph_times(m, partial(put_dense_step, m, dense, rows)), middle(graph_times(m, partial(dense.put, rows)))
-                        head_time = middle(times) - middle(body)
-                        found[f"dense {kind}"] = {
-                            "us": middle(times), "spread": spread(times), "head_alone_us": alone, "bandwidth_tb_s": round(dense.bytes / alone / 1e6, 2),
-                            "ratio": round(middle(times) / middle(ours), 3), "saved_us": round(middle(times) - middle(ours), 1),
-                            "saved_of_dense_head": round((middle(times) - middle(ours)) / head_time, 3) if head_time > 0 else None,
-                        }  # fmt: skip
-                    finally:
-                        dense.close()
-                record.add(**found, **took)
+                if rows == 1:
+                    found["token_is_dense"] = dense_is_right(m)
+                record.add(**found, dense=dense_steps(m, rows, middle(ours), middle(body)), **took)
 
 
-def dense_is_right(m: Any, dense: DenseHead) -> bool:
-    """Whether the rival's token is that of numpy over the same rows, up to the rounding of sums."""
+def dense_is_right(m: Any) -> bool:
+    """Whether the token of the rival in 16 bits is that of numpy over the same rows, up to the rounding of sums."""
     from flashhead_edge.jetson.cuda_backend import Cuda, export_settings
     from flashhead_edge.jetson.cuda_session import fetch
 
@@ -122,8 +109,12 @@ def dense_is_right(m: Any, dense: DenseHead) -> bool:
     hidden = b.body().feed([1, 2, 3, 4])
     rewind(m, CACHED)
     m.stream.to_device(m.value(m.head.node.inputs[0]), _pinned(m, hidden), 2 * m.head.hidden)
-    dense.put(1)
-    token = int(fetch(m, 1, None)["token"][0])
+    dense = DenseHead(m, KINDS[0])
+    try:
+        dense.put(1)
+        token = int(fetch(m, 1, None)["token"][0])
+    finally:
+        dense.close()
     logits = b.head.exact_logits(hidden, np.arange(m.head.vocab))[0]
     return bool(logits[token] >= logits.max() - 1e-3 * np.abs(logits).max())
 
@@ -218,9 +209,8 @@ def memory(names: list[str], record: Record) -> None:
                     list(decode(m, [[1, 2, 3]], 8))
                     real = free - device.memory()[0]
                 left = free - device.memory()[0]
-                record.add(
-                    model=name, batch=batch, context=context, planned=took["planned"], real=real, ratio=round(took["planned"] / real, 4), left_after_close=left
-                )
+                found = {"planned": took["planned"], "real": real, "ratio": round(took["planned"] / max(1, real), 4)}
+                record.add(model=name, batch=batch, context=context, **found, left_after_close=left)
 
 
 def cold(names: list[str], record: Record) -> None:

@@ -7,11 +7,13 @@ time does not depend on what they hold.
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flashhead_edge.bench.cuda import graph_times
 from flashhead_edge.errors import SettingsError
 
 KINDS = ("16 bits", "8 bits")
@@ -99,6 +101,33 @@ class DenseHead:
         if self.module.value:
             library().cuModuleUnload(self.module)
             self.module = ctypes.c_void_p()
+
+
+def dense_steps(m: Any, rows: int, ours: float, body: float) -> dict[str, Any]:
+    """A greedy step of some rows with each dense head.
+
+    Args:
+        ours: microseconds of the backend's own step; body: of the step without a head.
+    Returns:
+        By the kind of head: microseconds of the step with their spread, of the head alone, its ratio to ours, what ours saves, and as a share of what the
+        dense head adds to a step. Empty where a batch is larger than the rivals take.
+    """
+    if rows > ROWS[-1]:
+        return {}
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        dense = DenseHead(m, kind)
+        try:
+            times, alone = graph_times(m, partial(put_dense_step, m, dense, rows)), float(np.median(graph_times(m, partial(dense.put, rows))))
+            step = float(np.median(times))
+            found[kind] = {
+                "microseconds": round(step, 2), "spread": [round(float(times.min()), 2), round(float(times.max()), 2)], "head_alone": round(alone, 2),
+                "terabytes_per_second": round(dense.bytes / alone / 1e6, 2), "ratio": round(step / ours, 3), "saved": round(step - ours, 1),
+                "share_of_head_gone": round((step - ours) / (step - body), 3) if step > body else None,
+            }  # fmt: skip
+        finally:
+            dense.close()
+    return found
 
 
 def put_dense_step(m: Any, head: DenseHead, rows: int) -> None:
