@@ -192,6 +192,7 @@ def test_a_text_goes_on_by_itself(model, sampling):
     want = [int(t[0]) for t in b.decode([PROMPTS[0]], 100, sampling)]
     assert [t.id for t in stream(engine, PROMPTS[0], 100, sampling, cache=cache)] == want
     assert cache.ids == [*PROMPTS[0], *want[:-1]]
+    cache = PromptCache()  # a prompt that is not read as a whole has sums in another order
     stopped = stream(engine, PROMPTS[0], 100, sampling, stop=[want[30]], cache=cache)
     first = want[: want.index(want[30]) + 1]
     assert [t.id for t in stopped] == first and cache.ids == [*PROMPTS[0], *first[:-1]]
