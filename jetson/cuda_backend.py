@@ -20,10 +20,12 @@ from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
 from flashhead_edge.generation.protocols import Chosen
 from flashhead_edge.head import Step
 from flashhead_edge.jetson import cuda_session
+from flashhead_edge.jetson.cuda_plan import need_of_plan
 from flashhead_edge.jetson.cuda_program import Model, Program, put_head
 from flashhead_edge.jetson.cuda_session import setting
 from flashhead_edge.jetson.driver import Memory, Pinned
 from flashhead_edge.jetson.folder import ExportSettings
+from flashhead_edge.jetson.plan import Need
 from flashhead_edge.jetson.steps import joined, logits_by_rows, step_of
 from flashhead_edge.jetson.tensorrt_engine import to_float32, to_half
 from flashhead_edge.progress import Progress, silent
@@ -65,6 +67,11 @@ class Cuda:
             "memory": "one range of addresses over pieces" if m.memory.virtual else "one allocation: this GPU has no virtual memory management",
             "device_bytes": m.plan.size,
         }
+
+    @property
+    def need(self) -> Need:
+        """What it takes of the GPU beyond a context, part by part."""
+        return need_of_plan(self.model.program, self.model.plan, self.model.program.weights.parent.name)
 
     def body(self) -> CudaBody:
         self.owner, self.turn = CudaBody(self), self.turn + 1
