@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
-from flashhead_edge.generation.protocols import Array, BodySession, FeedsTogether, ReadsStates, TextEngine
+from flashhead_edge.decoding import Sampling
+from flashhead_edge.generation.protocols import Array, BodySession, Chosen, Continues, FeedsTogether, ReadsStates, TextEngine, Verified, Verifies
 
 
 class PromptCache:
@@ -16,12 +17,14 @@ class PromptCache:
         self.body: BodySession | None = None
         self.ids: list[int] = []  # what the body holds
         self.ahead: tuple[int, Array] | None = None  # the last of them and its state, where `feed_ahead` read it and nobody has taken it yet
+        self.texts = 0  # how many have begun
 
     def begin(self, engine: TextEngine, prompt: Sequence[int]) -> tuple[int, Array]:
         """Bring the body behind `prompt`, of at least one token: how many of its tokens were read, hidden state of the last one [1, d].
 
         A body that cannot be cut keeps its text only where the prompt goes on from all of it.
         """
+        self.texts += 1
         shared = next((i for i, (a, b) in enumerate(zip(self.ids, prompt)) if a != b), min(len(self.ids), len(prompt)))
         shared = min(shared, len(prompt) - 1)  # the last state comes from a token that is fed
         self.ahead = None
@@ -52,7 +55,38 @@ class PromptCache:
         """As `ReadsStates` has it."""
         return self._run(ids, lambda body: body.states(ids))
 
-    def _run(self, ids: Sequence[int], reading: Callable[[Any], Array]) -> Array:
+    def continues(self, sampling: Sampling) -> bool:
+        """Whether the body goes on by itself with these settings."""
+        body = self._open()
+        return isinstance(body, Continues) and body.continues(sampling)
+
+    def continued(self, most: int, sampling: Sampling) -> Generator[Chosen, None, None]:
+        """As `Continues` has it. Until it is closed or at its end the body is given up, as for every other call."""
+        body: Any = self._open()
+        text, self.body = self.texts, None
+        with closing(body.continued(most, sampling)) as steps:
+            try:
+                last: list[int] = []
+                for found in steps:
+                    self.ids.extend(last)
+                    last = [found.token]
+                    yield found
+            except GeneratorExit:  # the caller has enough
+                if self.texts == text:
+                    self.body = body
+                raise
+        self.body = body
+
+    @property
+    def verifies(self) -> bool:
+        """Whether `tokens_after` works, which is less work than a step over `states`."""
+        return isinstance(self._open(), Verifies)
+
+    def tokens_after(self, ids: Sequence[int]) -> Verified:
+        """As `Verifies` has it."""
+        return self._run(ids, lambda body: body.tokens_after(ids))
+
+    def _run(self, ids: Sequence[int], reading: Callable[[Any], Any]) -> Any:
         with self._taken() as body:
             hidden = reading(body)
             self.ids.extend(ids)

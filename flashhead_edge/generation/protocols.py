@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from flashhead_edge.decoding import Sampling
 from flashhead_edge.exact import Record
 from flashhead_edge.head import Step
 
@@ -50,6 +52,28 @@ class BodySession(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A token that a body has chosen itself, and what its head's step says of itself, as `Step` has it."""
+
+    token: int
+    counts: Array  # [1, 2 + stages]
+    capped: Array  # [1]
+
+
+@runtime_checkable
+class Continues(Protocol):
+    """A session whose device chooses tokens and feeds them back, without waiting for the loop."""
+
+    def continues(self, sampling: Sampling) -> bool:
+        """Whether it can by these settings."""
+        ...
+
+    def continued(self, most: int, sampling: Sampling) -> Generator[Chosen, None, None]:
+        """Up to `most` tokens after what was fed last. Of those that were yielded all but the last have been fed; the caller may close it at any of them."""
+        ...
+
+
 @runtime_checkable
 class ReadsStates(Protocol):
     """A session that gives the states of several tokens at once: what drafts are verified from."""
@@ -65,6 +89,24 @@ class FeedsTogether(Protocol):
 
     def feed_together(self, sessions: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[Array]:
         """`feed` of each of some sessions of one engine, with the same results: hidden states, [1, d] each. What fails has changed none of them."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """The greedy tokens after each of several, and what the head's steps say of themselves, as `Step` has it."""
+
+    token: Array  # [n]
+    counts: Array  # [n, 2 + stages]
+    capped: Array  # [n]
+
+
+@runtime_checkable
+class Verifies(Protocol):
+    """A session whose head's steps come with its states: a draft is verified without the candidates, which nobody looks at."""
+
+    def tokens_after(self, ids: Sequence[int]) -> Verified:
+        """Run tokens after what the cache holds: the greedy token after each of them."""
         ...
 
 
