@@ -10,6 +10,7 @@ from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.jetson.cuda_backend import Cuda, open_program
 from flashhead_edge.jetson.driver import device_facts
+from flashhead_edge.program.ahead import ready_program
 from flashhead_edge.program.families import describe
 from flashhead_edge.program.file import PROGRAM, Program, read_program
 from flashhead_edge.program.head import Device
@@ -44,16 +45,28 @@ def open_folder(
     """
     if (folder / PROGRAM).is_file():
         return _opened(read_program(folder), stream, progress)
-    facts, config = device_facts(), read_json(folder / "config.json")
+    facts, settings = device_facts(), program_settings(read_json(folder / "config.json"), precision=precision, context=context, batch=batch)
+    device = Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
+    program = ready_program(folder, **settings, device=device)
+    if program is None:
+        program = cached_program(folder, **settings, device=device, progress=progress)
+    return _opened(program, stream, progress)
+
+
+def program_settings(config: Any, *, precision: str | None = None, context: int | None = None, batch: int = 1) -> dict[str, Any]:
+    """What a checkpoint's program is made with, by `open_folder` as by `flashhead bundle`: precision, context, group and batch.
+
+    Args:
+        config: config.json.
+        precision, context, batch: as `open_folder` takes them.
+    Raises:
+        SettingsError: the context is longer than the model's. UnsupportedModelError: a family without a program.
+    """
     most = describe(config).positions
     context = min(CONTEXT, most or CONTEXT) if context is None else context
     if not 2 <= context <= (most or context):
         raise SettingsError(f"cuda backend: the context is {context:,}, expected 2 to the model's {most:,} positions; choose another")
-    program = cached_program(
-        folder, precision=precision or precision_of(config), context=context, group=_group(config), batch=batch,
-        device=Device(facts.multiprocessors, facts.shared_bytes, facts.capability), progress=progress,
-    )  # fmt: skip
-    return _opened(program, stream, progress)
+    return {"precision": precision or precision_of(config), "context": context, "group": _group(config), "batch": batch}
 
 
 def _opened(program: Program, stream: int | None, progress: Progress) -> Cuda:
