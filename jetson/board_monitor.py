@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_edge.jetson.board import Board, read_board
-from flashhead_edge.jetson.board_telemetry import Sample, cpu_times, sample, samples
+from flashhead_edge.jetson.board_telemetry import Sample, cpu_times, joules, sample, samples
 
 FIRST_LOOK = 0.1  # seconds over which a single look measures the CPUs' load
 
@@ -23,8 +23,8 @@ def looks(root: str | Path = "/", interval: float = 1.0, once: bool = False) -> 
         yield look(board, sample(root, before=before), None)
         return
     for now in samples(root, interval):
-        if last is not None and last.power is not None and now.power is not None:
-            energy += (now.at - last.at) * (last.power + now.power) / 2
+        if last is not None:
+            energy += joules((last, now), last.at, now.at) or 0.0
         yield look(board, now, energy if now.power is not None else None)
         last = now
 
