@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flashhead_edge.errors import EngineError
@@ -11,9 +12,32 @@ from flashhead_edge.jetson.cuda_program import dry_pass
 from flashhead_edge.jetson.cuda_session import planned_model
 from flashhead_edge.jetson.driver import DeviceFacts
 from flashhead_edge.jetson.nvrtc import Nvrtc
+from flashhead_edge.program.ahead import ahead_folder, name_for
 from flashhead_edge.program.file import Program
 from flashhead_edge.program.head import Device
 from flashhead_edge.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Came:
+    """What an installation came with."""
+
+    gpus: int  # that there is a program for
+    kernels: int
+    here: bool  # whether the GPU that is at hand is one of them
+
+
+def came_with(facts: DeviceFacts | None, base: Path | None = None) -> Came | None:
+    """What was made ahead for this installation; None where nothing was.
+
+    Args:
+        facts: of the GPU at hand.
+        base: where it lies; None: in this environment.
+    """
+    base = ahead_folder() if base is None else base
+    programs = {p.name for p in base.glob("programs/*/program-*.json")}
+    here = facts is not None and name_for(Device(facts.multiprocessors, facts.shared_bytes, facts.capability)) in programs
+    return Came(len(programs), len(list(base.glob("kernels/*.cubin"))), here) if programs else None
 
 
 def facts_of(device: Device) -> DeviceFacts:

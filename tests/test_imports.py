@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": DATA | {"checkpoint", "evaluation"},
     "report": DATA | {"evaluation", "rivals"},
     "bench": MIDDLE | {"report", "caps", "export", "jetson"},
-    "bundle": {"package"} | LEAVES | {"checkpoint", "inspection", "jetson"},
+    "bundle": {"package"} | LEAVES | {"checkpoint", "inspection", "jetson", "program"},
     "doctor": {"package", "jetson"} | LEAVES,
     "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "program", "jetson"},
     "jetson": {"package"} | DATA | {"kernels", "packed", "program", "decoding", "evaluation", "checkpoint", "generation", "exact"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,12 +12,17 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_wheels import write_wheel
 
-from flashhead_edge.bundle import bundle
+from flashhead_edge.bundle import bundle, target_named
 from flashhead_edge.errors import FlashHeadError
+from flashhead_edge.jetson.cuda_folder import program_settings
+from flashhead_edge.program.ahead import ready_program
+from flashhead_edge.program.head import Device
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.uname().machine != "x86_64" or sys.version_info[:2] != (3, 11), reason="the bundles are for Python 3.11 on x86-64 Linux"
@@ -235,6 +241,36 @@ def test_two_installers_at_once(unpacked: Callable[[], Path], prefix: Path) -> N
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         assert "another install.sh is at work there" in one_sentence(run(script, "--prefix", prefix))
         holder.communicate("\n")
+
+
+@pytest.fixture
+def for_a_gpu(runnable: Path, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The installer of a checkpoint's bundle, as a Jetson's is, for this machine; kernels are left for later, as where NVRTC is not to be had."""
+    target = replace(target_named(TARGET), capabilities=(87,), nvrtc="nvidia-cuda-nvrtc>=11,<12")
+    monkeypatch.setattr("flashhead_edge.bundle.make.target_named", lambda name: target)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    write_wheel(tmp_path / "links", "nvidia-cuda-nvrtc", "11.8")
+    bundle(runnable, tmp_path / "gpu.tar", target=TARGET, find_links=[wheels, tmp_path / "links"])
+    with tarfile.open(tmp_path / "gpu.tar") as archive:
+        archive.extractall(tmp_path / "gpu", filter="data")
+    (script,) = (tmp_path / "gpu").glob("*/install.sh")
+    return script
+
+
+def test_what_was_made_ahead_lies_where_the_backend_looks(for_a_gpu: Path, prefix: Path) -> None:
+    """In the environment, so that a service finds it as its installer does; the model that was copied has the program's key."""
+    result = run(for_a_gpu, "--prefix", prefix)
+    assert result.returncode == 0, result.stderr
+    model, share = prefix / "current/model", prefix / "current/share/flashhead-edge"
+    settings = program_settings(json.loads((model / "config.json").read_text()))
+    for multiprocessors in (4, 8, 14, 16):
+        assert ready_program(model, **settings, device=Device(multiprocessors, 163 << 10, 87), base=share) is not None
+    python = [str(prefix / "current/bin/python"), "-c", "import sys; print(sys.prefix)"]
+    there = subprocess.run(python, capture_output=True, text=True, check=True).stdout.strip()
+    assert (Path(there) / "share/flashhead-edge").samefile(share)
+    weights = next(for_a_gpu.parent.glob("ahead/programs/*/weights.safetensors"))
+    flip(weights, weights.stat().st_size - 1)
+    assert "weights.safetensors: its content is not the bundle's" in one_sentence(run(for_a_gpu, "check"))
 
 
 # ---- interrupted
