@@ -342,6 +342,52 @@ def test_real_bundle_answers(model: Path, prefix: Path, tmp_path: Path) -> None:
     assert needed and size <= int(needed[1]) << 10  # else the check of the disk would promise too much
 
 
+FIRST_START = """
+import json, sys
+from functools import partial
+from pathlib import Path
+from flashhead_edge.jetson import cuda_ahead, cuda_kernels
+from flashhead_edge.jetson.cuda_folder import program_settings
+from flashhead_edge.jetson.cuda_program import dry_pass
+from flashhead_edge.jetson.cuda_session import planned_model
+from flashhead_edge.program.ahead import ready_program
+from flashhead_edge.program.head import Device
+
+device = Device(8, 163 << 10, 87)
+program = ready_program(Path(sys.argv[1]), **program_settings(json.loads(Path(sys.argv[1], "config.json").read_text())), device=device)
+model = planned_model(program, cuda_ahead.facts_of(device))
+ready = cuda_kernels.ready(partial(dry_pass, model), model.facts)
+print(json.dumps([ready.kernels, ready.compiled, ready.nvrtc]))
+"""
+
+
+@pytest.mark.slow
+def test_real_checkpoint_s_first_start_makes_nothing(runnable: Path, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Jetson's bundle for this machine, real wheels and kernels for an Orin: what is installed has all code that an Orin Nano launches, without NVRTC's help.
+
+    The driver is asked for nothing here: a pass over the launchers that only notes their kernels.
+    """
+    target = replace(target_named(TARGET), capabilities=(87,), nvrtc=target_named("jetpack6").nvrtc)
+    monkeypatch.setattr("flashhead_edge.bundle.make.target_named", lambda name: target)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    try:
+        result = bundle(runnable, tmp_path / "real.tar", target=TARGET)
+    except FlashHeadError as error:
+        if "pip download failed" in str(error):
+            pytest.skip(f"no package index here: {error}")
+        raise
+    assert result.ahead is not None and result.ahead.nvrtc == "12.6", result.notes
+    with tarfile.open(tmp_path / "real.tar") as archive:
+        archive.extractall(tmp_path / "real", filter="data")
+    (script,) = (tmp_path / "real").glob("*/install.sh")
+    installed = run(script, "--prefix", prefix)
+    assert installed.returncode == 0, installed.stderr  # `flashhead inspect` has read the checkpoint, without torch
+    nowhere = {"PATH": os.environ["PATH"], "HOME": "/proc", "XDG_CACHE_HOME": "/proc"}
+    command = [prefix / "current/bin/python", "-c", FIRST_START, prefix / "current/model"]
+    kernels, compiled, nvrtc = json.loads(subprocess.run(command, capture_output=True, check=True, env=nowhere, cwd=tmp_path).stdout)
+    assert kernels > 10 and (compiled, nvrtc) == (0, "")
+
+
 # ---- a full disk
 
 

@@ -303,6 +303,9 @@ def test_every_wheel_of_a_jetpack_is_resolved_from_the_bundle_alone(target: Targ
     assert missing(target, [f"flashhead-edge[onnx,serve]=={__version__}", *target.requirements], found) == []
     for path in found:
         check_wheel(path, target)
+        with zipfile.ZipFile(path) as archive:  # its tag is a promise: the symbols that it names are what the board's loader looks at
+            members = [name for name in archive.namelist() if name.endswith(".so") or ".so." in name]
+            assert max([needed_glibc(archive.read(name)) for name in members], default=(2, 0)) <= target.glibc
     command = [sys.executable, "-m", "pip", "download", "--no-index", "--no-deps", "--require-hashes", "--find-links", wheels]
     command += [*pip_options(target), "--dest", tmp_path / "taken", "--requirement", wheels.parent / "requirements.txt"]
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
