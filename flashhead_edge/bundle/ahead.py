@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -68,6 +69,7 @@ def make_ahead(target: Target, checkpoint: Path, base: Path, work: Path, find_li
         count = compile_ahead(programs, nvrtc, base / "kernels", progress)
         version = f"{nvrtc.version[0]}.{nvrtc.version[1]}"
     except FlashHeadError as error:  # the board has NVRTC too
+        shutil.rmtree(base / "kernels", ignore_errors=True)  # some of them would save little, and be counted by nobody
         notes.append(f"the kernels are not compiled ahead, the first start on the board does it: {first_line(error)}")
     size = sum(p.stat().st_size for p in base.rglob("*") if p.is_file())
     shown = tuple(f"{(p.device.capability or 0) / 10} x {p.device.multiprocessors}" for p in programs)

@@ -272,6 +272,9 @@ def test_own_wheel_is_cross_compiled(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = [n for n in archive.namelist() if n.endswith(".so")]
         assert all(archive.read(n)[18:20] == b"\xb7\x00" for n in members) and len(members) == 2
+        launchers = archive.read(next(n for n in members if "_cuda" in n))
+    # what is made ahead here is looked for there by the same names
+    assert all(f"\0{name}\0".encode() in launchers for name in cuda_kernels.kernel_sources())
     assert {p for p in source.glob("*") if p.name != ".pytest_cache"} == before
 
 
