@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
+from flashhead_edge.generation.protocols import Chosen
 from flashhead_edge.head import Step
 from flashhead_edge.jetson import cuda_session
 from flashhead_edge.jetson.cuda_program import Model, Program, put_head
@@ -26,6 +27,11 @@ from flashhead_edge.jetson.folder import ExportSettings
 from flashhead_edge.jetson.steps import joined, logits_by_rows, step_of
 from flashhead_edge.jetson.tensorrt_engine import to_float32, to_half
 from flashhead_edge.progress import Progress, silent
+
+# The highest temperature at which the device draws without top-k, top-p or min-p: it draws among a step's candidates, beyond which there is more of the
+# probability the warmer the draw. The loop of `generation` then looks at all tokens.
+WARMEST = 1.0
+LOOKED_AT = 64  # tokens after which a text that the device continues is looked at: whether its states are numbers
 
 
 @dataclass(eq=False)
@@ -108,8 +114,12 @@ class Cuda:
         put_head(m, state, 1, 0)
         return self._taken(state)
 
-    def _taken(self, state: int) -> tuple[np.ndarray, Step]:
-        found = cuda_session.fetch(self.model, 1, state)
+    def draft(self, ids: Sequence[int], length: int) -> tuple[np.ndarray, Step]:
+        """Tokens of row 0 after `length` positions, at most as many as the head takes: state and step of each."""
+        return self._taken(cuda_session.read_draft(self.model, ids, length), len(ids))
+
+    def _taken(self, state: int, rows: int = 1) -> tuple[np.ndarray, Step]:
+        found = cuda_session.fetch(self.model, rows, state)
         return to_float32(found["hidden_states"], self.model.program.precision), step_from(found)
 
     # ---- many texts at once
@@ -163,6 +173,12 @@ def sample(m: Model, s: Sampling, seeds: Sequence[int]) -> None:
     setting(m, "seed")[:rows] = [seed % 2**64 for seed in seeds]
 
 
+def check_finite(states: np.ndarray) -> None:
+    """Raise CheckpointError where states are no numbers."""
+    if not np.isfinite(states.sum()):
+        raise CheckpointError("hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs --precision bfloat16")
+
+
 def step_from(found: dict[str, np.ndarray]) -> Step:
     return step_of(*(found[name] for name in ("token", "candidate_ids", "candidate_logits", "counts", "capped")))
 
@@ -183,19 +199,63 @@ class CudaBody:
             EngineError: the text is longer than the program's context, or another text has the cache.
             CheckpointError: the model gives states that are no numbers.
         """
-        b = self.backend
-        if b.owner is not self:
-            raise EngineError("body: another text has taken over the cache, expected one text at a time; begin this one again")
-        b._use()
+        b = self._mine()
         one = len(ids) == 1 and self.length < b.model.program.context
-        found = b.step(ids[0], self.length + 1) if one else b.read(ids, self.length)
-        if not np.isfinite(found[0].sum()):
-            raise CheckpointError(
-                "hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs --precision bfloat16"
-            )
-        self.length += len(ids)
-        self.last = found
-        return found[0]
+        return self._kept(*(b.step(ids[0], self.length + 1) if one else b.read(ids, self.length)), len(ids))
+
+    def states(self, ids: Sequence[int]) -> np.ndarray:
+        """Run tokens after what the cache holds: hidden states of all of them, [n, d] float32, with the head's steps, as many at once as it takes.
+
+        Raises:
+            EngineError, CheckpointError: as `feed`.
+        """
+        b = self._mine()
+        room, most = b.model.program.context, b.model.head.rows
+        if self.length + len(ids) > room:
+            raise EngineError(f"body: the text has {self.length + len(ids):,} tokens, expected at most the program's {room:,} positions; guess fewer")
+        found = [b.draft(ids[at : at + most], self.length + at) for at in range(0, len(ids), most)]
+        return self._kept(np.concatenate([states for states, _ in found]), joined([step for _, step in found]), len(ids))
+
+    def continues(self, sampling: Sampling) -> bool:
+        """Whether the device chooses tokens by these settings: greedy, or draws among a step's candidates that lose nothing to speak of."""
+        s = sampling
+        return not s.changes_logits and s.allowed is None and (s.truncates or s.temperature <= WARMEST)
+
+    def continued(self, most: int, sampling: Sampling) -> Generator[Chosen, None, None]:
+        """Up to `most` tokens after what was fed last, which the device chooses and feeds back itself: a step runs while the one before it is read.
+
+        What was yielded has been fed, but for the last token; a step that was not read leaves nothing.
+
+        Raises:
+            EngineError, CheckpointError: as `feed`, the latter some tokens late.
+        """
+        b = self._mine()
+        m = b.model
+        sample(m, sampling, [sampling.seed])
+        try:
+            for number, mail in enumerate(cuda_session.go_on(m, self.length, most)):
+                self.length += number > 0
+                if number % LOOKED_AT == LOOKED_AT - 1:
+                    check_finite(to_float32(cuda_session.fetch(m, 1, m.value(m.head.node.inputs[0]))["hidden_states"], m.program.precision))
+                yield Chosen(int(mail.token[0]), mail.counts, mail.capped)
+                self._mine()
+        finally:
+            self.last = None
+            if b.owner is self and m.device is not None and m.device.open:  # else the settings are another's, or gone
+                sample(m, Sampling(), [0])
+
+    def _mine(self) -> Cuda:
+        """The backend, whose cache holds this text."""
+        if self.backend.owner is not self:
+            raise EngineError("body: another text has taken over the cache, expected one text at a time; begin this one again")
+        self.backend._use()
+        return self.backend
+
+    def _kept(self, states: np.ndarray, step: Step, tokens: int) -> np.ndarray:
+        check_finite(states)
+        self.length += tokens
+        self.last = states, step
+        return states
 
     def cut(self, tokens: int) -> None:
         """Forget the last `tokens` positions."""
@@ -248,7 +308,7 @@ class CudaHead:
         return self.backend.rows
 
     def _run(self, hidden: np.ndarray, *, wide: bool) -> tuple[Step, np.ndarray | None]:
-        most = self.backend.model.program.batch
+        most = self.backend.model.program.batch if wide else self.backend.model.head.rows
         steps, logits = zip(*(self._once(hidden[at : at + most], wide) for at in range(0, len(hidden), most)))
         return steps[0] if len(steps) == 1 else joined(steps), np.concatenate(logits) if wide else None
 
@@ -289,7 +349,8 @@ def open_program(
     """
     model = cuda_session.open_model(program, chunk=chunk, stream=stream, progress=progress)
     try:
-        cuda_session.step_graph(model, 1, False)  # now, since its first run writes into the cache
+        for drawn in (False, True):
+            cuda_session.step_graph(model, 1, drawn)  # now, since its first run writes into the cache
     except BaseException:
         model.close()
         raise

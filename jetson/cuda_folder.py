@@ -7,9 +7,13 @@ from typing import Any
 
 from flashhead_edge.checkpoint.families import text_config
 from flashhead_edge.checkpoint.jsonfiles import read_json
-from flashhead_edge.errors import SettingsError
+from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
 from flashhead_edge.jetson.cuda_backend import Cuda, open_program
-from flashhead_edge.jetson.driver import device_facts
+from flashhead_edge.jetson.cuda_plan import checkpoint_need
+from flashhead_edge.jetson.driver import DeviceFacts, device_facts
+from flashhead_edge.jetson.folder import is_exported
+from flashhead_edge.jetson.plan import Need
+from flashhead_edge.jetson.tensorrt_folder import is_tensorrt
 from flashhead_edge.program.ahead import ready_program
 from flashhead_edge.program.families import describe
 from flashhead_edge.program.file import PROGRAM, Program, read_program
@@ -19,6 +23,7 @@ from flashhead_edge.program.weights import PRECISIONS
 from flashhead_edge.progress import Progress, silent
 
 CONTEXT = 4096  # positions of the cache, at most, where nobody says
+ORIN = DeviceFacts("Jetson AGX Orin", 87, 16, 163 << 10, 0, 0, None, "12.6")  # that a plan without a GPU takes launches for
 GROUP = 128  # weights that share a scale where a matrix is coded here
 
 
@@ -62,11 +67,38 @@ def program_settings(config: Any, *, precision: str | None = None, context: int 
     Raises:
         SettingsError: the context is longer than the model's. UnsupportedModelError: a family without a program.
     """
+    return {"precision": precision or precision_of(config), "context": _context(config, context), "group": _group(config), "batch": batch}
+
+
+def need_of_checkpoint(folder: Path, context: int | None = None, batch: int = 1) -> Need:
+    """What a checkpoint takes of this machine's GPU, or where there is none of an Orin's: of the device, launches need some megabytes more or less.
+
+    Args:
+        context, batch: as `open_folder` takes them.
+    Raises:
+        As `open_folder`, but for what needs a GPU. Headers, norms and the head's index are read.
+    """
+    if not (folder / "config.json").is_file() or is_exported(folder) or is_tensorrt(folder):
+        found = "an exported folder" if folder.is_dir() and (folder / "config.json").is_file() else "no config.json"
+        raise CheckpointError(f"{folder}: {found}, expected a FlashHead checkpoint, which the cuda backend runs; run flashhead convert")
+    config = read_json(folder / "config.json")
+    try:
+        facts = device_facts()
+    except DeviceError:
+        facts = ORIN
+    return checkpoint_need(
+        folder, facts, precision=precision_of(config), context=_context(config, context), group=_group(config), batch=batch,
+        positions=describe(config).positions or None,
+    )  # fmt: skip
+
+
+def _context(config: Any, context: int | None) -> int:
+    """The positions of the cache."""
     most = describe(config).positions
     context = min(CONTEXT, most or CONTEXT) if context is None else context
     if not 2 <= context <= (most or context):
         raise SettingsError(f"cuda backend: the context is {context:,}, expected 2 to the model's {most:,} positions; choose another")
-    return {"precision": precision or precision_of(config), "context": context, "group": _group(config), "batch": batch}
+    return context
 
 
 def _opened(program: Program, stream: int | None, progress: Progress) -> Cuda:

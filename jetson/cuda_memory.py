@@ -17,6 +17,7 @@ PINNED_TYPE, ON_DEVICE, READ_WRITE = 1, 1, 3  # CU_MEM_ALLOCATION_TYPE_PINNED, C
 MAPPED = 2  # CU_MEMHOSTALLOC_DEVICEMAP
 PIECE = 128 << 20  # bytes of physical memory asked for at once
 BUFFER = 16 << 20  # bytes of each of the two pinned buffers
+UNIT = 2 << 20  # bytes in which GPUs give physical memory; `Range` asks the one at hand
 ALIGNMENT = 256  # bytes: where whatever lies in a range begins
 U64 = ctypes.c_uint64
 
@@ -122,6 +123,11 @@ class Mailbox(Pinned):  # type: ignore[misc]
             self.close()
             raise
         self.device = int(theirs.value)
+
+
+def device_bytes(size: int) -> int:
+    """What a range of so many bytes takes of a device."""
+    return -(-max(1, size) // UNIT) * UNIT
 
 
 def laid_out(sizes: Mapping[str, int], start: int = 0) -> tuple[dict[str, int], int]:

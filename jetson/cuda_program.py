@@ -82,6 +82,11 @@ class Head:
     softcap: float
 
     @property
+    def rows(self) -> int:
+        """States that it takes at once."""
+        return len(self.plans)
+
+    @property
     def scales(self) -> bool:
         """Whether a draw reads other logits than the step writes."""
         return self.scale != 1 or self.softcap != 0
@@ -135,7 +140,8 @@ class Model:
     settings: Pinned | None = None
     prompts: Pinned | None = None
     results: Pinned | None = None
-    graphs: dict[tuple[int, bool], Graph] = field(default_factory=dict)
+    graphs: dict[tuple[int, bool], Graph] = field(default_factory=dict)  # of steps
+    drafts: dict[int, Graph] = field(default_factory=dict)  # of several tokens of a text, by their number
     captures: int = 0
     number: int = 0  # steps that were put into the stream
     readied: Readied | None = None
@@ -168,9 +174,10 @@ class Model:
         self.device.use()
         if self.stream is not None:
             self.stream.finish()
-        for graph in self.graphs.values():
+        for graph in (*self.graphs.values(), *self.drafts.values()):
             graph.close()
         self.graphs.clear()
+        self.drafts.clear()
         for held in (self.memory, self.mail, self.settings, self.prompts, self.results, self.stream, self.device):
             if held is not None:
                 held.close()
@@ -249,7 +256,7 @@ def memory_plan(program: Program, head: Head, limits: DeviceLimits, chunk: int, 
     Raises:
         EngineError: a kernel does not take an attention's shape.
     """
-    rows, tokens = program.batch, max(chunk, program.batch)
+    rows, states, tokens = program.batch, head.rows, max(chunk, program.batch, head.rows)
     attentions = attentions_of(program)
     partials, items = 0, 1
     for a in set(attentions):
@@ -263,13 +270,13 @@ def memory_plan(program: Program, head: Head, limits: DeviceLimits, chunk: int, 
     kept = {name: rows * np.dtype(dtype_).itemsize for name, dtype_ in SETTINGS.items()} | {"number": 4}
     read = {"prompt": 4 * program.context, "prompt_lengths": 4 * (-(-program.context // chunk) + 1)}
     written = {
-        "token": 8 * rows, "counts": 8 * rows * head.counted, "capped": rows, "logprob": 4 * rows,
-        "candidate_ids": 8 * rows * head.candidates, "candidate_logits": 4 * rows * head.candidates,
+        "token": 8 * states, "counts": 8 * states * head.counted, "capped": states, "logprob": 4 * states,
+        "candidate_ids": 8 * states * head.candidates, "candidate_logits": 4 * states * head.candidates,
     }  # fmt: skip
     scratch = {f"wide_{name}": 8 * rows for name in ("temperature", "top_p", "min_p", "top_k", "step")} | {"best_ids": 8 * rows, "best_logprobs": 4 * rows}
     if head.scales:
         scratch["final_logits"] = 4 * rows * head.candidates
-    scratch |= {"states": 2 * rows * head.hidden, "head": rows * head.plans[0].row_bytes, "arrivals": 4 * items, "partials": partials}
+    scratch |= {"states": 2 * states * head.hidden, "head": states * head.plans[0].row_bytes, "arrivals": 4 * items, "partials": partials}
     scratch["queries"] = 2 * tokens * max((a.q_heads * a.head_size for a in attentions), default=0)
     blocks, after = laid_out(kept | read | written | scratch | caches, weight_bytes)
     values, size = placed_values(program, tokens)
@@ -446,6 +453,12 @@ def put_step(m: Model, rows: int, drawn: bool, without: Collection[str] = ()) ->
         put_advance(m, rows, 0, drawn)
 
 
+def put_draft(m: Model, tokens: int) -> None:
+    """Some tokens of row 0, at most as many as the head takes states, which block `prompt` holds: their states, and the head's step of each."""
+    put_body(m, Run(1, tokens, 0, m.block("prompt"), m.block("prompt_lengths")), step_nodes(m, tokens))
+    put_head(m, m.value(m.head.node.inputs[0]), tokens, 0)
+
+
 def slot_words(m: Model) -> int:
     return -(-(native.MAIL_HEAD + m.program.batch * (native.MAIL_ROW + m.head.counted)) // 16) * 16
 
@@ -454,9 +467,11 @@ def dry_pass(m: Model) -> None:
     """Every launch that the model can make, once for each shape."""
     for rows in range(1, m.program.batch + 1):
         put_body(m, Run(rows, 1, 0, DRY, DRY), _kinds(m, step_nodes(m, rows)))
-        put_head(m, DRY, rows, 0, DRY)
         put_draw(m, rows, 0)
         put_advance(m, rows, 0, True)
+    for rows in range(1, m.head.rows + 1):
+        put_head(m, DRY, rows, 0, DRY)
+        put_body(m, Run(1, rows, 0, DRY, DRY), _kinds(m, step_nodes(m, rows)))
     kinds = _kinds(m, m.program.nodes[:-1])
     for queries in range(1, min(m.chunk, m.program.context) + 1):
         put_body(m, Run(1, queries, 0, DRY, DRY), kinds)

@@ -7,7 +7,7 @@ from a mailbox of pinned memory while the next step runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from flashhead_edge.errors import DeviceError, EngineError
 from flashhead_edge.jetson import cuda_library as native
 from flashhead_edge.jetson.cuda_kernels import ready
 from flashhead_edge.jetson.cuda_memory import Mailbox, Range, fill
+from flashhead_edge.jetson.cuda_plan import CHUNK, need_of_plan
 from flashhead_edge.jetson.cuda_program import (
     OPERATORS,
     SETTINGS,
@@ -28,16 +29,17 @@ from flashhead_edge.jetson.cuda_program import (
     memory_plan,
     put_advance,
     put_body,
+    put_draft,
     put_draw,
     put_head,
     put_step,
     slot_words,
 )
 from flashhead_edge.jetson.driver import Device, DeviceFacts, Graph, Pinned, Stream, device_facts
+from flashhead_edge.jetson.plan import check_fits, free_gpu
 from flashhead_edge.program.nodes import PLAIN
 from flashhead_edge.progress import Progress, silent
 
-CHUNK = 256  # tokens of a prompt that are read together
 WAIT_SECONDS = 2.0  # for a step's results, before the stream is asked what is wrong
 
 # ---- opening
@@ -84,12 +86,14 @@ def open_model(
         overlap: whether launches begin while the one before them ends; None: where the GPU can.
         fuses: whether steps of up to eight rows run fused nodes, with the same bits; a measurement compares both.
     Raises:
-        DeviceError: no GPU, or too little memory; nothing stays allocated.
+        DeviceError: no GPU, or too little memory, which is looked at before anything is compiled or allocated.
         EngineError: the program is another GPU's, or a kernel does not compile.
     """
     facts = device_facts()
     m = planned_model(program, facts, chunk=chunk, overlap=overlap, fuses=fuses)
     head = m.head
+    need = replace(need_of_plan(program, m.plan, program.weights.parent.name), limit=None)
+    check_fits(need, free_gpu(facts.free_bytes), program.context, program.batch)
     m.readied = ready(lambda: dry_pass(m), facts, progress)
     m.device = Device()
     try:
@@ -104,7 +108,7 @@ def open_model(
         m.mail_address = m.mail.device
         m.settings = Pinned(settings_bytes(m))
         m.prompts = Pinned(4 * program.batch * (program.context + -(-program.context // m.chunk) + 1))
-        m.results = Pinned(results_extent(m)[1] + 2 * head.hidden * program.batch)
+        m.results = Pinned(results_extent(m)[1] + 2 * head.hidden * head.rows)
         setting(m, "top_p")[:] = 1
         send_settings(m)
         m.stream.wait()
@@ -152,6 +156,31 @@ def put_prompt(m: Model, ids: Sequence[int], length: int, row: int) -> int:
         queries = min(m.chunk, n - i * m.chunk)
         put_body(m, Run(1, queries, row, m.block("prompt", 4 * i * m.chunk), m.block("prompt_lengths", 4 * i)))
     return m.value(m.head.node.inputs[0]) + 2 * m.head.hidden * (queries - 1)
+
+
+def read_draft(m: Model, ids: Sequence[int], length: int) -> int:
+    """Tokens of row 0 after `length` positions, at most as many as the head takes states, with the head's step of each: the address of their states."""
+    assert m.stream is not None and m.prompts is not None
+    n, room = len(ids), m.program.context
+    words = m.prompts.array.view(np.int32)
+    words[:n], words[room] = ids, length + n
+    m.stream.to_device(m.block("prompt"), m.prompts.pointer, 4 * n)
+    m.stream.to_device(m.block("prompt_lengths"), m.prompts.pointer + 4 * room, 4)
+    run_draft(m, n)
+    return m.value(m.head.node.inputs[0])
+
+
+def run_draft(m: Model, tokens: int) -> None:
+    """The pass over the tokens of a draft, captured at its first run for those to come."""
+    assert m.stream is not None
+    if tokens in m.drafts:
+        m.drafts[tokens].launch(m.stream)
+        return
+    put_draft(m, tokens)  # once outside of a graph, as a step
+    m.stream.wait()
+    with m.stream.captured() as graph:
+        put_draft(m, tokens)
+    m.drafts[tokens] = graph
 
 
 def step_graph(m: Model, rows: int, drawn: bool) -> Graph:
@@ -263,16 +292,39 @@ def decode(m: Model, prompts: Sequence[Sequence[int]], steps: int) -> Iterator[M
     setting(m, "lengths")[:rows] = [len(p) for p in prompts]
     setting(m, "step")[:rows] = 0
     send_settings(m)
+    numbers = []
+    for row, prompt in enumerate(prompts):
+        state = put_prompt(m, prompt, 0, row)
+        put_head(m, state, 1, row)
+        numbers.append(put_end(m, row, drawn))
+    yield from mails_of(m, graph, rows, steps, numbers)
+
+
+def go_on(m: Model, length: int, steps: int) -> Iterator[Mail]:
+    """Continue row 0's text of `length` positions, for whose last state the head's step has just been made. Otherwise as `decode`."""
+    assert m.stream is not None
+    drawn = bool(setting(m, "temperature")[0] > 0)
+    graph = step_graph(m, 1, drawn) if steps > 1 else None  # which was made when nothing was in the cache
+    take_number(m)
+    setting(m, "lengths")[0] = length
+    setting(m, "step")[0] = 0
+    send_settings(m)
+    yield from mails_of(m, graph, 1, steps, [put_end(m, 0, drawn)])
+
+
+def put_end(m: Model, row: int, drawn: bool) -> int:
+    """A token from the head's step of a prompt: its number in the mailbox."""
+    if drawn:
+        put_draw(m, 1, row)
+    put_advance(m, 1, row, drawn)
+    m.number += 1
+    return m.number
+
+
+def mails_of(m: Model, graph: Graph | None, rows: int, steps: int, numbers: Sequence[int]) -> Iterator[Mail]:
+    """What `steps` steps say, the first of them in a mail for each row: one is in the stream before the one before it is read."""
+    assert m.stream is not None
     try:
-        numbers = []
-        for row, prompt in enumerate(prompts):
-            state = put_prompt(m, prompt, 0, row)
-            put_head(m, state, 1, row)
-            if drawn:
-                put_draw(m, 1, row)
-            put_advance(m, 1, row, drawn)
-            m.number += 1
-            numbers.append(m.number)
         waiting = [launch_step(m, graph)] if graph is not None else []
         mails = [read_mail(m, number, 1) for number in numbers]
         yield Mail(*(np.concatenate([getattr(mail, part) for mail in mails]) for part in ("token", "capped", "logprob", "counts")))

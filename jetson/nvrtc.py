@@ -85,7 +85,7 @@ class Nvrtc:
 
         Args:
             instances: kernels as C++ writes them, such as ``fh::rms_norm<fh::Fp16>``.
-            architecture: such as ``sm_90a``.
+            architecture: such as ``sm_90a``; ``compute_87`` gives PTX instead, which a driver compiles for any later GPU: tests run a board's code so.
         Returns:
             The cubin, and the kernels' names in it.
         Raises:
@@ -113,9 +113,10 @@ class Nvrtc:
                 self._call(source, "nvrtcGetLoweredName", program, instance.encode(), ctypes.byref(name))
                 names.append((name.value or b"").decode())
             size = ctypes.c_size_t()
-            self._call(source, "nvrtcGetCUBINSize", program, ctypes.byref(size))
+            kind = "PTX" if architecture.startswith("compute_") else "CUBIN"
+            self._call(source, f"nvrtcGet{kind}Size", program, ctypes.byref(size))
             code = ctypes.create_string_buffer(size.value)
-            self._call(source, "nvrtcGetCUBIN", program, code)
+            self._call(source, f"nvrtcGet{kind}", program, code)
             return code.raw, names
         finally:
             self.library.nvrtcDestroyProgram(ctypes.byref(program))

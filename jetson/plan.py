@@ -20,6 +20,7 @@ MOST_CONTEXT = 1 << 24  # where a model names no limit
 PROMPT_BLOCK = 1024  # tokens of a prompt whose scores of attention torch has at once
 # What the system itself takes of a board without a desktop: 1,224 MB on an idle Orin NX, 1,273 on an Orin Nano, 3,429 on Thor (tegrastats).
 SYSTEM_LEAST, SYSTEM_SHARE = 1300 * MIB, 0.03
+BACKENDS = ("auto", "cuda")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -36,7 +37,7 @@ class Need:
     """What a model takes, in bytes; all predicted."""
 
     name: str
-    kind: str  # onnxruntime, tensorrt, torch
+    kind: str  # onnxruntime, tensorrt, torch, cuda
     weights: int  # without the head's exact rows
     index: int  # the head's coded rows, centroids and tables
     exact_rows: int  # of the model's own head: for a tied model also its embedding
@@ -48,6 +49,7 @@ class Need:
     first: int = 1  # positions that a cache begins with; it doubles
     doubled: bool = False  # past and present lie side by side
     scores: int = 0  # bytes of attention's scores for each pair of a prompt's token and a position
+    positions: int = 0  # bytes of each position whatever the batch, such as rotary tables
     tables: int = 0  # of the weights: embeddings, of which a token reads one row
     fixed: tuple[int, int] | None = None  # context and batch that are allocated whatever is asked
     notes: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ class Need:
 
     def prompt(self, context: int, batch: int = 1) -> int:
         """Scratch while a prompt is read."""
-        return self.scratch + self.scores * min(context, PROMPT_BLOCK) * context * batch
+        return self.scratch + self.positions * context + self.scores * min(context, PROMPT_BLOCK) * context * batch
 
     def total(self, context: int, batch: int = 1) -> int:
         return self.weights + self.index + self.exact_rows + self.copies + self.runtime + self.cache(context, batch) + self.prompt(context, batch)
@@ -208,7 +210,9 @@ def free_gpu(free_bytes: int, root: str | Path = "/") -> Free:
     return Free(free_bytes, "this GPU")
 
 
-def plan(model: str | Path, *, context: int | None = None, batch: int | None = None, memory: str | None = None, root: str | Path = "/") -> dict[str, Any]:
+def plan(
+    model: str | Path, *, context: int | None = None, batch: int | None = None, memory: str | None = None, backend: str = "auto", root: str | Path = "/"
+) -> dict[str, Any]:  # fmt: skip
     """What a model needs against what is free, as JSON.
 
     Args:
@@ -216,9 +220,11 @@ def plan(model: str | Path, *, context: int | None = None, batch: int | None = N
         context: positions; None: 4,096, or what the model was made or exported for.
         batch: texts at once; None: one, or what it was exported for.
         memory: see `free_of`.
+        backend: cuda plans a checkpoint for the backend of that name, auto for what runs the model otherwise.
     Raises:
         CheckpointError: no such model, or a damaged one.
-        SettingsError: `context`, `batch` or `memory` is out of range.
+        SettingsError: `context`, `batch`, `memory` or `backend` is out of range.
+        UnsupportedModelError, ExportError: the cuda backend does not run the model.
     """
     from flashhead_edge.jetson.plan_sources import need_of
 
@@ -226,6 +232,12 @@ def plan(model: str | Path, *, context: int | None = None, batch: int | None = N
         if value is not None and value < 1:
             raise SettingsError(f"plan: {name} is {value}, expected 1 or more; plan another value")
     free = free_of(memory, root)
+    if backend not in BACKENDS:
+        raise SettingsError(f"plan: backend is {backend!r}, expected {' or '.join(BACKENDS)}; plan for one of them")
+    if backend == "cuda":
+        from flashhead_edge.jetson.cuda_folder import need_of_checkpoint
+
+        return document(need_of_checkpoint(Path(model).expanduser(), context, batch or 1), _gpu_here(free, root) if memory is None else free, context, batch)
     need = need_of(model, gpu=memory is not None and free.where != "as given")
     if memory is None and need.kind == "tensorrt":
         free = _gpu_here(free, root)

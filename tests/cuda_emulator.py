@@ -275,7 +275,7 @@ def emulated(program: Any, chunk: int = CHUNK, fuses: bool = True) -> Iterator[t
     m.mail_address = m.mail.device
     m.settings = host_bytes(session.settings_bytes(m))
     m.prompts = host_bytes(4 * program.batch * (program.context + -(-program.context // chunk) + 1))
-    m.results = host_bytes(session.results_extent(m)[1] + 2 * head.hidden * program.batch)
+    m.results = host_bytes(session.results_extent(m)[1] + 2 * head.hidden * head.rows)
     session.setting(m, "top_p")[:] = 1
     called: list[str] = []
 
@@ -291,5 +291,6 @@ def emulated(program: Any, chunk: int = CHUNK, fuses: bool = True) -> Iterator[t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "launch", launch)
         patch.setattr(session, "step_graph", step_graph)
+        patch.setattr(session, "run_draft", cuda.put_draft)
         yield m, called
     del memory

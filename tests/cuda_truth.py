@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from flashhead_edge.bench.cuda import MadeProgram, made_program
+from flashhead_edge.bench.cuda import made_program
 from flashhead_edge.export.tensorrt.made import Model
+from flashhead_edge.program.file import Program
 from flashhead_edge.program.head import Device
 from flashhead_edge.program.nodes import GELU_TANH, PLAIN, Node, Stored
 from flashhead_edge.program.weights import rounded, widened
@@ -26,7 +27,7 @@ MODELS = {  # sizes, group, precision
 }
 
 
-def small_program(folder: Path, name: str, device: Device = ORIN, batch: int = 4) -> MadeProgram:
+def small_program(folder: Path, name: str, device: Device = ORIN, batch: int = 4) -> Program:
     model, group, precision = MODELS[name]
     return made_program(folder, model, VOCAB, device, group=group, precision=precision, context=CONTEXT, batch=batch)
 
@@ -43,7 +44,7 @@ def unpacked(codes: np.ndarray, n: int, k: int) -> np.ndarray:
 class Truth:
     """A text in the middle: `feed` gives the states of more of its tokens, [S, d] float32."""
 
-    def __init__(self, program: MadeProgram) -> None:
+    def __init__(self, program: Program) -> None:
         self.p, self.data = program, np.fromfile(program.weights, np.uint8)
         self.length = 0
         self.caches: dict[str, np.ndarray] = {}

@@ -13,7 +13,7 @@ from plugin_interpreter import KINDS, Interpreter, zero_points
 from small_heads import everything_open
 from torch import nn
 
-from flashhead_edge.packed.coded import Coded4, Coded8, dense, paired, unpaired
+from flashhead_edge.packed.coded import Coded4, Coded8, dense, paired, some_rows, unpaired
 from flashhead_edge.program.build import Built, build_program
 from flashhead_edge.program.file import Program, write_program
 from flashhead_edge.program.head import Device
@@ -73,8 +73,11 @@ class MadeWeights:
     def names(self) -> Iterable[str]:
         return [*self.arrays, *(f"{name}.weight" for name in self.coded)]
 
-    def linear(self, name: str) -> Coded4 | Coded8 | np.ndarray:
-        return self.coded[name]
+    def linear(self, name: str, rows: int | None = None) -> Coded4 | Coded8 | np.ndarray:
+        matrix = self.coded[name]
+        if rows is None:
+            return matrix
+        return matrix[:rows] if isinstance(matrix, np.ndarray) else some_rows(matrix, 0, rows)
 
     def floats(self, name: str) -> np.ndarray:
         return self.arrays[name]
@@ -83,7 +86,12 @@ class MadeWeights:
         return self.arrays[name][start:stop]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.arrays[name].shape
+        if name in self.arrays:
+            return self.arrays[name].shape
+        matrix = self.coded[name.removesuffix(".weight")]
+        if isinstance(matrix, np.ndarray):
+            return matrix.shape
+        return len(matrix.codes), matrix.scales.shape[1] * matrix.group
 
 
 def nearest(x: np.ndarray, precision: str = "float16") -> np.ndarray:

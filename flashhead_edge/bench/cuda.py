@@ -7,8 +7,7 @@ graph, replayed: what is timed is what the device does from a token to the next,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,6 @@ CONTEXT = 1024
 ROUNDS, REPLAYS = 7, 100
 WARM_SECONDS = 0.2
 ENDS = ("FlashHead", "Advance", "Draw")  # of a step, behind its nodes
-
-
-@dataclass(frozen=True, eq=False)
-class MadeProgram:
-    """A program of random weights: what jetson.cuda_program asks of one, and the decoder that it was made from."""
-
-    nodes: Sequence[Any]
-    constants: Mapping[str, str]
-    widths: Mapping[str, int]
-    places: Mapping[str, tuple[int, int]]
-    weights: Path
-    precision: str
-    context: int
-    batch: int
-    decoder: Any
-    head: Any
-    settings: Mapping[str, Any]
 
 
 def models() -> dict[str, tuple[Any, int, int]]:
@@ -59,17 +41,19 @@ def models() -> dict[str, tuple[Any, int, int]]:
 def made_program(
     folder: Path, model: Any, vocab: int, device: Any, *, group: int = 128, precision: str = "float16", context: int = CONTEXT, batch: int = 1,
     layers: int | None = None, seed: int = 0,
-) -> MadeProgram:  # fmt: skip
-    """Write the weights of a made model into a new folder.
+) -> Any:  # fmt: skip
+    """Write a program of random weights into a folder of its own (program.file.Program).
 
     Args:
         model: its sizes (export.tensorrt.made.Model).
         device: that the head is planned for (program.head.Device).
     """
     from flashhead_edge.export.tensorrt.made import ROW, record_layers, with_margins
-    from flashhead_edge.program.head import decoder_graph, head_part
+    from flashhead_edge.program.build import Built
+    from flashhead_edge.program.file import write_program
+    from flashhead_edge.program.head import DRAFTED_ROWS, MOST_CANDIDATES, head_part
     from flashhead_edge.program.nodes import Decoder
-    from flashhead_edge.program.weights import BLOCK_ROWS, STORED, Item, rounded, write_weights
+    from flashhead_edge.program.weights import BLOCK_ROWS, STORED, Item, rounded
 
     def rows() -> Any:
         for start in range(0, vocab, BLOCK_ROWS):
@@ -80,18 +64,12 @@ def made_program(
     embedding = Item("embedding", STORED[precision], (vocab, model.hidden), rows)
     decoder = Decoder(precision, context)
     record_layers(decoder, model, embedding, model.layers if layers is None else layers, group, seed)
-    case = Case("made", vocab, model.hidden, s.cluster_size, s.rows, s.centroids, s.mean, s.caps, coordinates=s.coordinates)
-    head = head_part(with_margins(made_index(case, seed), s, seed), embedding, None, device, batch, precision)
-    folder.mkdir(parents=True)
-    path = folder / "weights.safetensors"
-    places = write_weights(path, [*decoder.items.values(), *head.items], head.index.fingerprint).places
-    settings = {
-        "vocab_size": vocab, "hidden_size": model.hidden, "stages": len(head.index.stages), "scale": 1.0, "softcap": None, "context_length": context,
-        "embedding_rows": vocab, "fixed_bytes": 0, "item_bytes": [0] * (1 + len(head.index.stages)), "body_parameters": decoder.parameters,
-        "head_size": model.head_size, "kv_heads": model.kv_heads, "layers": len(decoder.attentions),
-    }  # fmt: skip
-    nodes = decoder_graph(decoder, head).nodes
-    return MadeProgram(nodes, {}, dict(decoder.widths), places, path, precision, context, batch, decoder, head, settings)
+    # The last cap is of rows that are scored exactly, among which a token is drawn: scaled with Gemma's vocabulary it would be more than a draw takes. The
+    # mean, which decides a step's time, stays: a quarter of this cap there.
+    caps = (*s.caps[:-1], min(s.caps[-1], MOST_CANDIDATES / vocab))
+    case = Case("made", vocab, model.hidden, s.cluster_size, s.rows, s.centroids, s.mean, caps, coordinates=s.coordinates)
+    head = head_part(with_margins(made_index(case, seed), s, seed), embedding, None, device, max(batch, DRAFTED_ROWS), precision)
+    return write_program(folder, Built(decoder, head, context, vocab, batch, ()), device, {"made": True})
 
 
 def step_microseconds(m: Any, graph: Any, rounds: int = ROUNDS, replays: int = REPLAYS) -> np.ndarray:
@@ -111,6 +89,19 @@ def step_microseconds(m: Any, graph: Any, rounds: int = ROUNDS, replays: int = R
         timer.mark(m.stream, 1)
         found.append(timer.microseconds() / replays)
     return np.array(found)
+
+
+def graph_times(m: Any, put: Callable[[], None], rounds: int = ROUNDS, replays: int = REPLAYS) -> np.ndarray:
+    """Microseconds of launches that stand for a step, as a graph, one figure a round; each round begins with `CACHED` tokens, in the middle of it."""
+    rewind(m, CACHED)
+    put()
+    m.stream.wait()
+    with m.stream.captured() as graph:
+        put()
+    try:
+        return step_microseconds(m, graph, rounds, replays)
+    finally:
+        graph.close()
 
 
 def rewind(m: Any, length: int) -> None:

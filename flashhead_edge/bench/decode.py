@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from flashhead_edge.bench.cuda import CACHED, made_program, models, step_times, tokens_a_second
+from flashhead_edge.bench.cuda_dense import dense_steps
 from flashhead_edge.bench.provenance import commit
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.progress import Progress, silent
@@ -49,7 +50,7 @@ def bench_decode(folder: Path | None, shapes: Sequence[str], batches: Sequence[i
         from flashhead_edge.jetson.cuda_folder import open_folder
 
         with open_folder(folder, batch=max(batches), progress=progress) as backend:
-            return {"records": _measured(backend.model, folder.resolve().name, True, batches, command, progress)}
+            return {"records": _measured(backend.model, folder.resolve().name, True, batches, command, progress, facts.free_bytes)}
     records: list[dict[str, Any]] = []
     for name in shapes or known:
         records += _made(name, facts, batches, command, progress)
@@ -67,19 +68,21 @@ def _made(name: str, facts: Any, batches: Sequence[int], command: str, progress:
         device = Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
         m = open_model(made_program(Path(work) / "program", model, vocab, device, group=group, batch=max(batches)), progress=progress)
         try:
-            return _measured(m, name, False, batches, command, progress)
+            return _measured(m, name, False, batches, command, progress, facts.free_bytes)
         finally:
             m.close()
 
 
-def _measured(m: Any, name: str, real: bool, batches: Sequence[int], command: str, progress: Progress) -> list[dict[str, Any]]:
-    """The records of an open model."""
+def _measured(m: Any, name: str, real: bool, batches: Sequence[int], command: str, progress: Progress, free: int) -> list[dict[str, Any]]:
+    """The records of an open model, before which so many bytes of the device were free."""
+    from flashhead_edge.jetson.cuda_memory import device_bytes
     from flashhead_edge.jetson.cuda_session import step_graph
 
     common = {
         "model": name, "real_weights": real, "shape": [m.head.vocab, m.head.hidden], "device": m.facts.name, "backend": "cuda",
         "backend_version": m.facts.cuda_version, "body": "w4a16", "precision": m.program.precision, "context": m.program.context, "cached": CACHED,
-        "device_bytes": m.plan.size, "weight_bytes": m.plan.weight_bytes, "commit": commit(), "command": command,
+        "device_bytes": m.plan.size, "planned_bytes": device_bytes(m.plan.size), "real_bytes": free - m.device.memory()[0], "weight_bytes": m.plan.weight_bytes,
+        "commit": commit(), "command": command,
     }  # fmt: skip
     progress(f"{name}: the first token", None)
     common["prompt"] = min(PROMPT, m.program.context - 1)
@@ -89,7 +92,14 @@ def _measured(m: Any, name: str, real: bool, batches: Sequence[int], command: st
     for rows in batches:
         progress(f"{name}: timing, batch {rows}", None)
         nodes, times = step_graph(m, rows, False).nodes, step_times(m, rows)
-        record = {"batch": rows, "microseconds": float(np.median(times)), "spread": [float(times.min()), float(times.max())], "graph_nodes": nodes}
+        record: dict[str, Any] = {
+            "batch": rows,
+            "microseconds": float(np.median(times)),
+            "spread": [float(times.min()), float(times.max())],
+            "graph_nodes": nodes,
+        }
+        record["without_head"] = float(np.median(step_times(m, rows, without=("FlashHead",))))
+        record["dense"] = dense_steps(m, rows, record["microseconds"], record["without_head"])
         records.append(common | record | {"tokens_per_second": tokens_a_second(m, rows)})
     return records
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashhead_edge.checkpoint import families
 from flashhead_edge.checkpoint.gguf_families import DROPPED, FAMILIES, file_config
-from flashhead_edge.checkpoint.gguf_file import read_gguf
+from flashhead_edge.checkpoint.gguf_file import TYPES, read_gguf
 from flashhead_edge.checkpoint.quiet import without_bars, without_warnings
 from flashhead_edge.errors import CheckpointError, UnsupportedModelError
 
@@ -84,6 +84,13 @@ def _own_config(path: Path) -> PretrainedConfig | None:
             f"{', '.join(FAMILIES)}; convert the folder of safetensors that it was made from"
         )
     return None
+
+
+def has_codes(path: Path) -> bool:
+    """Whether backends without torch can run the file's own codes: a family and types that `packed` reads, and a matrix of few bits among them."""
+    file = read_gguf(path)
+    kinds, read = {tensor.kind for tensor in file.tensors.values()}, {name for name, _, _ in TYPES.values()}
+    return str(file.values.get("general.architecture")) in FAMILIES and kinds <= read and any(kind.startswith("Q") for kind in kinds)
 
 
 def read_head(path: Path) -> tuple[Tensor, Tensor | None, bool, int]:

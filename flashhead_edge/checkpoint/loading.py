@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashhead_edge.checkpoint import families
 from flashhead_edge.checkpoint.quiet import without_bars
-from flashhead_edge.checkpoint.source import Source, open_source
+from flashhead_edge.checkpoint.source import CODES_KEY, Source, open_source
 from flashhead_edge.errors import CheckpointError, SettingsError, first_line
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 NOT_STORED = ("zero_point", "qzeros", "g_idx")  # a symmetric scheme, or one in the order of columns, has none
-OURS = ("flash_head", "flashhead_quantize", "flash_head_cache_dir", "flash_head_special_token_ids", "n_clusters", "n_probes")
+OURS = ("flash_head", CODES_KEY, "flashhead_quantize", "flash_head_cache_dir", "flash_head_special_token_ids", "n_clusters", "n_probes")
 
 
 def chosen_device(named: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from flashhead_edge.errors import CheckpointError, UnsupportedModelError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "flash_head_assets/*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "flash_head_assets/*", "codes.gguf"]
 INDEX = "model.safetensors.index.json"
+CODES, CODES_KEY = "codes.gguf", "flash_head_codes"  # a GGUF source's own file in the checkpoint made of it, and what config.json says of that file
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +115,23 @@ def _snapshot(name: str, revision: str | None, code: bool) -> Path:
         raise CheckpointError(f"{name}: neither a folder nor a model{at} on the hub; check the name, or log in with `hf auth login` if it is gated") from error
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # HTTPError is the HTTP library's own: a connection that breaks
         raise CheckpointError(f"{name}: no such folder, and the hub cannot be reached; name a local folder, or try again with a network") from error
+
+
+def kept_codes(folder: Path, config: Mapping[str, Any]) -> Path | None:
+    """The GGUF file that a checkpoint was made of, where it keeps it for the codes: its 16-bit tensors are these codes' values. None: it keeps none.
+
+    Raises:
+        CheckpointError: config.json names one that is not there, or another one.
+    """
+    said = config.get(CODES_KEY)
+    if said is None:
+        return None
+    path, want = folder / CODES, said.get("bytes") if isinstance(said, dict) else said
+    found = path.stat().st_size if path.is_file() else None
+    if found is None or found != want:
+        there = "is missing" if found is None else f"has {found:,} bytes"
+        raise CheckpointError(f"{path}: the file {there}, expected {want!r} bytes as config.json says under {CODES_KEY}; run flashhead convert again")
+    return path
 
 
 def weight_map(folder: Path) -> dict[str, Path]:

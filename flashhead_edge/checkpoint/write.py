@@ -28,7 +28,7 @@ from flashhead_edge.checkpoint.atomic import check_space, copy_file, link_or_cop
 from flashhead_edge.checkpoint.card import build_card, source_card
 from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.checkpoint.quiet import without_bars
-from flashhead_edge.checkpoint.source import INDEX, PICKLES, Source, open_source, weight_map
+from flashhead_edge.checkpoint.source import CODES, CODES_KEY, INDEX, PICKLES, Source, kept_codes, open_source, weight_map
 from flashhead_edge.checkpoint.tensors import pack_arrays, read_header
 from flashhead_edge.errors import CheckpointError
 from flashhead_edge.index import HeadIndex
@@ -120,7 +120,8 @@ def write_checkpoint(
 ) -> None:
     """Write a model with its index as a FlashHead checkpoint. Until it is whole, `out` stays what it was.
 
-    Body tensors are copied byte for byte; a GGUF file becomes safetensors in 16 bits, in shards under 5 GB.
+    Body tensors are copied byte for byte; a GGUF file becomes safetensors in 16 bits, in shards under 5 GB, and is kept beside them where its codes can
+    be run from.
 
     Args:
         out: the folder, new unless `overwrite`.
@@ -171,8 +172,12 @@ def _write_gguf(
     model = gguf.load(source.gguf, source.config)
     config = source.config | {"dtype": str(model.dtype).removeprefix("torch.")}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    with replacing(path, ours + weights + (64 << 20)) as new:
+    codes = source.gguf.stat().st_size if gguf.has_codes(source.gguf) else 0
+    with replacing(path, ours + weights + codes + (64 << 20)) as new:
         _save_floats(model, tokenizer, new)
+        if codes:
+            copy_file(source.gguf, new / CODES)
+            config |= {CODES_KEY: {"bytes": codes}}
         _write_ours(new, config, source, index, published, arrays, clusters)
         write_file(new / CARD, [build_card(source.name, index, "", card).encode()])
 
@@ -229,7 +234,8 @@ def source_files(source: Source) -> list[Path]:
         for p in [*sorted(source.folder.iterdir()), *inside]
         if regular(p) and not p.name.startswith(".") and p.name not in OURS and not any(p.match(x) for x in NOT_COPIED) and (code or p.suffix != ".py")
     ]
-    return weights + other
+    codes = kept_codes(source.folder, source.config)
+    return weights + other + ([codes] if codes is not None else [])
 
 
 def original_card(folder: Path) -> str:

@@ -14,14 +14,15 @@ from flashhead_edge.cli.common import answer_only, common_options, json_option, 
 @click.option(
     "--memory", metavar="8GB|BOARD", help="Plan for that much free memory, or for a board (orin-nano-8gb, agx-orin-64gb, ...).  [default: this machine]"
 )
+@click.option("--backend", type=click.Choice(["auto", "cuda"]), default="auto", show_default=True, help="Plan a checkpoint for our kernels alone: cuda.")
 @json_option
 @common_options
-def plan(model: str, context: int | None, batch: int | None, memory: str | None, as_json: bool) -> None:
+def plan(model: str, context: int | None, batch: int | None, memory: str | None, backend: str, as_json: bool) -> None:
     """Say what MODEL needs, part by part, against the memory that is free. MODEL is a checkpoint, a .gguf file or an export; only headers are read."""
     with answer_only() as stdout:
         from flashhead_edge.jetson.plan import plan as predict
 
-        document = predict(model, context=context, batch=batch, memory=memory)
+        document = predict(model, context=context, batch=batch, memory=memory, backend=backend)
         if as_json:
             write_json(document, stdout)
         else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
-from flashhead_edge.generation.protocols import Array, BodySession, ReadsStates, TextEngine
+from flashhead_edge.decoding import Sampling
+from flashhead_edge.generation.protocols import Array, BodySession, Chosen, Continues, ReadsStates, TextEngine
 
 
 class PromptCache:
@@ -15,12 +16,14 @@ class PromptCache:
     def __init__(self) -> None:
         self.body: BodySession | None = None
         self.ids: list[int] = []  # what the body holds
+        self.texts = 0  # how many have begun
 
     def begin(self, engine: TextEngine, prompt: Sequence[int]) -> tuple[int, Array]:
         """Bring the body behind `prompt`, of at least one token: how many of its tokens were read, hidden state of the last one [1, d].
 
         A body that cannot be cut keeps its text only where the prompt goes on from all of it.
         """
+        self.texts += 1
         shared = next((i for i, (a, b) in enumerate(zip(self.ids, prompt)) if a != b), min(len(self.ids), len(prompt)))
         shared = min(shared, len(prompt) - 1)  # the last state comes from a token that is fed
         if self.body is None or not shared or (shared < len(self.ids) and not self.body.can_cut):
@@ -41,6 +44,28 @@ class PromptCache:
     def states(self, ids: Sequence[int]) -> Array:
         """As `ReadsStates` has it."""
         return self._run(ids, lambda body: body.states(ids))
+
+    def continues(self, sampling: Sampling) -> bool:
+        """Whether the body goes on by itself with these settings."""
+        body = self._open()
+        return isinstance(body, Continues) and body.continues(sampling)
+
+    def continued(self, most: int, sampling: Sampling) -> Generator[Chosen, None, None]:
+        """As `Continues` has it. Until it is closed or at its end the body is given up, as for every other call."""
+        body: Any = self._open()
+        text, self.body = self.texts, None
+        with closing(body.continued(most, sampling)) as steps:
+            try:
+                last: list[int] = []
+                for found in steps:
+                    self.ids.extend(last)
+                    last = [found.token]
+                    yield found
+            except GeneratorExit:  # the caller has enough
+                if self.texts == text:
+                    self.body = body
+                raise
+        self.body = body
 
     def _run(self, ids: Sequence[int], reading: Callable[[Any], Array]) -> Array:
         with self._taken() as body:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from flashhead_edge.generation.cache import PromptCache
 from flashhead_edge.generation.drafts import Lookup
 from flashhead_edge.generation.grammar import Grammar, Matching
 from flashhead_edge.generation.logprobs import Logprobs, logprobs_of
-from flashhead_edge.generation.protocols import Array, TextEngine
+from flashhead_edge.generation.protocols import Array, Chosen, TextEngine
 from flashhead_edge.generation.text import Detokenizer, StopStrings, check_stop_strings, prompt_ids
 from flashhead_edge.head import Step
 
@@ -102,6 +103,10 @@ class Stream:
             self._ids.close()
         return Token(token, text + self._stop.finish() if last else text, logprobs)
 
+    def close(self) -> None:
+        """End it early: an engine that is a step ahead leaves that, and the cache keeps what has been said. Harmless when it has ended."""
+        self._ids.close()
+
     @property
     def summary(self) -> Summary:
         return self._run.finished()
@@ -127,7 +132,7 @@ class Run:
     opened: int = 0  # clusters, over all steps
     steps: int = 0  # of the fast head
 
-    def count(self, step: Step) -> None:
+    def count(self, step: Step | Chosen) -> None:
         """Add a step of the fast head, of one row or of several, each as if it were alone."""
         counts = to_numpy(step.counts)
         for row in range(len(counts)):
@@ -273,13 +278,19 @@ def stream(
         if not s.greedy or s.changes_logits or grammar is not None or logprobs is not None:
             raise SettingsError("generate: speculate was asked together with sampling, a grammar or logprobs, expected plain greedy; leave out one of them")
         return Stream(run, in_drafts(run, prompt, most, reason, cache, speculate))
-    return Stream(run, one_by_one(run, prompt, most, reason, cache, next_token))
+    plain = not s.changes_logits and s.allowed is None and grammar is None and logprobs is None
+    return Stream(run, one_by_one(run, prompt, most, reason, cache, next_token, ahead=plain))
 
 
-def one_by_one(run: Run, prompt: Sequence[int], most: int, reason: str, cache: PromptCache | None, choose_next: Callable[[Run, Array], int]) -> Tokens:
-    """A text whose every token is chosen, once, from the hidden state before it."""
+def one_by_one(
+    run: Run, prompt: Sequence[int], most: int, reason: str, cache: PromptCache | None, choose_next: Callable[[Run, Array], int], ahead: bool = False
+) -> Tokens:  # fmt: skip
+    """A text whose every token is chosen, once, from the hidden state before it; with `ahead` by the body itself, where it can."""
     body = cache or PromptCache()
     run.summary.prompt_read, hidden = body.begin(run.engine, prompt)
+    if ahead and body.continues(run.sampling):
+        yield from in_advance(run, body, most, reason)
+        return
     while True:
         token = choose_next(run, hidden)
         logprobs = run.logprobs(token)
@@ -288,6 +299,21 @@ def one_by_one(run: Run, prompt: Sequence[int], most: int, reason: str, cache: P
         if last:
             return
         hidden = body.feed([token])
+
+
+def in_advance(run: Run, body: PromptCache, most: int, reason: str) -> Tokens:
+    """A text that the body goes on with by itself: a step runs while the token before it is looked at, so that one more has run where the text ends."""
+    if not run.sampling.greedy and not run.sampling.truncates:
+        run.summary.notes.append("tokens were drawn among the candidates of a step: draws may differ from those of the dense head with the same seed")
+    token = -1
+    with closing(body.continued(most, run.sampling)) as steps:
+        for found in steps:
+            run.count(found)
+            token = found.token
+            if run.last(token, most, reason):
+                break
+            yield token, False, None
+    yield token, True, None
 
 
 def in_drafts(run: Run, prompt: Sequence[int], most: int, reason: str, cache: PromptCache | None, longest: int) -> Tokens:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from flashhead_edge.decoding import Sampling
 from flashhead_edge.exact import Record
 from flashhead_edge.head import Step
 
@@ -47,6 +49,28 @@ class BodySession(Protocol):
 
     def restore(self, kept: Any) -> None:
         """Go back to a snapshot, which must not be used again."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A token that a body has chosen itself, and what its head's step says of itself, as `Step` has it."""
+
+    token: int
+    counts: Array  # [1, 2 + stages]
+    capped: Array  # [1]
+
+
+@runtime_checkable
+class Continues(Protocol):
+    """A session whose device chooses tokens and feeds them back, without waiting for the loop."""
+
+    def continues(self, sampling: Sampling) -> bool:
+        """Whether it can by these settings."""
+        ...
+
+    def continued(self, most: int, sampling: Sampling) -> Generator[Chosen, None, None]:
+        """Up to `most` tokens after what was fed last. Of those that were yielded all but the last have been fed; the caller may close it at any of them."""
         ...
 
 

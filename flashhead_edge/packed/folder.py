@@ -50,12 +50,13 @@ class FolderWeights:
         stored = self._find(name)
         return self._shapes.get(stored.removesuffix(".weight")) or self._files.entry(stored).shape
 
-    def linear(self, name: str) -> Coded4 | np.ndarray:
+    def linear(self, name: str, rows: int | None = None) -> Coded4 | np.ndarray:
         stored = self._find(f"{name}.weight")
         shape = self.shape(f"{name}.weight")
         if len(shape) != 2:
             raise CheckpointError(f"{self._name}: {name}.weight has the shape {list(shape)}, expected a matrix; name a linear layer")
-        return self._coded(stored, 0, shape[0]) if self._packed(stored) else self._files.floats(stored)
+        stop = shape[0] if rows is None else min(rows, shape[0])
+        return self._coded(stored, 0, stop) if self._packed(stored) else self._files.floats(stored, (slice(stop),))
 
     def floats(self, name: str) -> np.ndarray:
         stored = self._find(name)

@@ -53,11 +53,11 @@ class GgufWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._open().tensors[self._find(name)].shape
 
-    def linear(self, name: str) -> Coded4 | Coded8 | np.ndarray:
+    def linear(self, name: str, rows: int | None = None) -> Coded4 | Coded8 | np.ndarray:
         shape = self.shape(f"{name}.weight")
         if len(shape) != 2:
             raise CheckpointError(f"{self._name}: {name}.weight has the shape {list(shape)}, expected a matrix; name a linear layer")
-        return self._read(f"{name}.weight", 0, shape[0])
+        return self._read(f"{name}.weight", 0, shape[0] if rows is None else min(rows, shape[0]))
 
     def floats(self, name: str) -> np.ndarray:
         shape = self.shape(name)

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flashhead_edge.checkpoint.source import kept_codes
 from flashhead_edge.errors import CheckpointError
 from flashhead_edge.packed.coded import Coded4, Coded8
 from flashhead_edge.packed.folder import FolderWeights
 from flashhead_edge.packed.gguf_weights import GgufWeights
+from flashhead_edge.packed.kept_codes import KeptCodes
 
 
 class Weights(Protocol):
@@ -35,8 +37,8 @@ class Weights(Protocol):
         """Of a parameter, as floats: [N, K] of a packed matrix."""
         ...
 
-    def linear(self, name: str) -> Coded4 | Coded8 | np.ndarray:
-        """A matrix by its layer's name, without ".weight": its codes, or [N, K] float32 where it is not packed."""
+    def linear(self, name: str, rows: int | None = None) -> Coded4 | Coded8 | np.ndarray:
+        """A matrix by its layer's name, without ".weight": its codes, or [N, K] float32 where it is not packed; with `rows` that many of its first ones."""
         ...
 
     def floats(self, name: str) -> np.ndarray:
@@ -57,7 +59,8 @@ class Weights(Protocol):
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a folder of safetensors with its config.json, or a GGUF file (or a folder with nothing but one).
+    """Open a folder of safetensors with its config.json, or a GGUF file (or a folder with nothing but one). A folder that keeps the GGUF file it was made of
+    gives that file's matrices as they are coded there.
 
     Every header is read and checked: dtypes and shapes of all parts of all packed matrices.
 
@@ -78,4 +81,6 @@ def open_weights(path: Path) -> Weights:
             return GgufWeights(files[0])
         found = f"{len(files)} .gguf files" if files else "no config.json"
         raise CheckpointError(f"{path}: the folder has {found}, expected a Hugging Face model folder or one .gguf file; name another folder or the file")
-    return FolderWeights(path)
+    folder = FolderWeights(path)
+    codes = kept_codes(path, folder.config)
+    return folder if codes is None else KeptCodes(folder, GgufWeights(codes))

@@ -1,12 +1,13 @@
 """From the weights of a checkpoint to a decoder in nodes, layer by layer as `families` describes it. numpy only.
 
-Nothing is read whole: a matrix is looked at when it is recorded, and read again when the program's file is written.
+Nothing is read whole: some rows of a matrix are looked at when it is recorded, and it is read when the program's file is written. So a plan can build a
+program for its sizes alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,12 +19,13 @@ from flashhead_edge.index import HeadIndex
 from flashhead_edge.packed import Weights
 from flashhead_edge.packed.coded import GROUPS
 from flashhead_edge.program.families import Layout, Rope, describe, rotations
-from flashhead_edge.program.head import Device, HeadPart, head_part
+from flashhead_edge.program.head import DRAFTED_ROWS, Device, HeadPart, head_part
 from flashhead_edge.program.nodes import Attention, Decoder, HeadNorm, Stored
 from flashhead_edge.program.recoding import MINIMA, ORDER, Form, anew, form_of, recoded
 from flashhead_edge.program.weights import BLOCK_ROWS, PRECISIONS, STORED, Item, Matrix, rounded
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head"
+LOOKED_AT = 16  # rows of a matrix that say how all of it is stored
 UNREAD = ("rotary_emb.inv_freq",)  # tables that older checkpoints store, which the config says too
 Neutral = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
@@ -34,7 +36,9 @@ class Built:
 
     decoder: Decoder
     head: HeadPart
-    layout: Layout
+    positions: int  # that the model was made for
+    vocab: int  # rows of its embedding
+    batch: int  # texts at once, at most; the head takes some more states, of a text's drafts
     notices: tuple[str, ...]  # what is not in it as the checkpoint has it, a sentence each
 
 
@@ -129,8 +133,8 @@ def build_program(
         )
     # a config that leaves a cap out has none in these families
     scale, softcap = logit_rule(dict.fromkeys(SOFTCAPS) | dict(text_config(config)), layout.family)
-    head = head_part(index, exact, bias, device, batch, precision, scale, softcap)
-    return Built(decoder, head, layout, tuple(_notices(w.anew)))
+    head = head_part(index, exact, bias, device, max(batch, DRAFTED_ROWS), precision, scale, softcap)
+    return Built(decoder, head, layout.positions, layout.vocab, batch, tuple(_notices(w.anew)))
 
 
 def _check(layout: Layout, precision: str, context: int, group: int) -> None:
@@ -264,7 +268,8 @@ def _form(w: _Work, name: str, n: int, k: int) -> Form:
     if f"{name}.weight" not in w.left:
         raise CheckpointError(f"{name}.weight: it is not among the weights, expected the parameter of a {w.layout.family} model; fetch the model again")
     w.left.discard(f"{name}.weight")
-    form = form_of(w.weights.linear(name), w.group)
+    form = form_of(w.weights.linear(name, LOOKED_AT), w.group)
+    form = replace(form, n=w.weights.shape(f"{name}.weight")[0])
     if (form.n, form.k) != (n, k):
         raise CheckpointError(f"{name}.weight: its shape is {[form.n, form.k]}, expected {[n, k]} as config.json says; fetch the model again")
     return form

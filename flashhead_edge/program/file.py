@@ -18,7 +18,7 @@ from flashhead_edge.program.nodes import Attention, Attribute, Constant, Decoder
 from flashhead_edge.program.weights import STORED, Item, write_weights
 from flashhead_edge.progress import Progress, silent
 
-FORMAT = 2  # of program.json; to be raised too when a checkpoint's program becomes another one: kept ones are known by it
+FORMAT = 3  # of program.json; to be raised too when a checkpoint's program becomes another one: kept ones are known by it
 PROGRAM, WEIGHTS = "program.json", "weights.safetensors"
 AGAIN = "write the program again"
 SPARE = 8 << 20  # bytes for program.json
@@ -56,6 +56,11 @@ def program_items(d: Decoder, h: HeadPart) -> list[Item]:
     return [*first.values(), *(item for name, item in d.items.items() if name not in first), *constants, *h.items]
 
 
+def sizes_of(d: Decoder, h: HeadPart) -> dict[str, int]:
+    """Bytes of each tensor of the file, without making any."""
+    return {item.name: item.nbytes for item in program_items(d, h)}
+
+
 def _constant_item(name: str, c: Constant) -> Item:
     if c.dtype not in STORED or c.array.nbytes % 16:
         raise ExportError(f"{name}: a constant {c.dtype} {list(c.array.shape)}, expected 16-bit floats in multiples of 16 bytes; report this model")
@@ -77,7 +82,7 @@ def write_program(folder: str | Path, built: Built, device: Device, about: Mappi
     if not d.attentions:
         raise ExportError("decoder: it has no attention, expected one a layer; report this model")
     items, graph, first = program_items(d, h), decoder_graph(d, h), d.attentions[0]
-    settings = settings_of(h.index, h.scale, h.softcap, built.layout.positions, built.layout.vocab) | {
+    settings = settings_of(h.index, h.scale, h.softcap, built.positions, built.vocab) | {
         "body_parameters": d.parameters, "layers": len(d.attentions), "kv_heads": first.kv_heads, "head_size": first.head_size, "q_heads": first.q_heads,
     }  # fmt: skip
     with replacing(path, sum(item.nbytes for item in items) + SPARE) as new:
@@ -90,7 +95,7 @@ def write_program(folder: str | Path, built: Built, device: Device, about: Mappi
             "weights_sha256": written.sha256,
             "precision": d.precision,
             "context": d.context,
-            "batch": h.max_rows,
+            "batch": built.batch,
             "device": asdict(device),
             "settings": settings,
             "notices": list(built.notices),

@@ -18,6 +18,7 @@ from flashhead_edge.program.weights import Item, bytes_item, float_item
 
 MOST_ROWS = 32  # head_step.h: states of one launch
 MOST_CANDIDATES = 8192  # decode.h: of a row that is drawn from
+DRAFTED_ROWS = 8  # states that a program's head takes at once at least: of a draft and the token before it, as many as fused nodes and decode products take
 SAMPLING = (("temperature", "float32", 0), ("top_p", "float32", 0), ("min_p", "float32", 0), ("top_k", "int32", 0), ("seed", "int32", 2), ("step", "int32", 0))
 
 

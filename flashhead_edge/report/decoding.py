@@ -13,7 +13,10 @@ from rich.table import Table
 from flashhead_edge.report.html import html_table, whole_page, write_page
 from flashhead_edge.report.plots import Point, Series, legend, lines_plot
 
-COLUMNS = ("model", "batch", "us a step (lowest to highest)", "tokens a second", "first token, ms", "prompt, tokens a second", "graph nodes", "on the GPU, MB")
+COLUMNS = (
+    "model", "batch", "us a step (lowest to highest)", "tokens a second", "first token, ms", "prompt, tokens a second", "graph nodes", "on the GPU, MB",
+    "16-bit head / ours", "8-bit head / ours",
+)  # fmt: skip
 
 
 def show_decoding(document: Mapping[str, Any], console: Console) -> None:
@@ -53,7 +56,13 @@ def _row(r: Mapping[str, Any]) -> list[str]:
     return [
         r["model"], str(r["batch"]), f"{r['microseconds']:,.1f} ({low:,.1f} to {high:,.1f})", f"{r['tokens_per_second']:,.0f}",
         f"{1e3 * r['first_token_seconds']:,.1f}", f"{r['prompt'] / r['first_token_seconds']:,.0f}", str(r["graph_nodes"]), f"{r['device_bytes'] / 1e6:,.0f}",
+        *(_ratio(r.get("dense", {}).get(kind)) for kind in ("16 bits", "8 bits")),
     ]  # fmt: skip
+
+
+def _ratio(dense: Mapping[str, Any] | None) -> str:
+    """Of the step with a dense head to ours, with what ours saves."""
+    return "-" if dense is None else f"{dense['ratio']:.2f} ({dense['saved']:,.0f} us)"
 
 
 def _label(r: Mapping[str, Any]) -> str:

@@ -174,6 +174,8 @@ class Decoder:
                 self.active.remove(text)
             elif text in self.waiting:
                 self.waiting.remove(text)
+            if text.stream is not None:
+                text.stream.close()  # now and in this thread: an engine may be a step ahead
             if text.cache is not None:
                 self.caches.append(text.cache)
                 text.cache = None

@@ -194,7 +194,7 @@ MADE CUresult cuEventElapsedTime(float* milliseconds, CUevent, CUevent) { return
 MADE CUresult cuEventDestroy_v2(CUevent) { return --left[EVENT], CUDA_SUCCESS; }
 MADE CUresult cuStreamQuery(CUstream) { return answer("cuStreamQuery"); }
 MADE CUresult cuMemFreeHost(void* data) { return free(data), --left[PINNED], CUDA_SUCCESS; }
-MADE CUresult cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = 6000, *total = 8000, CUDA_SUCCESS; }
+MADE CUresult cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = 6000000000, *total = 8000000000, CUDA_SUCCESS; }
 MADE CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream) {
   note("in %zu", bytes);
   if (now()) memcpy(reinterpret_cast<void*>(to), from, bytes);

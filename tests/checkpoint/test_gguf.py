@@ -13,8 +13,11 @@ import torch
 from small_checkpoints import clusters_of, content
 from small_heads import few_probes
 
-from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head, read_index, write_checkpoint
+from flashhead_edge.checkpoint import load_model, load_tokenizer, open_source, read_head, read_index, update_index, write_checkpoint
+from flashhead_edge.checkpoint.source import CODES, CODES_KEY
 from flashhead_edge.errors import CheckpointError
+from flashhead_edge.packed import dense, open_weights
+from flashhead_edge.program.recoding import FLOATS, form_of
 
 pytest.importorskip("gguf")
 LAYERS, D, FF, HEADS, KV = 2, 64, 96, 4, 2
@@ -29,8 +32,8 @@ def byte_letters() -> list[str]:
     return [chr(b) if b in kept else chr(next(spare)) for b in range(256)]
 
 
-def write_gguf(path: Path, tied: bool = True, big: float = 1.0, body: float = 1.0, pre: str = "smollm") -> Path:
-    """A Llama in Q8_0, its embedding too, every value from a fixed seed; `big` multiplies the head, `body` one weight of the body."""
+def write_gguf(path: Path, tied: bool = True, big: float = 1.0, body: float = 1.0, pre: str = "smollm", kind_name: str = "Q8_0", ff: int = FF) -> Path:
+    """A Llama in blocks of one kind, its embedding too, every value from a fixed seed; `big` multiplies the head, `body` one weight of the body."""
     import gguf
     from gguf.quants import quantize
 
@@ -40,7 +43,7 @@ def write_gguf(path: Path, tied: bool = True, big: float = 1.0, body: float = 1.
     writer.add_block_count(LAYERS)
     writer.add_context_length(256)
     writer.add_embedding_length(D)
-    writer.add_feed_forward_length(FF)
+    writer.add_feed_forward_length(ff)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV)
     writer.add_rope_freq_base(10000.0)
@@ -61,7 +64,7 @@ def write_gguf(path: Path, tied: bool = True, big: float = 1.0, body: float = 1.
         if len(shape) == 1:
             writer.add_tensor(name, 1 + 0.1 * values)
         else:
-            kind = gguf.GGMLQuantizationType.Q8_0
+            kind = gguf.GGMLQuantizationType[kind_name]
             writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
 
     add("token_embd.weight", len(tokens), D, factor=0.3 * (big if tied else 1.0))
@@ -71,7 +74,7 @@ def write_gguf(path: Path, tied: bool = True, big: float = 1.0, body: float = 1.
     for i in range(LAYERS):
         small = 0.2
         for name, rows, columns in (
-            ("attn_q", D, D), ("attn_k", D // 2, D), ("attn_v", D // 2, D), ("attn_output", D, D), ("ffn_gate", FF, D), ("ffn_up", FF, D), ("ffn_down", D, FF),
+            ("attn_q", D, D), ("attn_k", D // 2, D), ("attn_v", D // 2, D), ("attn_output", D, D), ("ffn_gate", ff, D), ("ffn_up", ff, D), ("ffn_down", D, ff),
         ):  # fmt: skip
             add(f"blk.{i}.{name}.weight", rows, columns, factor=small * (body if name == "ffn_down" else 1.0))
         add(f"blk.{i}.attn_norm.weight", D)
@@ -213,6 +216,45 @@ def test_same_bytes_and_failed_writes(file: Path, tmp_path: Path, monkeypatch: p
         convert(file, out)
     assert content(out) == first and [p.name for p in tmp_path.iterdir()] == ["out"]
     assert replace(read_index(out), tail_offset=0.0) is not None
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_1", "F16"])
+def test_the_file_is_kept_for_its_codes(kind: str, tmp_path: Path) -> None:
+    """Matrices come in the file's own codes, which the 16-bit tensors are the values of; the head and the norms are the checkpoint's."""
+    path = write_gguf(tmp_path / "small.gguf", tied=False, kind_name=kind)
+    out = convert(path, tmp_path / "out")
+    again = convert(out, tmp_path / "again")  # a checkpoint is a source, too
+    update_index(again, read_index(out))
+    if kind in ("Q5_1", "F16"):  # without a reader for its codes, or without codes
+        assert not (out / CODES).exists() and CODES_KEY not in json.loads((out / "config.json").read_text())
+        return
+    for folder in (out, again):
+        assert (folder / CODES).read_bytes() == path.read_bytes()
+        with open_weights(path) as own, open_weights(folder) as kept:
+            assert sorted(kept.names()) == sorted(own.names())
+            for name in (n.removesuffix(".weight") for n in own.names() if "_proj" in n):
+                want, found = own.linear(name), kept.linear(name)
+                assert type(found) is type(want) and np.array_equal(found.codes, want.codes) and np.array_equal(found.scales, want.scales)
+                values = dense(found)
+                assert np.abs(values - kept.floats(f"{name}.weight")).max() <= 2.0**-11 * np.abs(values).max()
+                assert form_of(found, 64).reason != FLOATS
+            assert np.array_equal(kept.rows("lm_head.weight", 3, 9), read_head(folder).weight[3:9].float().numpy())
+        assert load_model(folder).lm_head.weight.shape == read_head(path).weight.shape
+        assert open_source(folder).gguf is None
+    with (out / CODES).open("ab") as file:
+        file.write(b"x")
+    for broken in (lambda: open_weights(out), lambda: convert(out, tmp_path / "third")):
+        with pytest.raises(CheckpointError, match=rf"codes\.gguf: the file has [\d,]+ bytes, expected \d+ bytes as config\.json says under {CODES_KEY}; run"):
+            broken()
+    (out / CODES).unlink()
+    with pytest.raises(CheckpointError, match=r"codes\.gguf: the file is missing, expected"):
+        open_weights(out)
+    other = write_gguf(tmp_path / "other.gguf", big=1.0, kind_name=kind, ff=128)
+    (again / CODES).write_bytes(other.read_bytes())
+    config = json.loads((again / "config.json").read_text()) | {CODES_KEY: {"bytes": other.stat().st_size}}
+    (again / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight: \[64, 128\] in codes\.gguf, expected \[64, 96\]; run flashhead convert again"):
+        open_weights(again)
 
 
 def test_a_missing_package_is_not_taken_for_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,7 @@ def decoding_document():
     }  # fmt: skip
     return {"records": [
         common | {"model": name, "batch": batch, "microseconds": time * batch, "spread": [time, 2 * time * batch], "tokens_per_second": 1e6 / time}
+        | ({"dense": {"16 bits": {"ratio": 1.46, "saved": 219.0}}} if batch == 1 else {})
         for name, time in (("Llama-3.2-1B", 476.0), ("Qwen3-0.6B", 400.0)) for batch in (1, 4)
     ]}  # fmt: skip
 
@@ -237,7 +238,7 @@ def test_decoding_has_a_table_and_a_page(tmp_path: Path) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     show_decoding(decoding_document(), console)
     text = console.export_text()
-    assert "476.0 (476.0 to 952.0)" in text and "128,000" in text and "1,097" in text
+    assert "476.0 (476.0 to 952.0)" in text and "128,000" in text and "1,097" in text and text.count("1.46 (219 us)") == 2
     write_decoding(decoding_document(), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count("<figure>") == 1 and "Qwen3-0.6B, batch 4: 2,500 tokens a second" in page

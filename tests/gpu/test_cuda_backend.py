@@ -1,6 +1,7 @@
 """The CUDA backend on a GPU, torch-free: made models of several shapes against numpy's truth, graphs, batches, memory.
 
-`python -m pytest tests/gpu/test_cuda_backend.py` needs numpy, NVRTC and the library of launchers (setup.py build_ext --inplace).
+`python -m pytest tests/gpu/test_cuda_backend.py` needs numpy, NVRTC and the library of launchers (setup.py build_ext --inplace). FLASHHEAD_BOARD names
+another device (tests/cuda_boards.py) whose code and launch plans this GPU runs; tests/gpu/test_cuda_boards.py does that for each.
 """
 
 from __future__ import annotations
@@ -10,22 +11,26 @@ import shutil
 
 import numpy as np
 import pytest
+from cuda_boards import as_board
 from cuda_truth import CHUNK, CONTEXT, MODELS, Truth, small_program
 
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import EngineError, SettingsError
-from flashhead_edge.generation import stream
-from flashhead_edge.jetson import cuda_session, open_engine
+from flashhead_edge.generation import PromptCache, stream
+from flashhead_edge.jetson import ExportedEngine, cuda_session, open_engine
 from flashhead_edge.jetson.cuda_backend import open_program, sample
-from flashhead_edge.jetson.driver import device_facts
 from flashhead_edge.program.head import Device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs an NVIDIA GPU")]
 PROMPTS = [[1, 5, 9, 200, 31, 77, 1024, 8], [3, 17], [400, 12, 12, 12, 90, 7, 7, 300, 21, 55, 1000, 2], [8] * 70]
 
 
+if "FLASHHEAD_BOARD" in os.environ and shutil.which("nvidia-smi"):
+    as_board(os.environ["FLASHHEAD_BOARD"])
+
+
 def gpu() -> Device:
-    facts = device_facts()
+    facts = cuda_session.device_facts()
     return Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
 
 
@@ -140,6 +145,60 @@ def test_fused_steps_have_the_programs_bits(model):
             assert np.array_equal(ours.feed(piece), theirs.feed(piece))
     finally:
         m.close()
+
+
+def engine_of(b):
+    """Without a tokenizer."""
+    return ExportedEngine(b, None, frozenset())
+
+
+def test_states_of_a_draft_are_those_of_its_tokens_alone(model):
+    """Several tokens at once have their attention cut otherwise; more of them than the head takes are two passes. The second time it is a graph."""
+    program, b = model
+    one, ids = b.body(), PROMPTS[2][: b.model.head.rows] + [9, 8, 7]
+    one.feed(PROMPTS[0])
+    want = np.concatenate([one.feed([t]) for t in ids])
+    for _ in range(2):
+        body = b.body()
+        body.feed(PROMPTS[0])
+        body.states([7, 7, 7])
+        body.cut(3)
+        found = body.states(ids)
+        assert near(found, want, program.precision)
+        step = b.head.step(found)
+        assert (step.token == step.ids[np.arange(len(ids)), step.logits.argmax(1)]).all()
+        for i in range(len(ids)):  # the head's batch against the head alone, by a call of its own
+            assert b.head.step(found[i : i + 1].copy()).token[0] == step.token[i]
+
+
+def test_speculation_gives_the_greedy_text(llama):
+    """Up to sums in another order: made weights have near ties, so that most of the text is asked for."""
+    same = []
+    for prompt in (PROMPTS[0] * 3, PROMPTS[2] * 2):
+        want = [int(t[0]) for t in llama.decode([prompt], 40)]
+        for longest in (3, 7, 20):
+            run = stream(engine_of(llama), prompt, 40, speculate=longest)
+            found = [t.id for t in run]
+            assert run.summary.tokens == 40 == run.summary.passes + run.summary.accepted
+            same.append(next((i for i, (a, b) in enumerate(zip(want, found)) if a != b), 40))
+    assert sum(same) > 0.7 * 40 * len(same)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.75, top_k=40, seed=5)], ids=["greedy", "drawn"])
+def test_a_text_goes_on_by_itself(model, sampling):
+    """The loop's text is the device's, its cache holds it, and the next text goes on from there."""
+    _, b = model
+    cache, engine = PromptCache(), engine_of(b)
+    want = [int(t[0]) for t in b.decode([PROMPTS[0]], 100, sampling)]
+    assert [t.id for t in stream(engine, PROMPTS[0], 100, sampling, cache=cache)] == want
+    assert cache.ids == [*PROMPTS[0], *want[:-1]]
+    cache = PromptCache()  # a prompt that is not read as a whole has sums in another order
+    stopped = stream(engine, PROMPTS[0], 100, sampling, stop=[want[30]], cache=cache)
+    first = want[: want.index(want[30]) + 1]
+    assert [t.id for t in stopped] == first and cache.ids == [*PROMPTS[0], *first[:-1]]
+    longer = [*PROMPTS[0], *first, 17]
+    kept = [t.id for t in stream(engine, longer, 20, sampling, cache=cache)]
+    assert cache.ids[: len(longer)] == longer and len(kept) == 20
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.75, "top_k": 40}, {"temperature": 1.25, "top_p": 0.875, "min_p": 0.015625}, {"temperature": 0.6875}])

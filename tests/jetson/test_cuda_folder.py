@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,9 +12,11 @@ from cuda_emulator import FACTS, emulated
 from small_exports import write_exportable, write_with_index
 from small_heads import everything_open
 
-from flashhead_edge.errors import EngineError, SettingsError
+from flashhead_edge.errors import DeviceError, EngineError, SettingsError
 from flashhead_edge.generation import stream
-from flashhead_edge.jetson import cuda_backend, cuda_folder, cuda_library, driver, open_engine
+from flashhead_edge.jetson import cuda_backend, cuda_folder, cuda_library, cuda_program, cuda_session, driver, open_engine
+from flashhead_edge.jetson.cuda_memory import UNIT, device_bytes
+from flashhead_edge.packed.folder import FolderWeights
 from flashhead_edge.program import kept as programs
 from flashhead_edge.program.head import Device
 
@@ -107,3 +111,45 @@ def test_verbs_say_what_is_missing(checkpoint: Path, exported, flashhead, monkey
     assert code == 2 and "is not a checkpoint, which --backend cuda runs: give the checkpoint" in err
     code, out, err = flashhead("generate", checkpoint, "--backend", "cuda", "--plugin", "x.so", "--prompt", "x")
     assert code == 2 and "--plugin:" in err
+
+
+@pytest.mark.parametrize(("context", "batch"), [(64, 1), (4096, 1), (1000, 5)])
+def test_a_plan_is_what_the_backend_allocates(context: int, batch: int, checkpoint: Path, gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte of the range, before a program is written; no matrix is read but for the rows that say how it is stored."""
+    read: list[tuple[str, int | None]] = []
+    real = FolderWeights.linear
+    monkeypatch.setattr(FolderWeights, "linear", lambda self, name, rows=None: read.append((name, rows)) or real(self, name, rows))
+    need = cuda_folder.need_of_checkpoint(checkpoint, context, batch)
+    assert read and all(rows == 16 for _, rows in read) and not gpu
+    cuda_folder.open_folder(checkpoint, context=context, batch=batch)
+    program = gpu[0]
+    head = cuda_program.head_of(program)
+    layout = cuda_program.memory_plan(program, head, cuda_library.limits_of(FACTS), min(cuda_session.CHUNK, context), 0)
+    assert need.total(context, batch) == device_bytes(layout.size) and need.cache(context, batch) == layout.cache_bytes
+    assert need.weights + need.index + need.exact_rows == sum(size for name, (_, size) in program.places.items() if not name.startswith("rotations"))
+    assert need.scratch >= 0 and need.limit == 8192
+
+
+def test_other_contexts_and_batches_are_near(checkpoint: Path, gpu) -> None:
+    """From one need to another context: launches and a unit of the device's memory apart."""
+    need = cuda_folder.need_of_checkpoint(checkpoint, 1024)
+    for context in (512, 4096):
+        assert abs(need.total(context) - cuda_folder.need_of_checkpoint(checkpoint, context).total(context)) <= 2 * UNIT
+
+
+def test_the_plan_verb_knows_the_backend(checkpoint: Path, exported, flashhead, gpu) -> None:
+    code, out, _ = flashhead("plan", checkpoint, "--backend", "cuda", "--memory", "8GB", "--json")
+    document = json.loads(out)
+    assert code == 0 and document["runtime"] == "cuda" and document["fits"] and document["context"] == 4096 and document["context_limit"] == 8192
+    assert document["needed"] == sum(document["parts"].values())
+    code, _, err = flashhead("plan", exported(), "--backend", "cuda")
+    assert code == 2 and "which the cuda backend runs; run flashhead convert" in err
+
+
+def test_what_does_not_fit_the_gpu_is_refused_before_a_kernel_is_compiled(checkpoint: Path, gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_folder.open_folder(checkpoint, context=4096)
+    small = dataclasses.replace(FACTS, free_bytes=3 << 20)
+    monkeypatch.setattr(cuda_session, "device_facts", lambda: small)
+    monkeypatch.setattr(cuda_session, "ready", None)
+    with pytest.raises(DeviceError, match=r"4,096 positions at batch 1 need about \d+ MiB \(predicted\), 3 MiB are free \(this GPU\), expected room for all; "):
+        cuda_session.open_model(gpu[0])

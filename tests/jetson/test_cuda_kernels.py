@@ -138,3 +138,8 @@ def test_an_installation_without_the_library_says_so(tmp_path: Path, monkeypatch
     (tmp_path / "_cuda.abi3.so").write_text("no library")
     with pytest.raises(EngineError, match="the library cannot be loaded"):
         cuda_library.library.__wrapped__()
+
+
+def test_a_virtual_architecture_gives_ptx_for_the_driver_to_compile() -> None:
+    code = cuda_kernels.compiled(EMBEDDING, "embedding.cu", "compute_87", NVRTC)
+    assert b".target sm_87" in code and EMBEDDING.encode() in code and code.endswith(b"\0")  # the driver reads PTX up to its end as C has it

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_emulator import emulated
+from cuda_emulator import emulated, host_bytes
 from cuda_truth import CHUNK, CONTEXT, MODELS, VOCAB, Truth, small_program
 
 from flashhead_edge.decoding import Sampling, choose
-from flashhead_edge.errors import EngineError, SettingsError
+from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
+from flashhead_edge.generation import PromptCache, stream
 from flashhead_edge.jetson import cuda_backend, cuda_library, cuda_program, cuda_session
 from flashhead_edge.jetson.cuda_backend import Cuda
+from flashhead_edge.jetson.engine import ExportedEngine
 from flashhead_edge.program.nodes import Node
 
 try:
@@ -238,3 +240,124 @@ def test_the_emulator_covers_every_launcher():
 
     assert all(hasattr(cuda_emulator, name) for name in cuda_library.LAUNCHERS)
     assert Path(cuda_emulator.__file__).is_file()
+
+
+def engine_of(b: Cuda) -> ExportedEngine:
+    """Without a tokenizer."""
+    return ExportedEngine(b, None, frozenset())
+
+
+def loop(b: Cuda, prompt: list[int], tokens: int) -> list[int]:
+    """Greedy, token by token."""
+    body, found = b.body(), []
+    hidden = body.feed(prompt)
+    for _ in range(tokens):
+        found.append(int(b.head.step(hidden).token[0]))
+        hidden = body.feed(found[-1:])
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_states_of_a_draft_are_those_of_its_tokens_alone(name, programs):
+    """More than the head takes at once, behind a prompt; what is cut is written again."""
+    program = programs(name)
+    with emulated(program) as (m, called):
+        b = opened(m)
+        one, ids = b.body(), PROMPTS[2]
+        one.feed(PROMPTS[0])
+        want = np.concatenate([one.feed([t]) for t in ids])
+        body = b.body()
+        body.feed(PROMPTS[0])
+        body.states([7, 7, 7])
+        body.cut(3)
+        before = called.count("fh_head_step")
+        found = body.states(ids)
+        assert len(ids) > m.head.rows and called.count("fh_head_step") == before + 2
+        assert near(found, want, program.precision) and body.length == len(PROMPTS[0]) + len(ids)
+        step = b.head.step(found)
+        assert (step.token == step.ids[np.arange(len(ids)), step.logits.argmax(1)]).all() and called.count("fh_head_step") == before + 2
+        with pytest.raises(EngineError, match="positions; guess fewer"):
+            body.states([1] * (CONTEXT - body.length + 1))
+
+
+def test_speculation_gives_the_greedy_text(programs):
+    with emulated(programs("llama")) as (m, _):
+        b = opened(m)
+        prompt = PROMPTS[0] * 3
+        want = loop(b, prompt, 40)
+        for longest in (3, 7, 20):
+            run = stream(engine_of(b), prompt, 40, speculate=longest)
+            assert [t.id for t in run] == want
+            assert run.summary.tokens == 40 == run.summary.passes + run.summary.accepted and run.summary.drafted
+
+
+def test_a_text_goes_on_by_itself_one_step_ahead(programs):
+    """Greedy and drawn, ended by a stop token, by the caller and by its length; the cache then holds all tokens but the last."""
+    with emulated(programs("llama")) as (m, called):
+        b, cache = opened(m), PromptCache()
+        engine = engine_of(b)
+        want = loop(b, PROMPTS[0], 30)
+        run = stream(engine, PROMPTS[0], 30, cache=cache)
+        before = called.count("fh_advance")
+        assert next(run).id == want[0] and called.count("fh_advance") == before + 2  # the second is under way
+        assert [t.id for t in run] == want[1:] and called.count("fh_advance") == before + 30
+        assert cache.ids == [*PROMPTS[0], *want[:-1]] and run.summary.stopped == "max_new_tokens" and run.summary.clusters_opened == 40
+        stopped = stream(engine, PROMPTS[0], 30, stop=[want[4]], cache=cache)
+        assert [t.id for t in stopped] == want[: want.index(want[4]) + 1] and stopped.summary.prompt_read == 1
+        assert cache.ids == [*PROMPTS[0], *want[: want.index(want[4])]]
+        longer = [*cache.ids, want[4], 17, 19]
+        assert [t.id for t in stream(engine, longer, 9, cache=cache)] == loop(b, longer, 9)
+        s = Sampling(temperature=0.75, top_k=20, seed=11)
+        assert [t.id for t in stream(engine, PROMPTS[1], 20, s)] == [int(t[0]) for t in b.decode([PROMPTS[1]], 20, s)]
+        left = stream(engine, PROMPTS[1], 20, s, cache=cache)
+        next(left), next(left)
+        left.close()
+        assert len(cache.ids) == len(PROMPTS[1]) + 1 and cache.body is not None and (cuda_session.setting(m, "temperature") == 0).all()
+
+
+def test_what_the_device_cannot_choose_stays_in_the_loop(programs):
+    with emulated(programs("llama")) as (m, called):
+        b = opened(m)
+        engine = engine_of(b)
+        b.wide = host_bytes(4 * m.program.batch * VOCAB), host_bytes(4 * m.program.batch * VOCAB)  # full-width logits
+        for s in (Sampling(temperature=1.5), Sampling(frequency_penalty=0.5), Sampling(allowed=(5, 6, 7)), Sampling(logit_bias={5: 1.0})):
+            called.clear()
+            assert len(list(stream(engine, PROMPTS[1], 4, s))) == 4 and called.count("fh_decode") == 0
+        assert "among the candidates" in stream_notes(engine, Sampling(temperature=1.0))
+        assert not stream_notes(engine, Sampling())
+
+
+def stream_notes(engine: ExportedEngine, s: Sampling) -> str:
+    run = stream(engine, PROMPTS[1], 2, s)
+    list(run)
+    return " ".join(run.summary.notes)
+
+
+def test_states_that_are_no_numbers_end_a_text_that_goes_on_by_itself(programs, monkeypatch):
+    with emulated(programs("llama")) as (m, _):
+        body = opened(m).body()
+        body.feed(PROMPTS[0])
+        monkeypatch.setattr(cuda_backend, "LOOKED_AT", 3)
+        text = body.continued(20, Sampling())
+        next(text), next(text)
+        real = cuda_session.fetch
+
+        def broken(m, rows, hidden):
+            found = real(m, rows, hidden)
+            found["hidden_states"][:] = np.inf
+            return found
+
+        monkeypatch.setattr(cuda_session, "fetch", broken)
+        with pytest.raises(CheckpointError, match="NaN or infinity found"):
+            next(text)
+
+
+def test_a_text_that_goes_on_by_itself_and_has_lost_the_cache_says_so(programs):
+    with emulated(programs("llama")) as (m, _):
+        b = opened(m)
+        older = stream(engine_of(b), PROMPTS[0], 20)
+        next(older)
+        newer = PromptCache()
+        newer.begin(engine_of(b), PROMPTS[1])
+        with pytest.raises(EngineError, match="another text has taken over the cache"):
+            next(older)

@@ -48,7 +48,7 @@ def test_facts_are_the_drivers(run) -> None:
     version = facts.pop("driver_version")
     assert version is None or version == driver_version()
     assert facts == {
-        "name": "Made Orin", "capability": 87, "multiprocessors": 16, "shared_bytes": 163 << 10, "total_bytes": 8000, "free_bytes": 6000,
+        "name": "Made Orin", "capability": 87, "multiprocessors": 16, "shared_bytes": 163 << 10, "total_bytes": 8_000_000_000, "free_bytes": 6_000_000_000,
         "cuda_version": "12.6",
     }  # fmt: skip
     assert missing == "GPU 1: the driver sees 1, expected one of that number; choose another, or look at CUDA_VISIBLE_DEVICES"

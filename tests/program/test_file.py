@@ -94,8 +94,8 @@ def _renamed_and_signed(path: Path) -> None:
     [
         (lambda p: (p / PROGRAM).unlink(), "program.json: the file is missing, expected a program; write the program again"),
         (lambda p: (p / PROGRAM).write_text("{"), "program.json: the file cannot be read ("),
-        (lambda p: (p / PROGRAM).write_text("[]"), "program.json: the program has format list, expected 2, which this flashhead-edge reads"),
-        (lambda p: _edited(p, lambda d: d.update(format=3)), "the program has format 3, expected 2"),
+        (lambda p: (p / PROGRAM).write_text("[]"), "program.json: the program has format list, expected 3, which this flashhead-edge reads"),
+        (lambda p: _edited(p, lambda d: d.update(format=2)), "the program has format 2, expected 3"),
         (lambda p: _edited(p, lambda d: d.pop("widths")), "program.json: the program does not have the expected form (KeyError('widths'))"),
         (lambda p: _edited(p, lambda d: d["nodes"][3].pop("op")), "does not have the expected form"),
         (lambda p: _edited(p, lambda d: d["attentions"][0].update(heads=3)), "does not have the expected form"),
