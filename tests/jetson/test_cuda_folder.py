@@ -83,6 +83,19 @@ def test_program_that_came_with_the_installation_is_opened_as_it_lies(checkpoint
     assert gpu[1].context == 64 and len(list(programs.programs_folder().iterdir())) == 1
 
 
+@pytest.mark.parametrize("backend", ["cuda", "auto"])  # auto takes it where there is no torch, as on a board
+def test_first_start_says_what_it_makes(backend: str, checkpoint: Path, gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take minutes: the command line's progress hears of each part."""
+    from flashhead_edge.cli import sampling
+
+    monkeypatch.setattr(sampling, "find_spec", lambda name: None)
+    monkeypatch.setattr(driver, "device_facts", lambda: FACTS)
+    said: list[str] = []
+    options = dict.fromkeys(("threads", "torch_device", "trust_remote_code", "standard_operators", "plugin"))
+    sampling.open_engine(checkpoint, {"backend": backend, **options}, lambda text, _: said.append(text))
+    assert said[0] == "reading the head" and any(text.startswith("weights: ") for text in said)
+
+
 def test_settings_make_a_program_of_their_own(checkpoint: Path, gpu) -> None:
     cuda_folder.open_folder(checkpoint, precision="bfloat16", context=64, batch=3)
     assert (gpu[0].precision, gpu[0].context, gpu[0].batch) == ("bfloat16", 64, 3)
