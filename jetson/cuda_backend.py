@@ -17,13 +17,15 @@ import numpy as np
 
 from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
-from flashhead_edge.generation.protocols import Chosen
+from flashhead_edge.generation.protocols import Chosen, Verified
 from flashhead_edge.head import Step
 from flashhead_edge.jetson import cuda_session
+from flashhead_edge.jetson.cuda_plan import need_of_plan
 from flashhead_edge.jetson.cuda_program import Model, Program, put_head
 from flashhead_edge.jetson.cuda_session import setting
 from flashhead_edge.jetson.driver import Memory, Pinned
 from flashhead_edge.jetson.folder import ExportSettings
+from flashhead_edge.jetson.plan import Need
 from flashhead_edge.jetson.steps import joined, logits_by_rows, step_of
 from flashhead_edge.jetson.tensorrt_engine import to_float32, to_half
 from flashhead_edge.progress import Progress, silent
@@ -65,6 +67,11 @@ class Cuda:
             "memory": "one range of addresses over pieces" if m.memory.virtual else "one allocation: this GPU has no virtual memory management",
             "device_bytes": m.plan.size,
         }
+
+    @property
+    def need(self) -> Need:
+        """What it takes of the GPU beyond a context, part by part."""
+        return need_of_plan(self.model.program, self.model.plan, self.model.program.weights.parent.name)
 
     def body(self) -> CudaBody:
         self.owner, self.turn = CudaBody(self), self.turn + 1
@@ -114,12 +121,12 @@ class Cuda:
         put_head(m, state, 1, 0)
         return self._taken(state)
 
-    def draft(self, ids: Sequence[int], length: int) -> tuple[np.ndarray, Step]:
-        """Tokens of row 0 after `length` positions, at most as many as the head takes: state and step of each."""
-        return self._taken(cuda_session.read_draft(self.model, ids, length), len(ids))
+    def draft(self, ids: Sequence[int], length: int, candidates: bool) -> dict[str, np.ndarray]:
+        """Tokens of row 0 after `length` positions, at most as many as the head takes: state and results of each, as `cuda_session.fetch` gives them."""
+        return cuda_session.fetch(self.model, len(ids), cuda_session.read_draft(self.model, ids, length), candidates)
 
-    def _taken(self, state: int, rows: int = 1) -> tuple[np.ndarray, Step]:
-        found = cuda_session.fetch(self.model, rows, state)
+    def _taken(self, state: int) -> tuple[np.ndarray, Step]:
+        found = cuda_session.fetch(self.model, 1, state)
         return to_float32(found["hidden_states"], self.model.program.precision), step_from(found)
 
     # ---- many texts at once
@@ -209,12 +216,27 @@ class CudaBody:
         Raises:
             EngineError, CheckpointError: as `feed`.
         """
+        found = self._draft(ids, True)
+        states = to_float32(np.concatenate([part["hidden_states"] for part in found]), self.backend.model.program.precision)
+        return self._kept(states, joined([step_from(part) for part in found]), len(ids))
+
+    def tokens_after(self, ids: Sequence[int]) -> Verified:
+        """Run tokens after what the cache holds: the head's token after each of them, without its candidates.
+
+        Raises:
+            EngineError, CheckpointError: as `feed`.
+        """
+        found = self._draft(ids, False)
+        check_finite(to_float32(np.concatenate([part["hidden_states"] for part in found]), self.backend.model.program.precision))
+        self.length, self.last = self.length + len(ids), None
+        return Verified(*(np.concatenate([part[name] for part in found]) for name in ("token", "counts", "capped")))
+
+    def _draft(self, ids: Sequence[int], candidates: bool) -> list[dict[str, np.ndarray]]:
         b = self._mine()
         room, most = b.model.program.context, b.model.head.rows
         if self.length + len(ids) > room:
             raise EngineError(f"body: the text has {self.length + len(ids):,} tokens, expected at most the program's {room:,} positions; guess fewer")
-        found = [b.draft(ids[at : at + most], self.length + at) for at in range(0, len(ids), most)]
-        return self._kept(np.concatenate([states for states, _ in found]), joined([step for _, step in found]), len(ids))
+        return [b.draft(ids[at : at + most], self.length + at, candidates) for at in range(0, len(ids), most)]
 
     def continues(self, sampling: Sampling) -> bool:
         """Whether the device chooses tokens by these settings: greedy, or draws among a step's candidates that lose nothing to speak of."""

@@ -63,6 +63,7 @@ def need_of_plan(program: Program, plan: MemoryPlan, name: str) -> Need:
     """The same of a layout that is made already. Its parts add up to what the range takes of the device, for the program's context and batch."""
     head: Mapping[str, Any] = program.nodes[-1].attributes
     size = {key: program.places[head[key].name][1] if head[key].name else 0 for key in ("rows", "image", "bias")}
+    apart = program.places["embedding"][1] if head["rows"].name != "embedding" and "embedding" in program.places else 0
     tables = {a.name for n in program.nodes for a in [n.attributes.get("rotations")] if a is not None}  # type: ignore[union-attr]
     turned = sum(program.places[table][1] for table in tables)
     caches = plan.cache_bytes // (program.batch * program.context)
@@ -80,6 +81,7 @@ def need_of_plan(program: Program, plan: MemoryPlan, name: str) -> Need:
         layers=(Layer(caches),),
         limit=program.context,
         positions=turned // program.context + POSITION,
+        tables=apart,
         notes=("on a GPU, beyond the context that every program on it has; weights in 4 bits, coded anew where the checkpoint has them in 16",),
     )
 

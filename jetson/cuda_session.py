@@ -254,20 +254,21 @@ def results_extent(m: Model) -> tuple[int, int]:
     return begin, m.plan.blocks["wide_temperature"] - begin
 
 
-def fetch(m: Model, rows: int, hidden: int | None) -> dict[str, np.ndarray]:
-    """Results of the first rows, and states [rows, d] in 16 bits from an address. Waits; the arrays are copies."""
+def fetch(m: Model, rows: int, hidden: int | None, candidates: bool = True) -> dict[str, np.ndarray]:
+    """Results of the first rows, the candidates among them or not, and states [rows, d] in 16 bits from an address. Waits; the arrays are copies."""
     assert m.stream is not None and m.results is not None
     begin, size = results_extent(m)
-    shapes = {name: (rows, *_columns(m.head, name)) for name, _ in RESULTS}
-    extents = {name: (m.plan.blocks[name] - begin, int(np.prod(shapes[name])) * np.dtype(kind).itemsize) for name, kind in RESULTS}
-    wanted = [(0, m.plan.blocks["candidate_ids"] - begin), extents["candidate_ids"], extents["candidate_logits"]]  # the small ones in one copy
+    results = [(name, kind) for name, kind in RESULTS if candidates or not name.startswith("candidate")]
+    shapes = {name: (rows, *_columns(m.head, name)) for name, _ in results}
+    extents = {name: (m.plan.blocks[name] - begin, int(np.prod(shapes[name])) * np.dtype(kind).itemsize) for name, kind in results}
+    wanted = [(0, m.plan.blocks["candidate_ids"] - begin), *(extent for name, extent in extents.items() if name.startswith("candidate"))]  # the small in one
     for start, count in wanted:
         m.stream.to_host(m.results.pointer + start, m.base + begin + start, count)
     if hidden is not None:
         m.stream.to_host(m.results.pointer + size, hidden, 2 * rows * m.head.hidden)
     m.stream.wait()
     found = {}
-    for name, kind in RESULTS:
+    for name, kind in results:
         start, count = extents[name]
         found[name] = m.results.array[start : start + count].view(kind).reshape(shapes[name]).copy()
     if hidden is not None:

@@ -18,6 +18,7 @@ from flashhead_edge.jetson.board_telemetry import Sample, joules, recorded, samp
 
 if TYPE_CHECKING:
     from flashhead_edge.generation import Summary
+    from flashhead_edge.jetson.plan import Need
 
 INTERVAL = 0.25  # seconds between two looks at the power
 NANO_FAST = ("MAXN_SUPER", "25W")  # power modes in which an Orin Nano 8 GB has the memory clock of the Super: 102 GB/s instead of 68
@@ -52,7 +53,9 @@ def power_recorded(root: str | Path = "/") -> Iterator[list[Sample]]:
             yield taken
 
 
-def run_report(model: Path, summary: Summary, taken: Sequence[Sample], end: float, *, head_seconds: float | None = None, gpu: bool = False) -> RunReport:
+def run_report(
+    model: Path, summary: Summary, taken: Sequence[Sample], end: float, *, head_seconds: float | None = None, gpu: bool = False, need: Need | None = None
+) -> RunReport:  # fmt: skip
     """The figures of a run.
 
     Args:
@@ -61,6 +64,7 @@ def run_report(model: Path, summary: Summary, taken: Sequence[Sample], end: floa
         end: when the last token was there, by `time.monotonic`.
         head_seconds: time in the head, where it was measured.
         gpu: a checkpoint ran on a GPU, in 16 bits.
+        need: what the model takes where it runs, where that is known better than from its folder.
     """
     unknown: dict[str, str] = {}
     many = summary.tokens > 1
@@ -69,7 +73,7 @@ def run_report(model: Path, summary: Summary, taken: Sequence[Sample], end: floa
         unknown["joules_per_token"] = (
             "no rail and no NVML tells the power" if all(s.power is None for s in taken) else "the run was too short for a look at the power"
         )
-    size = _bytes(model, summary, gpu, unknown)
+    size = _bytes(model, summary, gpu, need, unknown)
     bandwidth = bandwidth_of(read_board(), taken[0].gpus)
     if bandwidth is None:
         unknown["bandwidth_share"] = "the memory's bandwidth is not known: no Jetson that this version knows, no GPU by NVML"
@@ -88,14 +92,14 @@ def run_report(model: Path, summary: Summary, taken: Sequence[Sample], end: floa
     )
 
 
-def _bytes(model: Path, summary: Summary, gpu: bool, unknown: dict[str, str]) -> int | None:
+def _bytes(model: Path, summary: Summary, gpu: bool, need: Need | None, unknown: dict[str, str]) -> int | None:
     from flashhead_edge.jetson.plan_sources import need_of
 
     if summary.exact or summary.passes:
         unknown["bytes_per_token"] = "a pass of the body made several tokens"
         return None
     try:
-        need = need_of(model, gpu=gpu)
+        need = need or need_of(model, gpu=gpu)
     except FlashHeadError as error:  # the run itself went well: a figure less, with its reason
         unknown["bytes_per_token"] = first_line(error)
         return None

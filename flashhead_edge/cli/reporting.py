@@ -24,6 +24,7 @@ def reported(out: Path, engine: Any, summary: Any, taken: Any, end: float) -> di
         head, engine.spent.head = (engine.spent.head if is_exported(out) else None), 0.0
     weight = getattr(getattr(engine, "module", None), "weight", None)  # torch's; the cuda backend has none
     gpu = not is_exported(out) and (weight is None or weight.device.type != "cpu")
-    document = plain(run_report(out, summary, taken, end, head_seconds=head, gpu=gpu))
+    need = engine.backend.need if isinstance(engine, ExportedEngine) and engine.backend.about["backend"] == "cuda" else None
+    document = plain(run_report(out, summary, taken, end, head_seconds=head, gpu=gpu, need=need))
     assert isinstance(document, dict)
     return document

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from flashhead_edge.decoding import Sampling
-from flashhead_edge.generation.protocols import Array, BodySession, Chosen, Continues, ReadsStates, TextEngine
+from flashhead_edge.generation.protocols import Array, BodySession, Chosen, Continues, ReadsStates, TextEngine, Verified, Verifies
 
 
 class PromptCache:
@@ -67,7 +67,16 @@ class PromptCache:
                 raise
         self.body = body
 
-    def _run(self, ids: Sequence[int], reading: Callable[[Any], Array]) -> Array:
+    @property
+    def verifies(self) -> bool:
+        """Whether `tokens_after` works, which is less work than a step over `states`."""
+        return isinstance(self._open(), Verifies)
+
+    def tokens_after(self, ids: Sequence[int]) -> Verified:
+        """As `Verifies` has it."""
+        return self._run(ids, lambda body: body.tokens_after(ids))
+
+    def _run(self, ids: Sequence[int], reading: Callable[[Any], Any]) -> Any:
         with self._taken() as body:
             hidden = reading(body)
             self.ids.extend(ids)

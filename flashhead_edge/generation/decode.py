@@ -23,7 +23,7 @@ from flashhead_edge.generation.cache import PromptCache
 from flashhead_edge.generation.drafts import Lookup
 from flashhead_edge.generation.grammar import Grammar, Matching
 from flashhead_edge.generation.logprobs import Logprobs, logprobs_of
-from flashhead_edge.generation.protocols import Array, Chosen, TextEngine
+from flashhead_edge.generation.protocols import Array, Chosen, TextEngine, Verified
 from flashhead_edge.generation.text import Detokenizer, StopStrings, check_stop_strings, prompt_ids
 from flashhead_edge.head import Step
 
@@ -132,7 +132,7 @@ class Run:
     opened: int = 0  # clusters, over all steps
     steps: int = 0  # of the fast head
 
-    def count(self, step: Step | Chosen) -> None:
+    def count(self, step: Step | Chosen | Verified) -> None:
         """Add a step of the fast head, of one row or of several, each as if it were alone."""
         counts = to_numpy(step.counts)
         for row in range(len(counts)):
@@ -325,8 +325,8 @@ def in_drafts(run: Run, prompt: Sequence[int], most: int, reason: str, cache: Pr
     for token in prompt:
         lookup.push(token)
     draft: list[int] = []
+    found = to_numpy(run.step(states).token).tolist()
     while True:
-        found = to_numpy(run.step(states).token).tolist()
         right = next((i for i, (a, b) in enumerate(zip(draft, found)) if a != b), len(draft))
         if right < len(draft):
             body.cut(len(draft) - right)
@@ -340,7 +340,12 @@ def in_drafts(run: Run, prompt: Sequence[int], most: int, reason: str, cache: Pr
             if last:
                 return
         draft = lookup.draft(min(longest, most - run.chosen - 1))
-        states = body.states([token, *draft])
+        if body.verifies:
+            verified = body.tokens_after([token, *draft])
+            run.count(verified)
+            found = to_numpy(verified.token).tolist()
+        else:
+            found = to_numpy(run.step(body.states([token, *draft])).token).tolist()
 
 
 def next_token(run: Run, hidden: Array) -> int:

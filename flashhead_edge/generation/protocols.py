@@ -83,6 +83,24 @@ class ReadsStates(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """The greedy tokens after each of several, and what the head's steps say of themselves, as `Step` has it."""
+
+    token: Array  # [n]
+    counts: Array  # [n, 2 + stages]
+    capped: Array  # [n]
+
+
+@runtime_checkable
+class Verifies(Protocol):
+    """A session whose head's steps come with its states: a draft is verified without the candidates, which nobody looks at."""
+
+    def tokens_after(self, ids: Sequence[int]) -> Verified:
+        """Run tokens after what the cache holds: the greedy token after each of them."""
+        ...
+
+
 class TextEngine(Protocol):
     """A model with its fast head, ready to decode on one device."""
 

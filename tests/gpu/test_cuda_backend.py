@@ -167,6 +167,9 @@ def test_states_of_a_draft_are_those_of_its_tokens_alone(model):
         assert near(found, want, program.precision)
         step = b.head.step(found)
         assert (step.token == step.ids[np.arange(len(ids)), step.logits.argmax(1)]).all()
+        body.cut(len(ids))
+        verified = body.tokens_after(ids)
+        assert np.array_equal(verified.token, step.token) and np.array_equal(verified.counts, step.counts)
         for i in range(len(ids)):  # the head's batch against the head alone, by a call of its own
             assert b.head.step(found[i : i + 1].copy()).token[0] == step.token[i]
 

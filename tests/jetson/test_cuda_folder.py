@@ -12,6 +12,7 @@ from cuda_emulator import FACTS, emulated
 from small_exports import write_exportable, write_with_index
 from small_heads import everything_open
 
+from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import DeviceError, EngineError, SettingsError
 from flashhead_edge.generation import stream
 from flashhead_edge.jetson import cuda_backend, cuda_folder, cuda_library, cuda_program, cuda_session, driver, open_engine
@@ -141,6 +142,9 @@ def test_a_plan_is_what_the_backend_allocates(context: int, batch: int, checkpoi
     assert need.total(context, batch) == device_bytes(layout.size) and need.cache(context, batch) == layout.cache_bytes
     assert need.weights + need.index + need.exact_rows == sum(size for name, (_, size) in program.places.items() if not name.startswith("rotations"))
     assert need.scratch >= 0 and need.limit == 8192
+    opened = cuda_folder.open_folder(checkpoint, context=context, batch=batch).need  # what a run's report counts bytes by
+    assert (opened.weights, opened.tables, opened.layers) == (need.weights, need.tables, need.layers)
+    assert need.tables == (0 if read_json(checkpoint / "config.json")["tie_word_embeddings"] else 2 * 256 * SIZES["hidden_size"])
 
 
 def test_other_contexts_and_batches_are_near(checkpoint: Path, gpu) -> None:

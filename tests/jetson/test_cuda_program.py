@@ -276,8 +276,12 @@ def test_states_of_a_draft_are_those_of_its_tokens_alone(name, programs):
         assert near(found, want, program.precision) and body.length == len(PROMPTS[0]) + len(ids)
         step = b.head.step(found)
         assert (step.token == step.ids[np.arange(len(ids)), step.logits.argmax(1)]).all() and called.count("fh_head_step") == before + 2
-        with pytest.raises(EngineError, match="positions; guess fewer"):
-            body.states([1] * (CONTEXT - body.length + 1))
+        body.cut(len(ids))
+        verified = body.tokens_after(ids)
+        assert (verified.token == step.token).all() and (verified.counts == step.counts).all() and not verified.capped.any()
+        for wide in (body.states, body.tokens_after):
+            with pytest.raises(EngineError, match="positions; guess fewer"):
+                wide([1] * (CONTEXT - body.length + 1))
 
 
 def test_speculation_gives_the_greedy_text(programs):

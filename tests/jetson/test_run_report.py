@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from flashhead_edge.generation.decode import Summary
 from flashhead_edge.jetson import run_report as module
 from flashhead_edge.jetson.board import read_board
+from flashhead_edge.jetson.plan import Layer
 from flashhead_edge.jetson.plan_sources import need_of
 from flashhead_edge.jetson.run_report import bandwidth_of, power_recorded, run_report
 
@@ -58,6 +60,8 @@ def test_figures_of_a_run(exported: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert r.head_share_of_bytes == pytest.approx(1000 / r.bytes_per_token)
     assert r.head_share_of_time == pytest.approx(0.125)
     assert r.unknown == {}
+    other = dataclasses.replace(need, weights=10_000_000, tables=4_000_000, layers=(Layer(100),))  # of a backend that has laid the model out in its own way
+    assert run_report(folder, summary(), taken, 102.0, need=other).bytes_per_token == 6_000_000 + 20 * 100 + 1000
 
 
 def test_counter_of_energy_stands_before_the_power(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
