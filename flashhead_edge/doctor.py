@@ -90,7 +90,7 @@ def examine() -> dict[str, Any]:
         lambda: package("onnxruntime-genai", "export onnx with the decoder's body (extra: export)"),
         jetson,
     )
-    return {"flashhead_edge": __version__, "facts": [asdict(fact) for fact in (*(look() for look in looks), *tensorrt(), *board())]}
+    return {"flashhead_edge": __version__, "facts": [asdict(fact) for fact in (*(look() for look in looks), *tensorrt(), *made_ahead(), *board())]}
 
 
 def lines(report: dict[str, Any]) -> list[str]:
@@ -204,6 +204,29 @@ def launchers() -> Fact:
     found = importlib.util.find_spec("flashhead_edge.jetson._cuda")
     why = "installed where no C++ compiler was, or not on Linux" if found is None else None
     return Fact("CUDA launchers", found is not None, None, why or (found.origin if found else None), enables)
+
+
+def made_ahead(base: Path | None = None) -> list[Fact]:
+    """What `flashhead bundle` made for this installation, and whether it is for this GPU; nothing where there is none.
+
+    Args:
+        base: where it lies; None: in this environment.
+    """
+    from flashhead_edge.errors import DeviceError
+    from flashhead_edge.jetson.cuda_ahead import came_with
+    from flashhead_edge.jetson.driver import device_facts
+
+    enables = "a first start of --backend cuda that neither lays weights out nor compiles"
+    try:
+        facts, gpu = device_facts(), ""
+    except DeviceError as error:
+        facts, gpu = None, _line(error)
+    came = came_with(facts, base)
+    if came is None:
+        return []
+    if facts is not None:
+        gpu = f"this one, {facts.capability / 10} with {facts.multiprocessors} multiprocessors, is {'one of them' if came.here else 'none of them'}"
+    return [Fact("made ahead", came.here, None, f"programs for {came.gpus} GPUs, {came.kernels} kernels; {gpu}", enables)]
 
 
 def tensorrt() -> list[Fact]:

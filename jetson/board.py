@@ -28,6 +28,8 @@ class Module:
     memory_total: int | None  # MemTotal in bytes, as measured; None: not found in any recording
     source: str  # of memory_total
     bandwidth: float  # GB/s of its memory, as specified
+    capability: int  # of its GPU, 87 for 8.7
+    multiprocessors: int  # that it has; slow power modes switch some off, two at a time
 
     @property
     def total(self) -> int:
@@ -37,16 +39,19 @@ class Module:
 
 NOT_MEASURED = f"not measured: {100 * UNMEASURED_SHARE:.0f} % of its memory, as the Orin Nano 8 GB has"
 MODULES = (
-    Module("orin-nano-4gb", "Jetson Orin Nano 4 GB", ("p3767-0004",), 4, None, NOT_MEASURED, 34),
+    Module("orin-nano-4gb", "Jetson Orin Nano 4 GB", ("p3767-0004",), 4, None, NOT_MEASURED, 34, 87, 4),
     Module("orin-nano-8gb", "Jetson Orin Nano 8 GB", ("p3767-0003", "p3767-0005"), 8, 7620 * MIB,
-           "7,620 MB by tegrastats (public logs; 7,607 on L4T 36.5)", 68),
-    Module("orin-nx-8gb", "Jetson Orin NX 8 GB", ("p3767-0001",), 8, None, NOT_MEASURED, 102),
-    Module("orin-nx-16gb", "Jetson Orin NX 16 GB", ("p3767-0000",), 16, 15656 * MIB, "15,656 MB by tegrastats (logikos33/Recognition)", 102),
-    Module("agx-orin-32gb", "Jetson AGX Orin 32 GB", ("p3701-0004",), 32, None, NOT_MEASURED, 205),
-    Module("agx-orin-64gb", "Jetson AGX Orin 64 GB", ("p3701-0005",), 64, 62841 * MIB, "62,841 MB by tegrastats (osmosishk/driveragent-agx)", 205),
-    Module("agx-thor", "Jetson AGX Thor", ("p3834-0008",), 128, 125772 * MIB, "125,772 MB by tegrastats (public logs of developer kits)", 273),
-    Module("dgx-spark", "DGX Spark", (), 128, int(121.6 * (1 << 30)), "121.6 GiB usable (public logs)", 273),
+           "7,620 MB by tegrastats (public logs; 7,607 on L4T 36.5)", 68, 87, 8),
+    Module("orin-nx-8gb", "Jetson Orin NX 8 GB", ("p3767-0001",), 8, None, NOT_MEASURED, 102, 87, 8),
+    Module("orin-nx-16gb", "Jetson Orin NX 16 GB", ("p3767-0000",), 16, 15656 * MIB, "15,656 MB by tegrastats (logikos33/Recognition)", 102, 87, 8),
+    Module("agx-orin-32gb", "Jetson AGX Orin 32 GB", ("p3701-0004",), 32, None, NOT_MEASURED, 205, 87, 14),
+    Module("agx-orin-64gb", "Jetson AGX Orin 64 GB", ("p3701-0005",), 64, 62841 * MIB, "62,841 MB by tegrastats (osmosishk/driveragent-agx)", 205, 87, 16),
+    Module("agx-thor", "Jetson AGX Thor", ("p3834-0008",), 128, 125772 * MIB, "125,772 MB by tegrastats (public logs of developer kits)", 273, 110, 20),
+    Module("dgx-spark", "DGX Spark", (), 128, int(121.6 * (1 << 30)), "121.6 GiB usable (public logs)", 273, 121, 48),
 )  # fmt: skip
+
+# Shared memory that a block may have (opt-in), in bytes by capability: CUDA's programming guide, technical specifications.
+SHARED_BYTES = {87: 163 << 10, 110: 227 << 10, 121: 99 << 10}
 
 ALSO = {
     "orinnano": "orinnano8gb", "orinnanosuper": "orinnano8gb", "nano": "orinnano8gb", "orinnx": "orinnx16gb", "agxorin": "agxorin64gb", "thor": "agxthor",

@@ -66,6 +66,7 @@ class Sample:
     rails: dict[str, float]  # watts by label
     power: float | None  # watts of the whole
     power_scope: str | None  # what that whole is
+    energy: float | None  # joules that it has drawn, from a beginning of its own; None where only the power is known
     alarms: tuple[str, ...]  # over-current alarms that are on now
     events: dict[str, int]  # since boot, by kind
     throttled: tuple[str, ...]  # cooling devices that hold something back now
@@ -101,15 +102,15 @@ def sample(root: str | Path = "/", pid: int | None = None, before: CpuTimes | No
     tegra = gpu is not None or "tegra" in (files.text("/proc/device-tree/compatible", said=False) or "")
     rails = _rails(files) if tegra else {}
     power, scope = total_power(rails)
+    energy: float | None = None
     sizes = _meminfo(files)
     gpus: list[dict[str, object]] = []
     if nvml or (nvml is None and str(root) == "/" and (gpu is None or power is None)):
         from flashhead_edge.jetson.board_nvml import read_gpus
 
         gpus = read_gpus(files.unread)
-        drawn = [g["power"] for g in gpus if isinstance(g["power"], float)]
-        if power is None and drawn:
-            power, scope = sum(drawn), "the GPU alone, by NVML"
+        if power is None:
+            power, energy, scope = _drawn(gpus)
     blocks = _blocks(files)
     return Sample(
         at=time.monotonic(),
@@ -122,6 +123,7 @@ def sample(root: str | Path = "/", pid: int | None = None, before: CpuTimes | No
         rails=rails,
         power=power,
         power_scope=scope,
+        energy=energy,
         alarms=_alarms(files) if tegra else (),
         events=_events(files) if tegra else {},
         throttled=_throttled(files),
@@ -171,10 +173,14 @@ def recorded(root: str | Path = "/", interval: float = 0.2) -> Iterator[list[Sam
 
 
 def joules(taken: Sequence[Sample], start: float, end: float) -> float | None:
-    """What was drawn between two points of time (`time.monotonic`): the power integrated, straight lines between samples.
+    """What was drawn between two points of time (`time.monotonic`): by the counter of energy where there is one, else the power integrated.
 
-    None where no rail gives power, or samples do not reach from one point to the other.
+    Between samples the lines are straight. NVML's power is a mean over up to a second: of a short run only the counter tells.
+    None where nothing tells the power, or samples do not reach from one point to the other.
     """
+    counted = [(s.at, s.energy) for s in taken if s.energy is not None]
+    if len(counted) >= 2 and counted[0][0] <= start <= end <= counted[-1][0]:
+        return _at(counted, end) - _at(counted, start)
     known = [(s.at, s.power) for s in taken if s.power is not None]
     if len(known) < 2 or start > end or known[0][0] > start or known[-1][0] < end:
         return None
@@ -185,6 +191,12 @@ def joules(taken: Sequence[Sample], start: float, end: float) -> float | None:
             slope = (p1 - p0) / (t1 - t0)
             total += (high - low) * (p0 + slope * ((low + high) / 2 - t0))
     return total
+
+
+def _at(points: Sequence[tuple[float, float]], when: float) -> float:
+    """The value at a time, on straight lines between points that reach from before it to after it."""
+    (t0, v0), (t1, v1) = next((a, b) for a, b in zip(points, points[1:]) if b[0] >= when)
+    return v0 + (v1 - v0) * (when - t0) / (t1 - t0) if t1 > t0 else v1
 
 
 # ---- processor
@@ -290,6 +302,15 @@ def _rails(files: Files) -> dict[str, float]:
     if not found:
         files.lost(INA3221, "no rail can be read", True)
     return found
+
+
+def _drawn(gpus: Sequence[Mapping[str, object]]) -> tuple[float | None, float | None, str | None]:
+    """Watts and joules of the GPUs that NVML sees, together, and what that is: which of several a process runs on NVML's order does not tell."""
+    power, energy = ([value for g in gpus if isinstance(value := g[what], float)] for what in ("power", "energy"))
+    if not power:
+        return None, None, None
+    scope = "the GPU alone, by NVML" if len(gpus) == 1 else f"all {len(gpus)} GPUs, by NVML"
+    return sum(power), sum(energy) if len(energy) == len(power) else None, scope
 
 
 def total_power(rails: Mapping[str, float]) -> tuple[float | None, str | None]:

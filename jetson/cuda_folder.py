@@ -14,6 +14,7 @@ from flashhead_edge.jetson.driver import DeviceFacts, device_facts
 from flashhead_edge.jetson.folder import is_exported
 from flashhead_edge.jetson.plan import Need
 from flashhead_edge.jetson.tensorrt_folder import is_tensorrt
+from flashhead_edge.program.ahead import ready_program
 from flashhead_edge.program.families import describe
 from flashhead_edge.program.file import PROGRAM, Program, read_program
 from flashhead_edge.program.head import Device
@@ -49,13 +50,24 @@ def open_folder(
     """
     if (folder / PROGRAM).is_file():
         return _opened(read_program(folder), stream, progress)
-    facts, config = device_facts(), read_json(folder / "config.json")
-    context = _context(config, context)
-    program = cached_program(
-        folder, precision=precision or precision_of(config), context=context, group=_group(config), batch=batch,
-        device=Device(facts.multiprocessors, facts.shared_bytes, facts.capability), progress=progress,
-    )  # fmt: skip
+    facts, settings = device_facts(), program_settings(read_json(folder / "config.json"), precision=precision, context=context, batch=batch)
+    device = Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
+    program = ready_program(folder, **settings, device=device)
+    if program is None:
+        program = cached_program(folder, **settings, device=device, progress=progress)
     return _opened(program, stream, progress)
+
+
+def program_settings(config: Any, *, precision: str | None = None, context: int | None = None, batch: int = 1) -> dict[str, Any]:
+    """What a checkpoint's program is made with, by `open_folder` as by `flashhead bundle`: precision, context, group and batch.
+
+    Args:
+        config: config.json.
+        precision, context, batch: as `open_folder` takes them.
+    Raises:
+        SettingsError: the context is longer than the model's. UnsupportedModelError: a family without a program.
+    """
+    return {"precision": precision or precision_of(config), "context": _context(config, context), "group": _group(config), "batch": batch}
 
 
 def need_of_checkpoint(folder: Path, context: int | None = None, batch: int = 1) -> Need:

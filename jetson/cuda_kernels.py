@@ -1,4 +1,5 @@
-"""The kernels' code: of exactly the kernels that a model launches, compiled by NVRTC on the user's machine once, and read from the user's cache after that.
+"""The kernels' code: of exactly the kernels that a model launches, as it came with the installation (`flashhead bundle`), or compiled by NVRTC on the user's
+machine once, and read from the user's cache after that.
 
 Which these are a dry pass says: the launchers run over the whole model and note what they would launch (`fh_dry`).
 """
@@ -10,7 +11,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from flashhead_edge.jetson.cuda_library import library
 from flashhead_edge.jetson.driver import DeviceFacts
 from flashhead_edge.jetson.nvrtc import Nvrtc, find_nvrtc
 from flashhead_edge.jetson.plugin_build import MOST_JOBS, expression_of, plain, sources
+from flashhead_edge.program.ahead import ahead_folder
 from flashhead_edge.progress import Progress, silent
 
 DIGEST = hashlib.sha256().digest_size
@@ -98,16 +100,38 @@ def ready(dry: Callable[[], None], facts: DeviceFacts, progress: Progress = sile
     missing = [name for name in wanted if name not in _held]
     if not missing:
         return Readied(len(wanted), 0, time.monotonic() - begin, "")
-    nvrtc = find_nvrtc(int(facts.cuda_version.split(".")[0]))
-    if facts.capability not in nvrtc.architectures():
+    architecture, of, version, compiled_now = architecture_of(facts.capability), kernel_sources(), "", 0
+    came = ahead_folder() / "kernels"
+    codes = {name: code for name in missing if (code := read_cached(came / ahead_name(name, of[name], architecture))) is not None}
+    if rest := [name for name in missing if name not in codes]:
+        nvrtc = find_nvrtc(int(facts.cuda_version.split(".")[0]))
+        made, compiled_now = cached_codes(rest, facts.capability, nvrtc, progress)
+        codes, version = codes | made, f"{nvrtc.version[0]}.{nvrtc.version[1]}"
+    for name, code in codes.items():
+        _held[name] = ctypes.create_string_buffer(code, len(code))
+        library().fh_set_code(name.encode(), ctypes.addressof(_held[name]))
+    return Readied(len(wanted), compiled_now, time.monotonic() - begin, version)
+
+
+def cached_codes(names: Sequence[str], capability: int, nvrtc: Nvrtc, progress: Progress = silent) -> tuple[dict[str, bytes], int]:
+    """The code of kernels, from the user's cache or compiled and kept there from now on.
+
+    Args:
+        capability: of the GPU that they are for, which need not be at hand.
+    Returns:
+        Code by kernel, and how many were compiled now.
+    Raises:
+        EngineError: NVRTC does not compile for the capability, or refuses a kernel; or the cache cannot be written.
+    """
+    if capability not in nvrtc.architectures():
         raise EngineError(
-            f"NVRTC {nvrtc.version[0]}.{nvrtc.version[1]} ({nvrtc.path}): it does not compile for capability {facts.capability}, expected one of "
+            f"NVRTC {nvrtc.version[0]}.{nvrtc.version[1]} ({nvrtc.path}): it does not compile for capability {capability}, expected one of "
             f"{', '.join(map(str, nvrtc.architectures()))}; install a newer NVRTC"
         )
-    architecture, of = architecture_of(facts.capability), kernel_sources()
-    files = {name: cached_file(name, of[name], architecture, nvrtc) for name in missing}
-    codes = {name: read_cached(path) for name, path in files.items()}
-    absent = [name for name, code in codes.items() if code is None]
+    architecture, of = architecture_of(capability), kernel_sources()
+    files = {name: cached_file(name, of[name], architecture, nvrtc) for name in names}
+    codes = {name: code for name, path in files.items() if (code := read_cached(path)) is not None}
+    absent = [name for name in names if name not in codes]
     with ThreadPoolExecutor(min(max(MOST_JOBS, 8), os.cpu_count() or 1)) as pool:
         jobs = {pool.submit(compiled, name, of[name], architecture, nvrtc): name for name in absent}
         try:
@@ -119,11 +143,7 @@ def ready(dry: Callable[[], None], facts: DeviceFacts, progress: Progress = sile
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    for name, code in codes.items():
-        assert code is not None
-        _held[name] = ctypes.create_string_buffer(code, len(code))
-        library().fh_set_code(name.encode(), ctypes.addressof(_held[name]))
-    return Readied(len(wanted), len(absent), time.monotonic() - begin, f"{nvrtc.version[0]}.{nvrtc.version[1]}")
+    return codes, len(absent)
 
 
 def compiled(name: str, source: str, architecture: str, nvrtc: Nvrtc) -> bytes:
@@ -140,11 +160,20 @@ def compiled(name: str, source: str, architecture: str, nvrtc: Nvrtc) -> bytes:
 
 def cached_file(name: str, source: str, architecture: str, nvrtc: Nvrtc) -> Path:
     """Where a kernel's code is kept: another source, header, architecture or compiler has another file."""
+    return cache_folder() / _file_name((name, architecture, nvrtc.version), source, architecture)
+
+
+def ahead_name(name: str, source: str, architecture: str) -> str:
+    """The file of a kernel's code that came with the installation. Which compiler made it is the bundle's to say: a board need not have one."""
+    return _file_name((name, architecture), source, architecture)
+
+
+def _file_name(key: tuple[object, ...], source: str, architecture: str) -> str:
     folder = sources().kernels
-    digest = hashlib.sha256(repr((name, architecture, nvrtc.version)).encode())
+    digest = hashlib.sha256(repr(key).encode())
     for file in (folder / source, *included(folder / source)):
         digest.update(file.read_bytes())
-    return cache_folder() / f"{Path(source).stem}-{architecture}-{digest.hexdigest()[:24]}.cubin"
+    return f"{Path(source).stem}-{architecture}-{digest.hexdigest()[:24]}.cubin"
 
 
 def included(source: Path) -> list[Path]:

@@ -66,6 +66,15 @@ def check_program(program: Program, head: Head, facts: DeviceFacts) -> None:
         raise EngineError(f"{program.weights.parent}: {program.batch} texts at once, expected 1 to {len(head.plans)}; write the program again")
 
 
+def planned_model(program: Program, facts: DeviceFacts, *, chunk: int = CHUNK, overlap: bool | None = None, fuses: bool = True) -> Model:
+    """A program laid out for a GPU, which need not be at hand; nothing is done on one. Arguments and errors as of `open_model`."""
+    head = head_of(program)
+    check_program(program, head, facts)
+    limits, chunk = native.limits_of(facts, overlap=overlap), min(chunk, program.context)
+    dtype = native.BF16 if program.precision == "bfloat16" else native.FP16
+    return Model(program, head, facts, limits, memory_plan(program, head, limits, chunk, dtype), chunk, fuses)
+
+
 def open_model(
     program: Program, *, chunk: int = CHUNK, stream: int | None = None, overlap: bool | None = None, fuses: bool = True, progress: Progress = silent
 ) -> Model:  # fmt: skip
@@ -80,12 +89,9 @@ def open_model(
         DeviceError: no GPU, or too little memory, which is looked at before anything is compiled or allocated.
         EngineError: the program is another GPU's, or a kernel does not compile.
     """
-    facts, head = device_facts(), head_of(program)
-    check_program(program, head, facts)
-    limits = native.limits_of(facts, overlap=overlap)
-    chunk = min(chunk, program.context)
-    dtype = native.BF16 if program.precision == "bfloat16" else native.FP16
-    m = Model(program, head, facts, limits, memory_plan(program, head, limits, chunk, dtype), chunk, fuses)
+    facts = device_facts()
+    m = planned_model(program, facts, chunk=chunk, overlap=overlap, fuses=fuses)
+    head = m.head
     need = replace(need_of_plan(program, m.plan, program.weights.parent.name), limit=None)
     check_fits(need, free_gpu(facts.free_bytes), program.context, program.batch)
     m.readied = ready(lambda: dry_pass(m), facts, progress)
@@ -101,7 +107,7 @@ def open_model(
         m.mail = Mailbox(4 * SLOTS * slot_words(m))
         m.mail_address = m.mail.device
         m.settings = Pinned(settings_bytes(m))
-        m.prompts = Pinned(4 * program.batch * (program.context + -(-program.context // chunk) + 1))
+        m.prompts = Pinned(4 * program.batch * (program.context + -(-program.context // m.chunk) + 1))
         m.results = Pinned(results_extent(m)[1] + 2 * head.hidden * head.rows)
         setting(m, "top_p")[:] = 1
         send_settings(m)

@@ -68,6 +68,9 @@ class Nvrtc:
         major, minor = ctypes.c_int(), ctypes.c_int()
         self.library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
         self.version = major.value, minor.value
+        # NVRTC opens this one by name when it compiles; the wheel of CUDA 13.0 does not tell the loader that it lies beside it
+        builtins = path.resolve().with_name(f"libnvrtc-builtins.so.{major.value}.{minor.value}")
+        self.builtins = ctypes.CDLL(str(builtins)) if builtins.is_file() else None
 
     def architectures(self) -> list[int]:
         """What it compiles for, such as 87."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_edge.errors import EngineError
+from flashhead_edge.program.ahead import ahead_folder
 
 _loaded: dict[str, Path] = {}  # by TensorRT's module: its registry keeps plugins by name, so that a second library would be passed over
 ALONE = 87  # Orin: other GPUs of its major version do not run its code, nor it theirs
@@ -26,7 +27,7 @@ def cache_folder() -> Path:
 
 
 def find_library(tensorrt_major: int, given: Path | None = None, capability: int | None = None) -> Path:
-    """The library for a TensorRT: the one given, else the one in the cache, else the one that `make plugin` left in a clone.
+    """The library for a TensorRT: the one given, else the one in the cache, in the environment (for all who run it), or that `make plugin` left in a clone.
 
     Args:
         capability: of the GPU that shall run it, 87 for 8.7; None: that is not looked at.
@@ -45,7 +46,7 @@ def _placed(tensorrt_major: int, given: Path | None) -> Path:
         if not given.is_file():
             raise EngineError(f"{given}: the plugin library is not there, expected {name}; name another file, or {HOW}")
         return given.resolve()  # a bare name would be looked for among the system's libraries
-    places = [cache_folder() / name, Path(__file__).resolve().parents[1] / "build" / "plugin" / name]
+    places = [cache_folder() / name, ahead_folder() / "plugins" / name, Path(__file__).resolve().parents[1] / "build" / "plugin" / name]
     for path in places:
         if path.is_file():
             return path

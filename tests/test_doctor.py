@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flashhead_edge import __version__, doctor
+from flashhead_edge.errors import DeviceError
 
 
 def test_report_of_this_machine() -> None:
@@ -40,6 +42,31 @@ def test_report_of_this_machine() -> None:
         assert fact.keys() == {"name", "found", "version", "detail", "enables"}
         assert fact["enables"]
     assert len(doctor.lines(report)) == len(facts) + 1
+
+
+def test_what_was_made_ahead_is_said_with_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashhead_edge.jetson import driver
+    from flashhead_edge.program.ahead import name_for
+    from flashhead_edge.program.head import Device
+
+    assert doctor.made_ahead(tmp_path) == []
+    for path in ("programs/key/" + name_for(Device(8, 163 << 10, 87)), "programs/key/" + name_for(Device(4, 163 << 10, 87)), "kernels/embedding.cubin"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"")
+    facts = driver.DeviceFacts("Orin", 87, 8, 163 << 10, 0, 0, None, "12.6")
+    monkeypatch.setattr(driver, "device_facts", lambda: facts)
+    (fact,) = doctor.made_ahead(tmp_path)
+    assert fact.found and fact.detail == "programs for 2 GPUs, 1 kernels; this one, 8.7 with 8 multiprocessors, is one of them"
+    monkeypatch.setattr(driver, "device_facts", lambda: replace(facts, multiprocessors=6))
+    (fact,) = doctor.made_ahead(tmp_path)
+    assert not fact.found and "this one, 8.7 with 6 multiprocessors, is none of them" in (fact.detail or "")
+
+    def none() -> None:
+        raise DeviceError("GPU: none")
+
+    monkeypatch.setattr(driver, "device_facts", none)
+    (fact,) = doctor.made_ahead(tmp_path)
+    assert not fact.found and fact.detail == "programs for 2 GPUs, 1 kernels; GPU: none"
 
 
 def jetson_root(tmp_path: Path, model: bytes, compatible: bytes, release: str) -> Path:

@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "records": LEAVES,
     "report": DATA | {"evaluation", "rivals", "records"},
     "bench": MIDDLE | {"package", "report", "records", "rivals", "caps", "export", "jetson"},
-    "bundle": {"package"} | LEAVES | {"checkpoint", "inspection", "jetson"},
+    "bundle": {"package"} | LEAVES | {"checkpoint", "inspection", "jetson", "program"},
     "doctor": {"package", "jetson"} | LEAVES,
     "export": {"package"} | HEADS | {"checkpoint", "evaluation", "kernels", "program", "jetson"},
     "jetson": {"package"} | DATA | {"kernels", "packed", "program", "decoding", "evaluation", "checkpoint", "generation", "exact"},

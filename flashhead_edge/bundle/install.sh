@@ -167,6 +167,10 @@ install() {
             --no-index --find-links "$HERE/wheels" --no-cache-dir --disable-pip-version-check --ignore-installed --no-deps --require-hashes \
             --root-user-action ignore --requirement "$HERE/requirements.txt"
         step "copying the model" cp -R "$HERE/model" "$NEW/model"
+        if [ -d "$HERE/ahead" ]; then
+            step "copying what was made ahead" mkdir -p "$NEW/share/flashhead-edge"
+            step "copying what was made ahead" cp -R "$HERE/ahead/." "$NEW/share/flashhead-edge/"
+        fi
         step "copying the manifest" cp "$HERE/bundle.json" "$HERE/install.sh" "$NEW/"
         step "writing the unit" write_unit "$NEW/flashhead.service"
         step "the check of what was installed" env PYTHONPATH= PYTHONNOUSERSITE=1 "$NEW/bin/flashhead" inspect "$NEW/model" --json

@@ -10,11 +10,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from flashhead_edge import __version__
+from flashhead_edge.bundle.ahead import Ahead, make_ahead
 from flashhead_edge.bundle.archive import Member, digest, folder_members, installer, unpacked, write_archive
 from flashhead_edge.bundle.own import checkout, own_wheel
 from flashhead_edge.bundle.targets import Target, target_named
 from flashhead_edge.bundle.wheels import download
-from flashhead_edge.errors import CheckpointError, SettingsError
+from flashhead_edge.errors import CheckpointError, FlashHeadError, SettingsError
 from flashhead_edge.progress import Progress, silent
 
 EXTRAS = "onnx,serve"
@@ -33,6 +34,7 @@ class Bundled:
     model_bytes: int
     wheels: tuple[str, ...]
     libraries: tuple[str, ...] | None  # C libraries in flashhead-edge's wheel; None where the wheel was given or downloaded
+    ahead: Ahead | None  # what the cuda backend's first start need not make; None for an export
     notes: tuple[str, ...]
 
 
@@ -73,13 +75,25 @@ def bundle(
             _, libraries = own_wheel(to, source, Path(temporary) / "build", wheels_folder)
             if "_native" not in libraries:
                 notes.append("flashhead-edge's wheel carries no C library: exported heads run on ONNX Runtime's own operators, slower")
+            if kind == "checkpoint" and "_cuda" not in libraries:
+                raise FlashHeadError(
+                    f"{model}: on {to.name} the cuda backend alone runs a checkpoint, and flashhead-edge's wheel came out without its launchers, expected "
+                    f"them in it; install g++-{to.machine}-linux-gnu (Debian), or pass a wheel with them by --find-links"
+                )
             if to.gpu and "_cuda" not in libraries:
                 notes.append("flashhead-edge's wheel carries no launchers: the cuda backend does not run from this bundle")
         wheels = download(to, requirements(to), wheels_folder, [Path(p).absolute() for p in find_links], progress)
         if kind == "tensorrt":
             notes.append("engines are built on the board: flashhead export engines")
-        needed = unpacked(wheels) + sum(m.size for m in inside)
+        made, ahead = None, list[Member]()
+        if kind == "checkpoint":
+            base = Path(temporary) / "ahead"
+            made = make_ahead(to, folder, base, Path(temporary), [Path(p).absolute() for p in find_links], progress)
+            ahead = folder_members(base, "ahead")
+            notes += made.notes
+        needed = unpacked(wheels) + sum(m.size for m in (*inside, *ahead))
         manifest = {"flashhead_edge": __version__, "target": asdict(to), "model": kind, "wheels": [p.name for p in wheels], "libraries": libraries}
+        manifest["ahead"] = None if made is None else asdict(made)
         members = [
             Member("install.sh", installer(to, __version__, needed), executable=True),
             Member("bundle.json", (json.dumps(manifest, indent=2) + "\n").encode()),
@@ -87,6 +101,7 @@ def bundle(
             Member("flashhead.service", files("flashhead_edge.bundle").joinpath("flashhead.service").read_bytes()),
             *(Member(f"wheels/{p.name}", p) for p in wheels),
             *inside,
+            *ahead,
         ]
         total = write_archive(path, f"flashhead-{__version__}-{to.name}", members, progress)
     return Bundled(
@@ -99,6 +114,7 @@ def bundle(
         model_bytes=sum(m.size for m in inside),
         wheels=tuple(p.name for p in wheels),
         libraries=libraries,
+        ahead=made,
         notes=tuple(notes),
     )
 

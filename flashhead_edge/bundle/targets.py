@@ -16,8 +16,19 @@ class Target:
     python: tuple[int, int]
     machine: str  # as Python's sysconfig.get_platform() ends
     glibc: tuple[int, int]
-    gpu: bool = False  # a Jetson: a checkpoint runs there too, by the cuda backend
-    requirements: tuple[str, ...] = ()  # beside flashhead-edge's own
+    capabilities: tuple[int, ...] = ()  # of its boards' GPUs, 87 for 8.7; none: no checkpoint runs there, without torch
+    nvrtc: str = ""  # the wheel of NVIDIA's compiler of kernels: L4T alone has none
+    more: tuple[str, ...] = ()  # what else is installed
+
+    @property
+    def gpu(self) -> bool:
+        """A Jetson: a checkpoint runs there too, by the cuda backend."""
+        return bool(self.capabilities)
+
+    @property
+    def requirements(self) -> tuple[str, ...]:
+        """What is installed beside flashhead-edge's own requirements."""
+        return (*((self.nvrtc,) if self.nvrtc else ()), *self.more)
 
     @property
     def platforms(self) -> tuple[str, ...]:
@@ -37,9 +48,9 @@ class Target:
 
 
 TARGETS = (
-    # NVRTC is what the cuda backend compiles its kernels with, and L4T alone has none: the newest that the release's driver loads.
-    Target("jetpack6", "JetPack 6 (Ubuntu 22.04)", (3, 10), "aarch64", (2, 35), True, ("nvidia-cuda-nvrtc-cu12>=12.6,<12.7",)),
-    Target("jetpack7", "JetPack 7 (Ubuntu 24.04)", (3, 12), "aarch64", (2, 39), True, ("nvidia-cuda-nvrtc>=13.0,<13.1",)),
+    # NVRTC: the newest whose code every release's driver loads. JetPack 7 is Thor's, whose load only NVML tells, and from 7.2 on Orin's too.
+    Target("jetpack6", "JetPack 6 (Ubuntu 22.04)", (3, 10), "aarch64", (2, 35), (87,), "nvidia-cuda-nvrtc-cu12>=12.6,<12.7"),
+    Target("jetpack7", "JetPack 7 (Ubuntu 24.04)", (3, 12), "aarch64", (2, 39), (110, 87), "nvidia-cuda-nvrtc>=13.0,<13.1", ("nvidia-ml-py>=13",)),
     Target("linux-aarch64-cp311", "Debian 12 on arm64, by ONNX Runtime on the CPU", (3, 11), "aarch64", (2, 36)),
     Target("linux-x86_64-cp311", "Debian 12 on x86-64, by ONNX Runtime on the CPU: to try a bundle on a PC", (3, 11), "x86_64", (2, 36)),
 )

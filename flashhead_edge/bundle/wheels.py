@@ -74,13 +74,16 @@ def _pip_download(target: Target, asked: Sequence[str], folder: Path, find_links
             if line.startswith("Collecting "):
                 progress(f"wheels: {line.split()[1]}", None)
     if process.returncode:
-        why = next((line for line in reversed(said) if line.startswith("ERROR:") and "requirement" in line), None) or next(
-            (line for line in reversed(said) if line), "it said nothing"
-        )
         raise FlashHeadError(
-            f"{target.name}: pip download failed ({why.removeprefix('ERROR: ')}), expected wheels for Python {target.python_text}, {target.machine}, "
+            f"{target.name}: pip download failed ({said_last(said)}), expected wheels for Python {target.python_text}, {target.machine}, "
             f"glibc {target.glibc_text}; check the network, or name a folder that has them with --find-links"
         )
+
+
+def said_last(lines: Sequence[str]) -> str:
+    """Of what pip said, the line that says what it could not find, or the last one."""
+    found = next((line for line in reversed(lines) if line.startswith("ERROR:") and "requirement" in line), None)
+    return (found or next((line for line in reversed(lines) if line), "it said nothing")).removeprefix("ERROR: ").strip()
 
 
 def missing(target: Target, requirements: Iterable[str], wheels: Iterable[Path]) -> list[str]:

@@ -21,7 +21,8 @@ from flashhead_edge.cli.display import shown_progress
 def bundle(model: Path, out: Path, target: str, find_links: tuple[Path, ...], overwrite: bool, as_json: bool) -> None:
     """Write OUT, a tar file with MODEL, the wheels of TARGET's Python, a systemd unit, checksums and an installer that needs no network.
 
-    MODEL is a folder of `flashhead export`, or for a Jetson a checkpoint. There: tar xf OUT, sh flashhead-*/install.sh.
+    MODEL is a folder of `flashhead export`, or for a Jetson a checkpoint, whose weights are laid out and whose kernels are compiled here, for every
+    board of TARGET. There: tar xf OUT, sh flashhead-*/install.sh.
     Wheels are downloaded by pip here. OUT is written whole or not at all.
     """
     with answer_only() as stdout:

@@ -44,11 +44,11 @@ def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, stop_s
     messages, turns = list(start), []
     conversations = [messages]
     with answer_only() as stdout:
-        with shown_progress("loading"):
+        with shown_progress("loading") as progress:
             from flashhead_edge.generation import PromptCache
             from flashhead_edge.generation.text import fitting_ids, prompt_ids
 
-            engine = open_engine(out, options)
+            engine = open_engine(out, options, progress)
             grammar = take_grammar(engine, options)
             cache, dropped = PromptCache(), 0  # turns of the conversation that are left out
         answers = sys.stderr if as_json else stdout

@@ -66,7 +66,7 @@ def generate(
         with shown_progress("loading") as progress:
             from flashhead_edge.generation import prompt_ids
 
-            engine = open_engine(out, options)
+            engine = open_engine(out, options, progress)
             ids = prompt_ids(engine, prompt, chat)
             more: dict[str, Any] = {"grammar": take_grammar(engine, options), "logprobs": logprobs}
             if not exact:

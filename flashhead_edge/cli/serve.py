@@ -51,8 +51,8 @@ def serve(
 
     with answer_only() as stdout:
         listening = open_port(host, port)
-        with shown_progress("loading"):
-            engine = open_engine(out, options | {"torch_device": None, "trust_remote_code": False, "standard_operators": False})
+        with shown_progress("loading") as progress:
+            engine = open_engine(out, options | {"torch_device": None, "trust_remote_code": False, "standard_operators": False}, progress)
         if engine.tokenizer is None:
             raise SettingsError(f"{out}: it has no tokenizer, expected one to serve texts; save the tokenizer there")
         about = model_facts(engine, name or out.resolve().name, out)

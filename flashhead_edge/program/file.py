@@ -118,14 +118,16 @@ def _said(node: Node) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_program(folder: str | Path) -> Program:
+def read_program(folder: str | Path, name: str = PROGRAM) -> Program:
     """Open a program, its file of weights checked by size and header.
 
+    Args:
+        name: of its file of nodes: a folder may hold one for each of several devices, over one file of weights.
     Raises:
         CheckpointError: a file is missing, cut off, damaged, or of another format or model.
     """
     folder = Path(folder)
-    path = folder / PROGRAM
+    path = folder / name
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -158,7 +160,7 @@ def read_program(folder: str | Path) -> Program:
         raise CheckpointError(f"{path}: the program does not have the expected form ({error!r}); {AGAIN}") from error
     named = {a.name for n in program.nodes for a in n.attributes.values() if isinstance(a, Stored) and a.name} | set(program.constants.values())
     if lost := sorted(named - places.keys()):
-        raise CheckpointError(f"{folder / WEIGHTS}: {lost[0]} is missing, expected by {PROGRAM}; {AGAIN}")
+        raise CheckpointError(f"{folder / WEIGHTS}: {lost[0]} is missing, expected by {name}; {AGAIN}")
     return program
 
 

@@ -15,6 +15,7 @@ from flashhead_edge.checkpoint.assets import read_index
 from flashhead_edge.checkpoint.source import weight_map
 from flashhead_edge.checkpoint.tensors import Entry, read_header
 from flashhead_edge.errors import CheckpointError
+from flashhead_edge.index import HeadIndex
 from flashhead_edge.packed import open_weights
 from flashhead_edge.packed.names import text_name
 from flashhead_edge.program.build import EMBEDDING, HEAD, build_program
@@ -50,17 +51,26 @@ def cached_program(
         except CheckpointError as error:
             log.warning("%s; it is written again", error)
     progress("reading the head", None)
-    index = read_index(path)
-    found = head_fingerprint(path)
-    if index.fingerprint != found:
-        raise CheckpointError(
-            f"{path}: the index was made for the head {index.fingerprint[:19]}..., found {found[:19]}...; run flashhead convert on this model"
-        )
+    index = own_index(path)
     with open_weights(path) as weights:
         built = build_program(
             weights, weights.config, index, precision=precision, context=context, group=group, device=device, batch=batch
         )  # fmt: skip
         return write_program(folder, built, device, {"checkpoint": str(path)} | settings, progress)
+
+
+def own_index(checkpoint: Path) -> HeadIndex:
+    """The index of a checkpoint's head.
+
+    Raises:
+        CheckpointError: there is none, or it is for another head.
+    """
+    index, found = read_index(checkpoint), head_fingerprint(checkpoint)
+    if index.fingerprint != found:
+        raise CheckpointError(
+            f"{checkpoint}: the index was made for the head {index.fingerprint[:19]}..., found {found[:19]}...; run flashhead convert on this model"
+        )
+    return index
 
 
 def programs_folder() -> Path:
@@ -69,13 +79,17 @@ def programs_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "flashhead-edge" / "programs"
 
 
-def program_key(checkpoint: Path, settings: Mapping[str, Any]) -> str:
-    """32 hex digits that change with the checkpoint's files (their names, sizes, times and first bytes), the settings and the layout."""
+def program_key(checkpoint: Path, settings: Mapping[str, Any], *, times: bool = True) -> str:
+    """32 hex digits that change with the checkpoint's files (their names, sizes, times and first bytes), the settings and the layout.
+
+    Args:
+        times: False for a key that a copy of the checkpoint shares.
+    """
     digest = hashlib.sha256(json.dumps([FORMAT, WEIGHTS_FORMAT, settings], sort_keys=True).encode())
     for path in sorted(p for pattern in ("**/*.safetensors", "*.gguf", "*.json") for p in checkpoint.glob(pattern)):
         about = path.stat()
         with path.open("rb") as file:
-            digest.update(f"{path.relative_to(checkpoint)} {about.st_size} {about.st_mtime_ns} ".encode() + file.read(LOOKED_AT))
+            digest.update(f"{path.relative_to(checkpoint)} {about.st_size} {about.st_mtime_ns if times else '-'} ".encode() + file.read(LOOKED_AT))
     return digest.hexdigest()[:32]
 
 

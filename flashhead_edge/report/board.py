@@ -91,6 +91,7 @@ def look_table(d: Mapping[str, Any]) -> Table:
         "power": None if d["power"] is None else f"{d['power']:.2f} W ({d['power_scope']}){_energy(d['joules'])}",
         "rails": _joined(*(f"{name} {watts:.2f} W" for name, watts in d["rails"].items())),
         "temperatures": _joined(*(f"{name} {value:.1f} C" for name, value in d["temperatures"].items())),
+        "server": None if d["server"] is None else _server(d["server"]),
         "throttling": _joined(*d["throttled"], *(f"alarm {a}" for a in d["alarms"]), *(f"{n:,} x {kind} since boot" for kind, n in d["events"].items() if n)),
     }
     for name, value in rows.items():
@@ -122,6 +123,13 @@ def _clock(clock: Mapping[str, Any] | None) -> str | None:
 
 def _locked(locked: bool | None) -> str:
     return "not known" if locked is None else "locked" if locked else "not locked"
+
+
+def _server(s: Mapping[str, Any]) -> str:
+    first = None if s["seconds_to_first_token"] is None else f"the first after {s['seconds_to_first_token']:.3g} s"
+    speed = None if s["tokens_per_second"] is None else f"{s['tokens_per_second']:,.1f} tokens a second"
+    energy = None if s["joules_per_token"] is None else f"{s['joules_per_token']:.3g} J a token"
+    return _joined(speed, first, energy, f"{s['texts_active']} texts", f"{s['texts_waiting']} waiting" if s["texts_waiting"] else None)
 
 
 def _energy(joules: float | None) -> str:

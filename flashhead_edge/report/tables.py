@@ -161,7 +161,11 @@ def show_bundle(result: Any, console: Console) -> None:
     """What a bundle holds: bytes by part, what to type on the board, and what a reader should know."""
     table = new_table(f"{result.archive} for {result.target}", ["part", "MB"])
     table.add_row(f"model ({result.model})", f"{result.model_bytes / 1e6:,.1f}")
-    table.add_row(f"{len(result.wheels)} wheels, installer, checksums", f"{(result.bytes - result.model_bytes) / 1e6:,.1f}")
+    ahead = 0
+    if result.ahead is not None:
+        ahead = result.ahead.bytes
+        table.add_row(f"made ahead: weights as the GPU reads them, {result.ahead.kernels} kernels", f"{ahead / 1e6:,.1f}")
+    table.add_row(f"{len(result.wheels)} wheels, installer, checksums", f"{(result.bytes - result.model_bytes - ahead) / 1e6:,.1f}")
     table.add_row("archive", f"{result.bytes / 1e6:,.1f}")
     table.add_row("installed", f"{result.installed_bytes / 1e6:,.1f}")
     console.print(table)

@@ -30,6 +30,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def runnable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of sizes that the cuda backend's kernels take."""
+    folder = tmp_path_factory.mktemp("runnable")
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    model = write_exportable(folder / "tiny", **sizes)
+    return write_with_index(model, folder / "tiny-head", lambda w, fingerprint: everything_open(w, fingerprint=fingerprint))
+
+
+@pytest.fixture(scope="session")
 def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export for ONNX Runtime, with a name in it that has blanks."""
     pytest.importorskip("onnxruntime_genai")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,12 +12,17 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_wheels import write_wheel
 
-from flashhead_edge.bundle import bundle
+from flashhead_edge.bundle import bundle, target_named
 from flashhead_edge.errors import FlashHeadError
+from flashhead_edge.jetson.cuda_folder import program_settings
+from flashhead_edge.program.ahead import ready_program
+from flashhead_edge.program.head import Device
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.uname().machine != "x86_64" or sys.version_info[:2] != (3, 11), reason="the bundles are for Python 3.11 on x86-64 Linux"
@@ -237,6 +243,36 @@ def test_two_installers_at_once(unpacked: Callable[[], Path], prefix: Path) -> N
         holder.communicate("\n")
 
 
+@pytest.fixture
+def for_a_gpu(runnable: Path, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The installer of a checkpoint's bundle, as a Jetson's is, for this machine; kernels are left for later, as where NVRTC is not to be had."""
+    target = replace(target_named(TARGET), capabilities=(87,), nvrtc="nvidia-cuda-nvrtc>=11,<12")
+    monkeypatch.setattr("flashhead_edge.bundle.make.target_named", lambda name: target)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    write_wheel(tmp_path / "links", "nvidia-cuda-nvrtc", "11.8")
+    bundle(runnable, tmp_path / "gpu.tar", target=TARGET, find_links=[wheels, tmp_path / "links"])
+    with tarfile.open(tmp_path / "gpu.tar") as archive:
+        archive.extractall(tmp_path / "gpu", filter="data")
+    (script,) = (tmp_path / "gpu").glob("*/install.sh")
+    return script
+
+
+def test_what_was_made_ahead_lies_where_the_backend_looks(for_a_gpu: Path, prefix: Path) -> None:
+    """In the environment, so that a service finds it as its installer does; the model that was copied has the program's key."""
+    result = run(for_a_gpu, "--prefix", prefix)
+    assert result.returncode == 0, result.stderr
+    model, share = prefix / "current/model", prefix / "current/share/flashhead-edge"
+    settings = program_settings(json.loads((model / "config.json").read_text()))
+    for multiprocessors in (4, 8, 14, 16):
+        assert ready_program(model, **settings, device=Device(multiprocessors, 163 << 10, 87), base=share) is not None
+    python = [str(prefix / "current/bin/python"), "-c", "import sys; print(sys.prefix)"]
+    there = subprocess.run(python, capture_output=True, text=True, check=True).stdout.strip()
+    assert (Path(there) / "share/flashhead-edge").samefile(share)
+    weights = next(for_a_gpu.parent.glob("ahead/programs/*/weights.safetensors"))
+    flip(weights, weights.stat().st_size - 1)
+    assert "weights.safetensors: its content is not the bundle's" in one_sentence(run(for_a_gpu, "check"))
+
+
 # ---- interrupted
 
 
@@ -304,6 +340,52 @@ def test_real_bundle_answers(model: Path, prefix: Path, tmp_path: Path) -> None:
     size = sum(p.lstat().st_blocks * 512 for p in prefix.rglob("*"))
     needed = re.search(r"^NEEDED_KIB='(\d+)'$", script.read_text(), re.MULTILINE)
     assert needed and size <= int(needed[1]) << 10  # else the check of the disk would promise too much
+
+
+FIRST_START = """
+import json, sys
+from functools import partial
+from pathlib import Path
+from flashhead_edge.jetson import cuda_ahead, cuda_kernels
+from flashhead_edge.jetson.cuda_folder import program_settings
+from flashhead_edge.jetson.cuda_program import dry_pass
+from flashhead_edge.jetson.cuda_session import planned_model
+from flashhead_edge.program.ahead import ready_program
+from flashhead_edge.program.head import Device
+
+device = Device(8, 163 << 10, 87)
+program = ready_program(Path(sys.argv[1]), **program_settings(json.loads(Path(sys.argv[1], "config.json").read_text())), device=device)
+model = planned_model(program, cuda_ahead.facts_of(device))
+ready = cuda_kernels.ready(partial(dry_pass, model), model.facts)
+print(json.dumps([ready.kernels, ready.compiled, ready.nvrtc]))
+"""
+
+
+@pytest.mark.slow
+def test_real_checkpoint_s_first_start_makes_nothing(runnable: Path, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Jetson's bundle for this machine, real wheels and kernels for an Orin: what is installed has all code that an Orin Nano launches, without NVRTC's help.
+
+    The driver is asked for nothing here: a pass over the launchers that only notes their kernels.
+    """
+    target = replace(target_named(TARGET), capabilities=(87,), nvrtc=target_named("jetpack6").nvrtc)
+    monkeypatch.setattr("flashhead_edge.bundle.make.target_named", lambda name: target)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    try:
+        result = bundle(runnable, tmp_path / "real.tar", target=TARGET)
+    except FlashHeadError as error:
+        if "pip download failed" in str(error):
+            pytest.skip(f"no package index here: {error}")
+        raise
+    assert result.ahead is not None and result.ahead.nvrtc == "12.6", result.notes
+    with tarfile.open(tmp_path / "real.tar") as archive:
+        archive.extractall(tmp_path / "real", filter="data")
+    (script,) = (tmp_path / "real").glob("*/install.sh")
+    installed = run(script, "--prefix", prefix)
+    assert installed.returncode == 0, installed.stderr  # `flashhead inspect` has read the checkpoint, without torch
+    nowhere = {"PATH": os.environ["PATH"], "HOME": "/proc", "XDG_CACHE_HOME": "/proc"}
+    command = [prefix / "current/bin/python", "-c", FIRST_START, prefix / "current/model"]
+    kernels, compiled, nvrtc = json.loads(subprocess.run(command, capture_output=True, check=True, env=nowhere, cwd=tmp_path).stdout)
+    assert kernels > 10 and (compiled, nvrtc) == (0, "")
 
 
 # ---- a full disk

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,16 @@ from small_wheels import elf, write_wheel
 
 from flashhead_edge import __version__
 from flashhead_edge.bundle import TARGETS, Target, bundle, target_named
+from flashhead_edge.bundle.ahead import devices_of, make_ahead, nvrtc_for
 from flashhead_edge.bundle.own import build_environment, checkout, needed_glibc, own_wheel
 from flashhead_edge.bundle.wheels import check_wheel, download, missing, pip_options
-from flashhead_edge.errors import CheckpointError, FlashHeadError, SettingsError
+from flashhead_edge.errors import CheckpointError, EngineError, FlashHeadError, SettingsError, UnsupportedModelError
+from flashhead_edge.jetson import cuda_ahead, cuda_kernels
+from flashhead_edge.jetson.board import MODULES, SHARED_BYTES
+from flashhead_edge.jetson.cuda_program import dry_pass
+from flashhead_edge.jetson.cuda_session import planned_model
+from flashhead_edge.jetson.nvrtc import find_nvrtc
+from flashhead_edge.program.ahead import ready_program
 
 JETSONS = [t for t in TARGETS if t.gpu]
 
@@ -47,20 +56,89 @@ def test_archive_holds_what_its_list_says(model: Path, wheels: Path, tmp_path: P
 
 
 def nvrtc(folder: Path) -> Path:
-    """A folder with a wheel named as NVRTC's."""
+    """A folder with wheels named as NVRTC's and NVML's."""
+    write_wheel(folder / "nvrtc", "nvidia-ml-py", "13.1")
     write_wheel(folder / "nvrtc", "nvidia-cuda-nvrtc", "13.0.88", tag="py3-none-manylinux2014_aarch64")
     return folder / "nvrtc"
 
 
-def test_checkpoint_for_a_jetson(checkpoint: Path, wheels: Path, tmp_path: Path, offline: None) -> None:
+def test_checkpoint_for_a_jetson(runnable: Path, wheels: Path, tmp_path: Path, offline: None) -> None:
     """There the cuda backend runs it; its environment sees the system's TensorRT, a Debian's does not."""
-    result = bundle(checkpoint, tmp_path / "a.tar", target="jetpack7", find_links=[wheels, nvrtc(tmp_path)])
+    result = bundle(runnable, tmp_path / "a.tar", target="jetpack7", find_links=[wheels, nvrtc(tmp_path)])
     assert result.model == "checkpoint" and result.libraries is None  # the wheel was given: what it carries is not ours to say
     with tarfile.open(tmp_path / "a.tar") as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
         script = archive.extractfile(f"flashhead-{__version__}-jetpack7/install.sh")
         assert script is not None and b"SYSTEM_PACKAGES='--system-site-packages'" in script.read()
+    # JetPack 7 is Thor's and Orin's: a program for every GPU that one of them may show; no NVRTC of this machine is among the folders
+    assert result.ahead is not None and len(result.ahead.devices) == 18 and {"11.0 x 20", "8.7 x 16", "8.7 x 4"} <= set(result.ahead.devices)
+    assert sum(re.fullmatch(r"ahead/programs/\w{32}/program-\d+-\d+-\d+\.json", name) is not None for name in names) == 18
+    assert result.ahead.kernels == 0 and any(re.match(r"the kernels are not compiled ahead.*nvidia-cuda-nvrtc.* for this machine: ", n) for n in result.notes)
+    assert result.installed_bytes > result.model_bytes + result.ahead.bytes
     assert "model/flash_head_assets/index.safetensors" in names and "wheels/nvidia_cuda_nvrtc-13.0.88-py3-none-manylinux2014_aarch64.whl" in names
+
+
+def test_gpus_of_a_target_are_those_of_its_modules() -> None:
+    """Each module as it is sold; slow power modes switch off multiprocessors, two by two."""
+    sizes = {t.name: {(d.capability, d.multiprocessors): d.shared_bytes for d in devices_of(t)} for t in JETSONS}
+    for name, shared in (("jetpack6", {87: 163 << 10}), ("jetpack7", {87: 163 << 10, 110: 227 << 10})):
+        modules = [m for m in MODULES if m.capability in shared]
+        assert len(modules) >= 6 and all(sizes[name][m.capability, m.multiprocessors] == shared[m.capability] for m in modules)
+    assert list(sizes["jetpack6"]) == [(87, n) for n in (16, 14, 12, 10, 8, 6, 4, 2)]
+    assert {m.capability for m in MODULES} <= SHARED_BYTES.keys() and devices_of(target_named("linux-aarch64-cp311")) == []
+
+
+def test_checkpoint_that_no_board_can_run_is_refused_here(runnable: Path, wheels: Path, tmp_path: Path, offline: None) -> None:
+    copy = shutil.copytree(runnable, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "bloom"}))
+    with pytest.raises(UnsupportedModelError, match="bloom"):
+        bundle(copy, tmp_path / "out.tar", target="jetpack7", find_links=[wheels, nvrtc(tmp_path)])
+    assert not (tmp_path / "out.tar").exists()
+
+
+def test_checkpoint_needs_launchers(runnable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else runs it there: without a cross-compiler that is said before any wheel is fetched."""
+    monkeypatch.setattr("flashhead_edge.bundle.own.shutil.which", lambda name: None)
+    monkeypatch.setattr("flashhead_edge.bundle.own.platform.machine", lambda: "riscv64")
+    monkeypatch.setattr("flashhead_edge.bundle.make.download", None)
+    with pytest.raises(FlashHeadError, match=r"on jetpack6 the cuda backend alone runs a checkpoint, .*install g\+\+-aarch64-linux-gnu"):
+        bundle(runnable, tmp_path / "out.tar", target="jetpack6")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nvrtc_of_this_machine_is_taken_where_its_version_is_the_target_s(tmp_path: Path, offline: None) -> None:
+    """Another version's code might not load on the board: a wheel is looked for, and where there is none that is said."""
+    here = find_nvrtc()
+    same = replace(target_named("jetpack7"), nvrtc=f"nvidia-cuda-nvrtc=={here.version[0]}.{here.version[1]}")
+    assert nvrtc_for(same, tmp_path).path == here.path and list(tmp_path.iterdir()) == []
+    older = replace(same, nvrtc="nvidia-cuda-nvrtc<12,>=11")
+    with pytest.raises(EngineError, match=r"^nvidia-cuda-nvrtc<12,>=11 for this machine: pip download failed \(.*\), expected a wheel; check the network$"):
+        nvrtc_for(older, tmp_path)
+    write_wheel(tmp_path / "links", "nvidia-cuda-nvrtc", "11.8")
+    with pytest.raises(EngineError, match=r"^nvidia_cuda_nvrtc-11\.8-py3-none-any\.whl: its libnvrtc\.so cannot be loaded"):
+        nvrtc_for(older, tmp_path, [tmp_path / "links"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", JETSONS, ids=lambda t: t.name)
+def test_first_start_on_the_board_makes_nothing(target: Target, runnable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the model finds its program, and every kernel that it launches, with NVRTC of the target's version and none at hand."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = make_ahead(target, runnable, tmp_path / "share", tmp_path / "work")
+    if any("pip download failed" in note for note in made.notes):
+        pytest.skip(f"no package index here: {made.notes}")
+    assert made.kernels > 10 and made.nvrtc == re.search(r">=([\d.]+)", target.nvrtc)[1]  # type: ignore[index]
+    copy, settings = shutil.copytree(runnable, tmp_path / "copy"), made.settings
+    monkeypatch.setattr(cuda_kernels, "ahead_folder", lambda: tmp_path / "share")
+    monkeypatch.setattr(cuda_kernels, "find_nvrtc", None)
+    for device in devices_of(target):
+        monkeypatch.setattr(cuda_kernels, "_held", {})
+        program = ready_program(copy, **settings, device=device, base=tmp_path / "share")
+        assert program is not None
+        model = planned_model(program, cuda_ahead.facts_of(device))
+        ready = cuda_kernels.ready(partial(dry_pass, model), model.facts)
+        assert ready.kernels > 10 and ready.compiled == 0
 
 
 def test_conditions_are_those_of_the_target(tmp_path: Path, offline: None) -> None:
@@ -194,6 +272,9 @@ def test_own_wheel_is_cross_compiled(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = [n for n in archive.namelist() if n.endswith(".so")]
         assert all(archive.read(n)[18:20] == b"\xb7\x00" for n in members) and len(members) == 2
+        launchers = archive.read(next(n for n in members if "_cuda" in n))
+    # what is made ahead here is looked for there by the same names
+    assert all(f"\0{name}\0".encode() in launchers for name in cuda_kernels.kernel_sources())
     assert {p for p in source.glob("*") if p.name != ".pytest_cache"} == before
 
 
@@ -225,6 +306,9 @@ def test_every_wheel_of_a_jetpack_is_resolved_from_the_bundle_alone(target: Targ
     assert missing(target, [f"flashhead-edge[onnx,serve]=={__version__}", *target.requirements], found) == []
     for path in found:
         check_wheel(path, target)
+        with zipfile.ZipFile(path) as archive:  # its tag is a promise: the symbols that it names are what the board's loader looks at
+            members = [name for name in archive.namelist() if name.endswith(".so") or ".so." in name]
+            assert max([needed_glibc(archive.read(name)) for name in members], default=(2, 0)) <= target.glibc
     command = [sys.executable, "-m", "pip", "download", "--no-index", "--no-deps", "--require-hashes", "--find-links", wheels]
     command += [*pip_options(target), "--dest", tmp_path / "taken", "--requirement", wheels.parent / "requirements.txt"]
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,6 +286,13 @@ def test_joules_between_two_points_of_time():
     assert joules(line, 0, 4) is None and joules(line[:1], 0, 0) is None and joules([made(0, None)] * 3, 0, 0) is None
 
 
+def test_joules_by_the_counter_where_there_is_one():
+    counted = [replace(made(at, 5.0), energy=energy) for at, energy in ((0, 7.0), (1, 17.0), (1, 17.0), (3, 17.0))]
+    assert joules(counted, 0.5, 1) == pytest.approx(5) and joules(counted, 0.5, 3) == pytest.approx(5) and joules(counted, 1, 1) == 0
+    assert joules(counted, 0, 0) == 0 and joules(counted, 0, 4) is None
+    assert joules([counted[0], made(3, 5.0)], 0, 3) == pytest.approx(15)  # one look at it is none
+
+
 def test_samples_beside_a_run_give_its_joules():
     with recorded(BOARDS / "orin-nano", interval=0.02) as taken:
         start = time.monotonic()
@@ -330,7 +338,15 @@ def fake_nvml(**answers):
         raise NVMLError("Not Supported")
 
     calls = dict.fromkeys(
-        ("nvmlDeviceGetName", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetUtilizationRates", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetClockInfo"), no
+        (
+            "nvmlDeviceGetName",
+            "nvmlDeviceGetMemoryInfo",
+            "nvmlDeviceGetUtilizationRates",
+            "nvmlDeviceGetPowerUsage",
+            "nvmlDeviceGetClockInfo",
+            "nvmlDeviceGetTotalEnergyConsumption",
+        ),
+        no,
     )
     calls |= dict.fromkeys(("nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetMemoryBusWidth", "nvmlDeviceGetTemperature"), no)
     calls |= {"nvmlInit": lambda: None, "nvmlShutdown": lambda: None, "nvmlDeviceGetCount": lambda: 1, "nvmlDeviceGetHandleByIndex": lambda i: i}
@@ -352,6 +368,22 @@ def test_nvml_tells_what_it_has_and_says_what_it_has_not(monkeypatch):
     found = sample(BOARDS / "agx-thor", nvml=True)
     assert found.power == pytest.approx(20.986)  # a rail of the whole stands before the GPU alone
     assert found.gpus[0]["load"] == 0.37
+
+
+def test_power_and_energy_by_nvml(monkeypatch):
+    """Of one GPU it is that one's; of several all of theirs, and said so."""
+    module = fake_nvml(nvmlDeviceGetPowerUsage=lambda h: 70_000 + h, nvmlDeviceGetTotalEnergyConsumption=lambda h: 5_000 + h)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    nothing = BOARDS / "no-such-board"
+    found = sample(nothing, nvml=True)
+    assert (found.power, found.energy, found.power_scope) == (70.0, 5.0, "the GPU alone, by NVML")
+    module.nvmlDeviceGetCount = lambda: 2
+    found = sample(nothing, nvml=True)
+    assert (found.power, found.energy, found.power_scope) == (pytest.approx(140.001), pytest.approx(10.001), "all 2 GPUs, by NVML")
+    module.nvmlDeviceGetTotalEnergyConsumption = lambda h: 5_000 if h else fake_nvml().nvmlDeviceGetName()
+    assert sample(nothing, nvml=True).energy is None  # of one of two would be too little
+    rails = sample(BOARDS / "agx-thor", nvml=True)
+    assert rails.energy is None and rails.power == pytest.approx(20.986)  # the counter is the GPU's alone
 
 
 def test_bandwidth_by_nvml(monkeypatch):

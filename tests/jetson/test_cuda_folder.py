@@ -19,6 +19,7 @@ from flashhead_edge.jetson import cuda_backend, cuda_folder, cuda_library, cuda_
 from flashhead_edge.jetson.cuda_memory import UNIT, device_bytes
 from flashhead_edge.packed.folder import FolderWeights
 from flashhead_edge.program import kept as programs
+from flashhead_edge.program.head import Device
 
 try:
     cuda_library.library()
@@ -67,6 +68,33 @@ def test_an_engine_over_a_checkpoint_decodes(checkpoint: Path, gpu, monkeypatch:
         cuda_folder.open_folder(folder)
     assert [p.folder for p in gpu] == [kept] * 3
     assert [p.name for p in programs.programs_folder().iterdir()] == [kept.name]
+
+
+def test_program_that_came_with_the_installation_is_opened_as_it_lies(checkpoint: Path, gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`flashhead bundle` made it, for the device that is here; where another context is asked one is made here."""
+    from flashhead_edge.program import ahead
+
+    monkeypatch.setattr(ahead, "ahead_folder", lambda: tmp_path / "share")
+    settings = cuda_folder.program_settings(cuda_folder.read_json(checkpoint / "config.json"))
+    here = Device(FACTS.multiprocessors, FACTS.shared_bytes, FACTS.capability)
+    (program,) = ahead.write_ahead(tmp_path / "share", checkpoint, [here], **settings)
+    cuda_folder.open_folder(checkpoint)
+    assert gpu[0].folder == program.folder and not programs.programs_folder().exists()
+    cuda_folder.open_folder(checkpoint, context=64)
+    assert gpu[1].context == 64 and len(list(programs.programs_folder().iterdir())) == 1
+
+
+@pytest.mark.parametrize("backend", ["cuda", "auto"])  # auto takes it where there is no torch, as on a board
+def test_first_start_says_what_it_makes(backend: str, checkpoint: Path, gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take minutes: the command line's progress hears of each part."""
+    from flashhead_edge.cli import sampling
+
+    monkeypatch.setattr(sampling, "find_spec", lambda name: None)
+    monkeypatch.setattr(driver, "device_facts", lambda: FACTS)
+    said: list[str] = []
+    options = dict.fromkeys(("threads", "torch_device", "trust_remote_code", "standard_operators", "plugin"))
+    sampling.open_engine(checkpoint, {"backend": backend, **options}, lambda text, _: said.append(text))
+    assert said[0] == "reading the head" and any(text.startswith("weights: ") for text in said)
 
 
 def test_settings_make_a_program_of_their_own(checkpoint: Path, gpu) -> None:

@@ -75,6 +75,28 @@ def test_code_is_compiled_once_and_kept_whole(cache: Path, monkeypatch: pytest.M
     assert [p.name for p in cache.iterdir()] == [kept.name]
 
 
+def test_code_that_came_with_the_installation_needs_no_compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a cache that can be written; of another architecture, or damaged, it is passed over."""
+    came = tmp_path / "share"
+    monkeypatch.setattr(cuda_kernels, "ahead_folder", lambda: came)
+    codes, compiled = cuda_kernels.cached_codes([EMBEDDING], 87, NVRTC)
+    assert compiled == 1 and cuda_kernels.cached_codes([EMBEDDING], 87, NVRTC) == (codes, 0)
+    path = came / "kernels" / cuda_kernels.ahead_name(EMBEDDING, "embedding.cu", "sm_87")
+    cuda_kernels.write_cached(path, codes[EMBEDDING])
+    shutil.rmtree(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_kernels, "find_nvrtc", None)
+        patch.setenv("XDG_CACHE_HOME", "/proc")
+        ready = cuda_kernels.ready(embedding, FACTS)
+    assert (ready.kernels, ready.compiled, ready.nvrtc) == (1, 0, "") and not cache.exists()
+    assert bytes(cuda_kernels._held[EMBEDDING]) == codes[EMBEDDING]
+    forget(monkeypatch)
+    assert cuda_kernels.ready(lambda: embedding(), dataclasses.replace(FACTS, capability=89)).compiled == 1
+    path.write_bytes(path.read_bytes()[:-1])
+    forget(monkeypatch)
+    assert cuda_kernels.ready(embedding, FACTS).compiled == 1
+
+
 def test_another_source_header_architecture_or_compiler_is_another_file(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = dataclasses.replace(plugin_build.sources(), kernels=shutil.copytree(plugin_build.sources().kernels, tmp_path / "kernels"))
     monkeypatch.setattr(cuda_kernels, "sources", lambda: copy)
@@ -91,6 +113,10 @@ def test_another_source_header_architecture_or_compiler_is_another_file(cache: P
     (copy.kernels / "head_basics.cuh").write_text("")  # which it does not include
     names.add(cuda_kernels.cached_file(EMBEDDING, "embedding.cu", "sm_87", NVRTC).name)
     assert before == len(names) == 6
+    ahead = {cuda_kernels.ahead_name(EMBEDDING, "embedding.cu", a) for a in ("sm_87", "sm_90a")} | {cuda_kernels.ahead_name("x", "embedding.cu", "sm_87")}
+    (copy.kernels / "element.cuh").write_text("")
+    ahead.add(cuda_kernels.ahead_name(EMBEDDING, "embedding.cu", "sm_87"))
+    assert len(ahead) == 4
 
 
 def test_what_cannot_be_made_is_a_sentence(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,8 @@ def summary(**more: Any) -> Summary:
     return Summary(**(values | more))
 
 
-def look(at: float, power: float | None) -> Any:
-    return SimpleNamespace(at=at, power=power, power_scope=None if power is None else "the whole module", gpus=())
+def look(at: float, power: float | None, energy: float | None = None) -> Any:
+    return SimpleNamespace(at=at, power=power, energy=energy, power_scope=None if power is None else "the whole module", gpus=())
 
 
 @pytest.mark.parametrize(("board", "expected"), [("orin-nano", 102.0), ("orin-nx", 102), ("agx-orin", 205), ("agx-thor", 273)])
@@ -62,6 +62,16 @@ def test_figures_of_a_run(exported: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert r.unknown == {}
     other = dataclasses.replace(need, weights=10_000_000, tables=4_000_000, layers=(Layer(100),))  # of a backend that has laid the model out in its own way
     assert run_report(folder, summary(), taken, 102.0, need=other).bytes_per_token == 6_000_000 + 20 * 100 + 1000
+
+
+def test_counter_of_energy_stands_before_the_power(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML's power is a mean over a second: beside a run of a tenth of one it is the idle GPU's."""
+    monkeypatch.setattr(module, "read_board", lambda: read_board(BOARDS / "no-such-board"))
+    taken = [look(100.0, 70.0, 1000.0), look(100.5, 70.0, 1035.0), look(101.0, 90.0, 1235.0)]  # 70 W, then 400 W
+    r = run_report(exported("onnxruntime", "int4", "all"), summary(seconds=0.25), taken, 100.75)
+    assert r.joules == pytest.approx(0.25 * 400) and r.joules_per_token == pytest.approx(100 / 21)
+    without = run_report(exported("onnxruntime", "int4", "all"), summary(seconds=0.25), taken[:1] + [look(101.0, 70.0)], 100.75)
+    assert without.joules == pytest.approx(0.25 * 70)
 
 
 def test_what_is_not_known_is_said(exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
