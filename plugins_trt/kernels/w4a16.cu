@@ -279,7 +279,7 @@ void fh_w4a16_make_plan(const fh_w4a16_weight* w, int M, const fh_device* device
   const int tiles = w->N / fh::kTileRows;
   if (M <= FH_W4A16_DECODE_ROWS) {
     const int chunks = w->K / fh::kChunk, panels = (chunks + 63) / 64;
-    const int warps = (chunks + fh::kChunksAhead * panels - 1) / (fh::kChunksAhead * panels);  // at most 16, and the last panel nearly full
+    const int warps = (chunks + 4 * panels - 1) / (4 * panels);  // at most 16, and the last panel nearly full
     const int resident = device->multiprocessors * (warps > 8 ? 1 : 16 / warps);
     *plan = {1, 0, 0, 0, tiles < resident ? tiles : resident, 1, warps * 32, 2 * warps * 128 * int(sizeof(float))};
     return;

@@ -5,7 +5,10 @@
 
 namespace fh {
 
-constexpr int kChunksAhead = 4;  // a warp's loads in flight for each step
+// Chunks that a warp takes in a panel, and panels whose chunks are on their way: with activations in registers, and in shared memory. A chunk's registers
+// are filled anew as soon as it is multiplied. Each chunk and panel is code of its own, and every launch fetches its code cold: more of them in flight (4 and
+// 2 for both) lost 3 to 7 % of a body of five launches a layer on an H100. The order of sums does not depend on these.
+constexpr int kHeldChunks = 2, kHeldSets = 2, kSharedChunks = 4, kSharedSets = 1;
 
 // What surrounds a product in a decoder layer; pointers as in w4a16_fused.h.
 struct Surroundings {
@@ -19,30 +22,51 @@ struct Surroundings {
 __host__ __device__ constexpr int row_stride(int K) { return K + 32; }
 
 #ifdef __CUDACC__
-// A lane's part of kChunksAhead chunks: codes, and for each group in a chunk the two rows' scales and zero points.
-template <int GROUP, bool ASYMMETRIC>
+// Loads that leave v as it is where `inside` is false. A predicate instead of a branch around them, which the compiler makes of an if.
+__device__ inline void refill_once(uint4& v, bool inside, const uint4* p) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %4, 0;\n@p ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%5];\n}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "r"(u32(inside)), "l"(p));
+}
+
+__device__ inline void refill_once(u32& v, bool inside, const u32* p) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p ld.global.nc.u32 %0, [%2];\n}" : "+r"(v) : "r"(u32(inside)), "l"(p));
+}
+
+__device__ inline void refill(uint4& v, bool inside, const u16* p) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %4, 0;\n@p ld.global.v4.u32 {%0,%1,%2,%3}, [%5];\n}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "r"(u32(inside)), "l"(p)
+               : "memory");
+}
+
+// A lane's part of COUNT chunks: codes, and for each group in a chunk the two rows' scales and zero points.
+template <int GROUP, bool ASYMMETRIC, int COUNT>
 struct Chunks {
   static constexpr int kGroups = GROUP == 32 ? 2 : 1;
-  uint4 codes[kChunksAhead];
-  u32 scales[kChunksAhead][kGroups];
-  u16 zeros[kChunksAhead][ASYMMETRIC ? kGroups : 1];
+  uint4 codes[COUNT];
+  u32 scales[COUNT][kGroups];
+  u16 zeros[COUNT][ASYMMETRIC ? kGroups : 1];
 
-  // Chunks first, first + stride, ... of one tile; those from count on contribute zero.
-  __device__ void load(const uint4* code, const u16* scale, const u8* zero, int tile, int first, int stride, int count, int lane) {
-    const int groups = count * kChunk / GROUP;
+  // Chunk `chunk` of a tile to place i; one that is not below count gets scales of zero, and keeps what codes there are. Offsets of 32 bits: instructions
+  // count here as much as bytes do.
+  __device__ void load(int i, bool exists, const uint4* code, const u16* scale, const u8* zero, u32 tile, int chunk, int count, int lane) {
+    const bool inside = exists && chunk < count;
+    refill_once(codes[i], inside, code + ((tile * count + chunk) * 32 + lane));
 #pragma unroll
-    for (int i = 0; i < kChunksAhead; ++i) {
-      const int chunk = first + i * stride;
-      const bool inside = chunk < count;
-      codes[i] = inside ? load_once(code + (size_t(tile) * count + chunk) * 32 + lane) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        const size_t at = (size_t(tile) * groups + chunk * kChunk / GROUP + j) * kTileRows + lane / 4 * 2;
-        scales[i][j] = inside ? __ldg(reinterpret_cast<const u32*>(scale + at)) : 0;
-        if (ASYMMETRIC) zeros[i][j] = inside ? __ldg(reinterpret_cast<const u16*>(zero + at)) : 0;
-      }
+    for (int j = 0; j < kGroups; ++j) {
+      const u32 group = GROUP == 32 ? chunk * 2 + j : GROUP == 64 ? chunk : chunk / 2, groups = u32(count) * kChunk / GROUP;
+      const u32 at = (tile * groups + group) * (kTileRows / 2) + lane / 4;
+      scales[i][j] = 0;
+      refill_once(scales[i][j], inside, reinterpret_cast<const u32*>(scale) + at);
+      if (ASYMMETRIC && inside) zeros[i][j] = __ldg(reinterpret_cast<const u16*>(zero) + at);
     }
   }
+};
+
+// A panel of a tile; part: with a gate 1 for the partner's tile. base: its first chunk.
+struct Place {
+  int unit, part, base;
 };
 
 constexpr int kRowsAtOnce = 4;  // whose loads are in flight together
@@ -122,6 +146,29 @@ __device__ void normalise_rows(const u16* x, const Surroundings& s, int M, int d
   }
 }
 
+// normalise_rows for one row, of which each thread has one vector.
+template <class T>
+__device__ void normalise_row(const u16* x, const Surroundings& s, int d, u16* row, float* sums, uint4 first_gain, uint4 gain) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, i = threadIdx.x * 8;
+  const bool inside = i < d;
+  uint4 h = load_if(inside, x + i), other = make_uint4(0, 0, 0, 0);
+  if (s.residual) other = load_if(inside, s.residual + i);
+  auto factor_of = [&](float* sums) {
+    const float total = add_lanes(inside ? add_squares<T>(h, 0.f) : 0.f);
+    if (lane == 0) sums[warp] = total;
+    __syncthreads();
+    return norm_factor(sums, warps, d, s.epsilon);
+  };
+  if (s.first_norm) h = normalised<T>(h, first_gain, factor_of(sums + warps), s.weight_offset);
+  if (s.residual) {
+    h = add_rounded<T>(h, other);
+    if (blockIdx.x == 0 && inside) *reinterpret_cast<uint4*>(s.sum + i) = h;
+  }
+  h = normalised<T>(h, gain, factor_of(sums), s.weight_offset);
+  if (inside) *reinterpret_cast<uint4*>(row + i) = h;
+  __syncthreads();
+}
+
 // blockDim.x / 32 warps split K; a block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of 16 outputs each, with GATED pairs of them: a gate's and,
 // half of the matrix on, its partner's. shared: floats [2, with GATED 4][warps][128], with NORM then u16 [M][row_stride(K)].
 // EARLY: the next launch may begin before the one before this has ended, when this one's blocks have all begun: only where what the next one reads before it
@@ -131,110 +178,129 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
                              const Surroundings& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int token = lane / 4;
-  const int count = K / kChunk, panel_chunks = warps * kChunksAhead;
-  const int panels = (count + panel_chunks - 1) / panel_chunks;
+  constexpr bool kHold = !NORM;
+  constexpr int kChunks = kHold ? kHeldChunks : kSharedChunks, kSets = kHold ? kHeldSets : kSharedSets;
+  const int count = K / kChunk, panel_chunks = warps * kChunks;
   constexpr int kParts = GATED ? 2 : 1;  // tiles whose outputs are written together
   const int units = N / kTileRows / kParts;
-  const int items = blockIdx.x < units ? ((units - 1 - int(blockIdx.x)) / int(gridDim.x) + 1) * kParts : 0;
   float* partial = shared;  // [2 * kParts][warps][8 tokens][16 outputs]
   u16* rows = reinterpret_cast<u16*>(shared + 2 * kParts * warps * 128);
 
-  auto load = [&](Chunks<GROUP, ASYMMETRIC>& to, int item, int panel) {
-    const int tile = blockIdx.x + item / kParts * gridDim.x + (GATED ? item % 2 * units : 0);
-    if (item < items) to.load(codes, scales, zeros, tile, panel * panel_chunks + warp, warps, count, lane);
+  auto next_of = [&](Place p) {
+    p.base += panel_chunks;
+    if (p.base < count) return p;
+    p.base = 0;
+    if (GATED) p.part ^= 1;
+    if (!GATED || p.part == 0) p.unit += gridDim.x;
+    return p;
   };
-  Chunks<GROUP, ASYMMETRIC> now, next;
-  uint4 activations[kChunksAhead][2];
-  auto load_activations = [&](int i, int panel) {
-    const int chunk = panel * panel_chunks + i * warps + warp;
-    const bool inside = chunk < count && token < M;
+  Chunks<GROUP, ASYMMETRIC, kChunks> held[kSets] = {};
+  auto load = [&](Chunks<GROUP, ASYMMETRIC, kChunks>& to, int i, const Place& p) {
+    to.load(i, p.unit < units, codes, scales, zeros, p.unit + (GATED ? p.part * units : 0), p.base + i * warps + warp, count, lane);
+  };
+  // Tokens from M on read another's activations: nobody reads their columns of the product.
+  const u16* own = (NORM ? rows + (token < M ? token : 0) * row_stride(K) : x + size_t(token < M ? token : 0) * K) + lane % 4 * 8;
+  uint4 activations[kChunks][2] = {};
+  auto load_activations = [&](int i, int base, bool wanted) {
+    const int chunk = base + i * warps + warp;
+    const bool inside = wanted && chunk < count;  // else what stands there counts nothing: its scale is zero
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at = chunk * kChunk + half * 32 + lane % 4 * 8;
-      if (NORM) {
-        activations[i][half] = inside ? *reinterpret_cast<const uint4*>(rows + token * row_stride(K) + at) : make_uint4(0, 0, 0, 0);
-      } else {
-        activations[i][half] = load_if(inside, x + size_t(token) * K + at);
-      }
-    }
+    for (int half = 0; half < 2; ++half) refill(activations[i][half], inside, own + chunk * kChunk + half * 32);
   };
 
   // Weights: no launch before this one writes them.
-  load(now, 0, 0);
-  int ahead_item = panels == 1 ? 1 : 0, ahead_panel = panels == 1 ? 0 : 1;
-  load(next, ahead_item, ahead_panel);
+  Place now{int(blockIdx.x), 0, 0}, ahead = now;
+#pragma unroll
+  for (int set = 0; set < kSets; ++set, ahead = next_of(ahead)) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) load(held[set], i, ahead);
+  }
   uint4 gain = make_uint4(0, 0, 0, 0), first_gain = gain;
   if (NORM) {
-    const int held = threadIdx.x * 8;
-    if (held < K) gain = __ldg(reinterpret_cast<const uint4*>(s.norm + held));
-    if (held < K && s.first_norm) first_gain = __ldg(reinterpret_cast<const uint4*>(s.first_norm + held));
+    const int held_at = threadIdx.x * 8;
+    if (held_at < K) gain = __ldg(reinterpret_cast<const uint4*>(s.norm + held_at));
+    if (held_at < K && s.first_norm) first_gain = __ldg(reinterpret_cast<const uint4*>(s.first_norm + held_at));
   }
   if (EARLY) release_next();
   wait_for_previous();
   if (!EARLY) release_next();
-  if (NORM) normalise_rows<T>(x, s, M, K, rows, partial, first_gain, gain);
+  if (NORM) {
+    if (M == 1 && norm_threads(K) == int(blockDim.x) && K <= int(blockDim.x) * 8) {
+      normalise_row<T>(x, s, K, rows, partial, first_gain, gain);
+    } else {
+      normalise_rows<T>(x, s, M, K, rows, partial, first_gain, gain);
+    }
+  }
+  if (kHold) {
 #pragma unroll
-  for (int i = 0; i < kChunksAhead; ++i) load_activations(i, 0);
+    for (int i = 0; i < kChunks; ++i) load_activations(i, 0, true);
+  }
 
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
-  int item = 0, panel = 0;
-  while (item < items) {
+  int buffer = 0;  // free: whoever read it has passed a barrier since
+  while (now.unit < units) {
 #pragma unroll
-    for (int i = 0; i < kChunksAhead; ++i) {
-      float group[4] = {0.f, 0.f, 0.f, 0.f};
+    for (int set = 0; set < kSets; ++set) {
+      if (set > 0 && now.unit >= units) break;
+      Chunks<GROUP, ASYMMETRIC, kChunks>& chunks = held[set];
+      const Place next = next_of(now);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int j = GROUP == 32 ? half : 0;
-        const u32 zero = ASYMMETRIC ? now.zeros[i][j] : 0x0808u;
-        u32 even[4], odd[4];  // the codes of outputs 2g and 2g + 1
-        Codes<T>::template decode<ASYMMETRIC>(even, half ? now.codes[i].z : now.codes[i].x, Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu));
-        Codes<T>::template decode<ASYMMETRIC>(odd, half ? now.codes[i].w : now.codes[i].y, Codes<T>::template offset<ASYMMETRIC>(zero >> 8));
-        const uint4 b = activations[i][half];
-        T::mma(group, even[0], odd[0], even[1], odd[1], b.x, b.y);
-        T::mma(group, even[2], odd[2], even[3], odd[3], b.z, b.w);
-        if (GROUP == 32 || half == 1) {
-          const float2 scale = T::to_float2(now.scales[i][j]);
-          sum[0] = fmaf(scale.x, group[0], sum[0]);
-          sum[1] = fmaf(scale.x, group[1], sum[1]);
-          sum[2] = fmaf(scale.y, group[2], sum[2]);
-          sum[3] = fmaf(scale.y, group[3], sum[3]);
-          group[0] = group[1] = group[2] = group[3] = 0.f;
+      for (int i = 0; i < kChunks; ++i) {
+        if (!kHold) {
+          const u16* from = own + min(now.base + i * warps + warp, count - 1) * kChunk;
+          activations[i][0] = *reinterpret_cast<const uint4*>(from), activations[i][1] = *reinterpret_cast<const uint4*>(from + 32);
         }
-      }
-      if (panels > 1 && ahead_item < items) load_activations(i, ahead_panel);
-    }
-
-    if (panel + 1 == panels) {
-      const int buffer = item % (2 * kParts);  // free: whoever read it has passed a barrier since
-      float* mine = partial + (buffer * warps + warp) * 128 + lane % 4 * 2 * kTileRows + lane / 4 * 2;
-      *reinterpret_cast<float2*>(mine) = make_float2(sum[0], sum[2]);
-      *reinterpret_cast<float2*>(mine + kTileRows) = make_float2(sum[1], sum[3]);
-      sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
-      if (!GATED || item % 2) {
-        __syncthreads();
-        auto total = [&](int buffer, int i) {
-          float total = 0.f;
-#pragma unroll 4
-          for (int w = 0; w < warps; ++w) total += partial[(buffer * warps + w) * 128 + i];
-          return from_float<T>(total);
-        };
-        const int unit = blockIdx.x + item / kParts * gridDim.x;
-        for (int i = threadIdx.x; i < M * kTileRows; i += blockDim.x) {
-          u16 value = total(buffer, i);
-          if (GATED) {
-            const float gate = T::to_float(total(buffer - 1, i)), up = T::to_float(value);
-            value = from_float<T>((s.gelu ? activate<true>(gate) : activate<false>(gate)) * up);
+        float group[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int j = GROUP == 32 ? half : 0;
+          const u32 zero = ASYMMETRIC ? chunks.zeros[i][j] : 0x0808u;
+          u32 even[4], odd[4];  // the codes of outputs 2g and 2g + 1
+          Codes<T>::template decode<ASYMMETRIC>(even, half ? chunks.codes[i].z : chunks.codes[i].x, Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu));
+          Codes<T>::template decode<ASYMMETRIC>(odd, half ? chunks.codes[i].w : chunks.codes[i].y, Codes<T>::template offset<ASYMMETRIC>(zero >> 8));
+          const uint4 b = activations[i][half];
+          T::mma(group, even[0], odd[0], even[1], odd[1], b.x, b.y);
+          T::mma(group, even[2], odd[2], even[3], odd[3], b.z, b.w);
+          if (GROUP == 32 || half == 1) {
+            const float2 scale = T::to_float2(chunks.scales[i][j]);
+            sum[0] = fmaf(scale.x, group[0], sum[0]);
+            sum[1] = fmaf(scale.x, group[1], sum[1]);
+            sum[2] = fmaf(scale.y, group[2], sum[2]);
+            sum[3] = fmaf(scale.y, group[3], sum[3]);
+            group[0] = group[1] = group[2] = group[3] = 0.f;
           }
-          y[size_t(i / kTileRows) * units * kTileRows + unit * kTileRows + i % kTileRows] = value;
         }
+        load(chunks, i, ahead);
+        if (kHold) load_activations(i, next.base, panel_chunks < count && next.unit < units);
       }
+
+      if (next.base == 0) {
+        float* mine = partial + (buffer * warps + warp) * 128 + lane % 4 * 2 * kTileRows + lane / 4 * 2;
+        *reinterpret_cast<float2*>(mine) = make_float2(sum[0], sum[2]);
+        *reinterpret_cast<float2*>(mine + kTileRows) = make_float2(sum[1], sum[3]);
+        sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+        if (!GATED || now.part == 1) {
+          __syncthreads();
+          auto total = [&](int buffer, int i) {
+            float total = 0.f;
+#pragma unroll 4
+            for (int w = 0; w < warps; ++w) total += partial[(buffer * warps + w) * 128 + i];
+            return from_float<T>(total);
+          };
+#pragma unroll 1
+          for (int i = threadIdx.x; i < M * kTileRows; i += blockDim.x) {
+            u16 value = total(buffer, i);
+            if (GATED) {
+              const float gate = T::to_float(total(buffer - 1, i)), up = T::to_float(value);
+              value = from_float<T>((s.gelu ? activate<true>(gate) : activate<false>(gate)) * up);
+            }
+            y[size_t(i / kTileRows) * units * kTileRows + now.unit * kTileRows + i % kTileRows] = value;
+          }
+        }
+        buffer = (buffer + 1) % (2 * kParts);
+      }
+      now = next, ahead = next_of(ahead);
     }
-    item = ahead_item, panel = ahead_panel;
-    if (item >= items) break;
-    now = next;
-    ahead_panel = panel + 1 == panels ? 0 : panel + 1;
-    ahead_item = item + (ahead_panel == 0);
-    load(next, ahead_item, ahead_panel);
   }
 }
 #endif
