@@ -50,7 +50,7 @@ class Linear(ctypes.Structure):
 class Fusion(ctypes.Structure):
     """`fh_w4a16_fusion` of w4a16_fused.h."""
 
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         *[(n, P) for n in ("residual", "sum", "first_norm", "norm")],
         *[("weight_offset", F), ("epsilon", F), ("gated", I), ("activation", I)],
     ]
@@ -59,7 +59,7 @@ class Fusion(ctypes.Structure):
 class AttentionFusion(ctypes.Structure):
     """`fh_attention_fusion` of attention.h."""
 
-    _fields_ = [
+    _fields_: ClassVar[Fields] = [
         *[(n, P) for n in ("qkv", "rotations", "q_norm", "k_norm")],
         *[("norm_offset", F), ("epsilon", F)],
     ]

@@ -543,8 +543,7 @@ def body_states(export: Path, ids: Sequence[int]) -> np.ndarray:
     body, found = backend.body(), []
     limit = backend.settings.context_length
     for i in range(0, len(ids[:limit]), PREFILL):
-        body.feed(ids[i : i + PREFILL])
-        found.append(body.hidden[0].copy())
+        found.append(body.states(ids[i : i + PREFILL]))
     return np.concatenate(found)
 
 

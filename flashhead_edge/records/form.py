@@ -120,8 +120,8 @@ def check_record(found: Any, where: str) -> None:
         raise SettingsError(f"{where}: {_place(error.absolute_path)}{_words(error.message)}, expected the form of record.schema.json; correct or remove it")
     try:
         json.dumps(found, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise SettingsError(f"{where}: it holds half a character ({error.reason}), expected text that UTF-8 can write; correct or remove it") from error
+    except UnicodeEncodeError as half:
+        raise SettingsError(f"{where}: it holds half a character ({half.reason}), expected text that UTF-8 can write; correct or remove it") from half
     base = found["baseline"]
     if base is not None and base["run"] != found["run"]:
         raise SettingsError(

@@ -107,6 +107,7 @@ def test_answer_that_is_none_is_said(served: Served, status: int, body: bytes, s
 
 
 def test_server_that_is_not_there_is_said_and_the_board_is_shown(served: Served) -> None:
+    served.http.shutdown()  # a socket closed while its thread still waits at it takes the connection and resets it
     served.http.server_close()
     document = next(looks(BOARDS / "orin-nano", interval=0.01, server=served.address))
     assert document["power"] is not None and "refused" in document["unread"][served.address]
