@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flashhead_edge.errors import SettingsError
 from flashhead_edge.jetson.board_files import Files
 
 MIB = 1 << 20
@@ -35,6 +36,16 @@ class Module:
     def total(self) -> int:
         """MemTotal in bytes: measured, else predicted from the nominal size."""
         return self.memory_total if self.memory_total is not None else int(UNMEASURED_SHARE * (self.nominal_gb << 30))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that a block may have, opt-in limit."""
+        return SHARED_BYTES[self.capability]
+
+    @property
+    def cuda(self) -> int:
+        """The oldest major version of CUDA that its system brings."""
+        return 12 if self.capability == 87 else 13  # Orin: JetPack 6 has CUDA 12, JetPack 7 CUDA 13
 
 
 NOT_MEASURED = f"not measured: {100 * UNMEASURED_SHARE:.0f} % of its memory, as the Orin Nano 8 GB has"
@@ -140,6 +151,18 @@ def module_named(key: str) -> Module | None:
     plain = re.sub(r"[^a-z0-9]", "", key.lower()).removeprefix("jetson")
     plain = ALSO.get(plain, plain)
     return next((m for m in MODULES if m.key.replace("-", "") == plain), None)
+
+
+def board_named(name: str) -> Module:
+    """The module of a name that a person gives, to write or to compile for it on another machine.
+
+    Raises:
+        SettingsError: the name is not known.
+    """
+    module = module_named(name)
+    if module is None:
+        raise SettingsError(f"board {name}: not known, expected one of {', '.join(m.key for m in MODULES)}; name one of them, or give its GPU's numbers")
+    return module
 
 
 def jetpack_of(l4t: str | None) -> str | None:

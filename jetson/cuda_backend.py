@@ -26,6 +26,7 @@ from flashhead_edge.jetson.cuda_session import setting
 from flashhead_edge.jetson.driver import Memory, Pinned
 from flashhead_edge.jetson.folder import ExportSettings
 from flashhead_edge.jetson.plan import Need
+from flashhead_edge.jetson.positions import CutByLength
 from flashhead_edge.jetson.steps import joined, logits_by_rows, step_of
 from flashhead_edge.jetson.tensorrt_engine import to_float32, to_half
 from flashhead_edge.progress import Progress, silent
@@ -190,10 +191,8 @@ def step_from(found: dict[str, np.ndarray]) -> Step:
     return step_of(*(found[name] for name in ("token", "candidate_ids", "candidate_logits", "counts", "capped")))
 
 
-class CudaBody:
+class CudaBody(CutByLength):
     """The body in the middle of one text. There is one cache: a later text takes it over."""
-
-    can_cut = True
 
     def __init__(self, backend: Cuda) -> None:
         self.backend, self.length = backend, 0
@@ -278,17 +277,6 @@ class CudaBody:
         self.length += tokens
         self.last = states, step
         return states
-
-    def cut(self, tokens: int) -> None:
-        """Forget the last `tokens` positions."""
-        self.length -= tokens
-
-    def snapshot(self) -> int:
-        """The length says all: what lies behind it is written again."""
-        return self.length
-
-    def restore(self, kept: int) -> None:
-        self.length = kept
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from typing import Any
 from flashhead_edge.checkpoint.families import text_config
 from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
+from flashhead_edge.jetson.board import board_named
 from flashhead_edge.jetson.cuda_backend import Cuda, open_program
 from flashhead_edge.jetson.cuda_plan import checkpoint_need
 from flashhead_edge.jetson.driver import DeviceFacts, device_facts
@@ -23,7 +24,6 @@ from flashhead_edge.program.weights import PRECISIONS
 from flashhead_edge.progress import Progress, silent
 
 CONTEXT = 4096  # positions of the cache, at most, where nobody says
-ORIN = DeviceFacts("Jetson AGX Orin", 87, 16, 163 << 10, 0, 0, None, "12.6")  # that a plan without a GPU takes launches for
 GROUP = 128  # weights that share a scale where a matrix is coded here
 
 
@@ -85,7 +85,8 @@ def need_of_checkpoint(folder: Path, context: int | None = None, batch: int = 1)
     try:
         facts = device_facts()
     except DeviceError:
-        facts = ORIN
+        board = board_named("agx-orin-64gb")  # whose launches a plan without a GPU counts
+        facts = DeviceFacts(board.title, board.capability, board.multiprocessors, board.shared_bytes, 0, 0, None, f"{board.cuda}")
     return checkpoint_need(
         folder, facts, precision=precision_of(config), context=_context(config, context), group=_group(config), batch=batch,
         positions=describe(config).positions or None,

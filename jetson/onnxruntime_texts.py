@@ -16,6 +16,7 @@ from flashhead_edge.jetson import onnxruntime_body
 from flashhead_edge.jetson.folder import AGAIN, ExportSettings
 from flashhead_edge.jetson.onnxruntime_body import PAST, cache_shape, check_numbers, parts, present
 from flashhead_edge.jetson.onnxruntime_sessions import runtime_errors, short
+from flashhead_edge.jetson.positions import CutByLength
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -112,10 +113,8 @@ class SharedCache:
             text.start = start
 
 
-class TextBody:
+class TextBody(CutByLength):
     """One text in a shared cache: a `generation.BodySession`. A position is forgotten by lowering `length`."""
-
-    can_cut = True
 
     def __init__(self, shared: SharedCache) -> None:
         self.shared = shared
@@ -145,17 +144,6 @@ class TextBody:
     def states(self, ids: Sequence[int]) -> np.ndarray:
         """Run tokens after what the cache holds, all at once: hidden states of all of them, [n, d] float32, the caller's to keep."""
         return self.shared.run([self], [ids]).copy()
-
-    def cut(self, tokens: int) -> None:
-        """Forget the last `tokens` positions."""
-        self.length -= tokens
-
-    def snapshot(self) -> int:
-        """The length says all: what lies behind it is written again."""
-        return self.length
-
-    def restore(self, kept: int) -> None:
-        self.length = kept
 
     def _check(self, ids: Sequence[int]) -> None:
         limit = self.shared.settings.context_length

@@ -22,7 +22,7 @@ from typing import Any
 from flashhead_edge import __version__
 from flashhead_edge.errors import DeviceError, EngineError, SettingsError
 from flashhead_edge.jetson import plugins
-from flashhead_edge.jetson.board_gpus import board_gpu
+from flashhead_edge.jetson.board import board_named
 from flashhead_edge.jetson.driver import device_facts
 from flashhead_edge.jetson.nvrtc import Nvrtc, cuda_folders, find_nvrtc, wheel_folders
 from flashhead_edge.progress import Progress, silent
@@ -74,13 +74,13 @@ def target_named(name: str) -> Target:
     """
     if name.isdecimal():
         return Target(int(name), None)
-    gpu = board_gpu(name)
+    module = board_named(name)
     if shutil.which(compiler()) and machine_of_compiler() != BOARDS_PROCESSOR:
         raise SettingsError(
             f"board {name}: {compiler()} compiles for {machine_of_compiler()}, expected a compiler for {BOARDS_PROCESSOR}, which the board has; "
             f"install one (apt install g++-{BOARDS_PROCESSOR}-linux-gnu) and set CXX={BOARDS_PROCESSOR}-linux-gnu-g++, or build on the board"
         )
-    return Target(gpu.capability, gpu.cuda)
+    return Target(module.capability, module.cuda)
 
 
 def sources() -> Sources:

@@ -30,6 +30,7 @@ from flashhead_edge.jetson.driver import Device, Graph, Memory, Pinned, Stream, 
 from flashhead_edge.jetson.folder import ExportSettings
 from flashhead_edge.jetson.plan import check_fits, free_gpu
 from flashhead_edge.jetson.plan_sources import tensorrt_need
+from flashhead_edge.jetson.positions import CutByLength
 from flashhead_edge.jetson.steps import joined, logits_by_rows, step_of
 from flashhead_edge.jetson.tensorrt_engine import Context, Engine, Runtime, load_tensorrt, to_float32, to_half
 from flashhead_edge.jetson.tensorrt_folder import WEIGHTS, Manifest, check_files, check_machine, read_manifest
@@ -355,10 +356,8 @@ class TensorRT:
         self.setting("seed", rows)[:] = [seed % 2**64 for seed in seeds]
 
 
-class TensorRTBody:
+class TensorRTBody(CutByLength):
     """The body in the middle of one text. There is one cache: a later text takes it over."""
-
-    can_cut = True
 
     def __init__(self, backend: TensorRT) -> None:
         self.backend, self.length = backend, 0
@@ -386,17 +385,6 @@ class TensorRTBody:
         self.length += len(ids)
         self.last = found
         return found[0]
-
-    def cut(self, tokens: int) -> None:
-        """Forget the last `tokens` positions."""
-        self.length -= tokens
-
-    def snapshot(self) -> int:
-        """The length says all: what lies behind it is written again."""
-        return self.length
-
-    def restore(self, kept: int) -> None:
-        self.length = kept
 
 
 @dataclass(frozen=True, eq=False)

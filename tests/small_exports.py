@@ -44,3 +44,18 @@ def write_with_index(model: Path, out: Path, index_of: Callable[..., Any]) -> Pa
     head = read_head(source)
     write_checkpoint(source, out, index_of(head.weight, fingerprint=head.fingerprint), clusters_of(head.weight, head.vocab_size))
     return out
+
+
+def write_tied(folder: Path) -> Path:
+    """A FlashHead checkpoint of a tied model in bfloat16, as `flashhead convert` writes one: folder/checkpoint."""
+    import torch
+    import transformers
+    from small_checkpoints import save_tokenizer
+    from small_heads import everything_open
+    from small_programs import MODELS
+
+    torch.manual_seed(0)
+    MODELS["qwen3"](transformers).to(torch.bfloat16).save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    # vocab_size: as many as the tokenizer names
+    return write_with_index(folder / "model", folder / "checkpoint", lambda w, fingerprint: everything_open(w, vocab_size=127, fingerprint=fingerprint))

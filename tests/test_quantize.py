@@ -14,6 +14,7 @@ from small_bodies import BODIES, save_body
 from small_checkpoints import content, save_checkpoint, save_tokenizer
 from torch import Tensor
 
+from flashhead_edge.capture import recording
 from flashhead_edge.checkpoint import load_model, open_source, quantised, read_head
 from flashhead_edge.checkpoint.shards import ShardWriter
 from flashhead_edge.errors import CheckpointError, FlashHeadError, SettingsError, UnsupportedModelError
@@ -258,6 +259,10 @@ def test_transformers_reads_it_through_compressed_tensors(symmetric: bool, tmp_p
     save_file({n: t.float() for n, t in floats.items()}, plain / "model.safetensors", {"format": "pt"})
     with torch.no_grad():
         want, got = load_model(plain)(input_ids=IDS).logits, load_model(out)(input_ids=IDS).logits
+    model = load_model(out)
+    with torch.no_grad(), recording(model, compute=False) as seen:  # the head's forward is replaced before the first text
+        model(input_ids=IDS)
+    assert seen[0].shape[:2] == IDS.shape
     # with zero points compressed-tensors 0.20 fails on what it wrote itself: we read those
     assert ("turned into floats in memory" in caplog.text) == (not symmetric)
     # transformers may make the weights in bfloat16: 8 bits of each

@@ -141,6 +141,7 @@ def _model_class(source: Source) -> Any:
 
 
 def _from_folder(source: Source, dtype: torch.dtype, scheme: dict[str, Any] | None = None, device: Any = "cpu") -> PreTrainedModel:
+    import torch
     from safetensors import SafetensorError
 
     remote = {"trust_remote_code": True} if source.trust_remote_code and "auto_map" in source.config else {}
@@ -153,6 +154,9 @@ def _from_folder(source: Source, dtype: torch.dtype, scheme: dict[str, Any] | No
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{source.name}: transformers cannot load the model ({first_line(error)}); fetch the model again") from error
     _check_complete(info, source.name, () if scheme is None else NOT_STORED)
+    if scheme is not None and scheme.get("quant_method") == "compressed-tensors":
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # it unpacks its weights then, and only where no forward is replaced yet
     return model  # type: ignore[no-any-return]
 
 

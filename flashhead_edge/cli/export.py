@@ -146,10 +146,10 @@ def tensorrt(
     if board is not None:
         if multiprocessors or shared_kib or capability:
             raise click.UsageError("--for names the board whose numbers --multiprocessors, --shared-kib and --capability are: leave them out.")
-        from flashhead_edge.jetson.board_gpus import board_gpu
+        from flashhead_edge.jetson.board import board_named
 
-        gpu = board_gpu(board)
-        multiprocessors, shared_kib, capability = gpu.multiprocessors, gpu.shared_kib, gpu.capability
+        module = board_named(board)
+        multiprocessors, shared_kib, capability = module.multiprocessors, module.shared_bytes >> 10, module.capability
     device_asked = (multiprocessors, shared_kib, capability)
     if onnx_only == (None in device_asked) or (not onnx_only and any(device_asked)):
         raise click.UsageError("--onnx-only and --for, or --multiprocessors, --shared-kib and --capability, belong together: all of them, or none.")

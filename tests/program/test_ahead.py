@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from small_checkpoints import save_tokenizer
-from small_exports import write_with_index
-from small_heads import everything_open
-from small_programs import MODELS
+from small_exports import write_tied
 
 from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
 from flashhead_edge.program.ahead import ahead_folder, name_for, ready_program, write_ahead
@@ -26,14 +22,7 @@ DEVICES = [Device(16, 163 << 10, 87), Device(4, 163 << 10, 87), Device(20, 227 <
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FlashHead checkpoint of a tied model."""
-    import transformers
-
-    folder = tmp_path_factory.mktemp("ahead")
-    torch.manual_seed(0)
-    MODELS["qwen3"](transformers).to(torch.bfloat16).save_pretrained(folder / "model")
-    save_tokenizer(folder / "model")
-    return write_with_index(folder / "model", folder / "checkpoint", lambda w, fingerprint: everything_open(w, vocab_size=127, fingerprint=fingerprint))
+    return write_tied(tmp_path_factory.mktemp("ahead"))
 
 
 @pytest.fixture(scope="module")

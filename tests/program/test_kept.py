@@ -14,13 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_exports import write_with_index
-from small_heads import everything_open
-from small_programs import CONTEXT, MODELS, ORIN
+from small_exports import write_tied
+from small_programs import CONTEXT, ORIN
 
 from flashhead_edge.checkpoint import read_head
 from flashhead_edge.errors import CheckpointError, FlashHeadError
-from flashhead_edge.index import HeadIndex
 from flashhead_edge.program import weights as weights_file
 from flashhead_edge.program.file import Program
 from flashhead_edge.program.kept import cached_program, head_fingerprint, program_key, programs_folder
@@ -31,19 +29,7 @@ INDEX = "flash_head_assets/index.safetensors"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FlashHead checkpoint of a tied model, as `flashhead convert` writes one."""
-    import transformers
-    from small_checkpoints import save_tokenizer
-
-    folder = tmp_path_factory.mktemp("kept")
-    torch.manual_seed(0)
-    MODELS["qwen3"](transformers).to(torch.bfloat16).save_pretrained(folder / "model")
-    save_tokenizer(folder / "model")
-
-    def index_of(weight: torch.Tensor, fingerprint: str) -> HeadIndex:
-        return everything_open(weight, vocab_size=127, fingerprint=fingerprint)  # as many as the tokenizer names
-
-    return write_with_index(folder / "model", folder / "checkpoint", index_of)
+    return write_tied(tmp_path_factory.mktemp("kept"))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -125,21 +124,6 @@ def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
 
 ROWS = "return [...document.querySelectorAll('#records tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
 SETTLED = "const done = arguments[0], wait = () => document.documentElement.dataset.drawn ? done() : requestAnimationFrame(wait); wait()"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("no chromium with chromedriver installed (apt-get install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1240,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as session:
-        yield session
 
 
 @pytest.fixture(scope="module")

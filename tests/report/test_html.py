@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -134,21 +132,6 @@ def test_ticks() -> None:
     assert [v for v, _ in plots.log_ticks(1, 1e5, str)] == pytest.approx([1, 10, 100, 1e3, 1e4, 1e5])
     assert [v for v, _ in plots.linear_ticks(0.11, str)] == pytest.approx([0, 0.05, 0.1])
     assert len(plots.linear_ticks(0.0, str)) == 1
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("no chromium with chromedriver installed (apt-get install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1000,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as session:
-        yield session
 
 
 def requests(session: Any) -> list[str]:
