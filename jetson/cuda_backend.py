@@ -17,6 +17,7 @@ import numpy as np
 
 from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
+from flashhead_edge.generation.positions import CutByLength
 from flashhead_edge.generation.protocols import Chosen, Verified
 from flashhead_edge.head import Step
 from flashhead_edge.jetson import cuda_session
@@ -26,7 +27,6 @@ from flashhead_edge.jetson.cuda_session import setting
 from flashhead_edge.jetson.driver import Memory, Pinned
 from flashhead_edge.jetson.folder import ExportSettings
 from flashhead_edge.jetson.plan import Need
-from flashhead_edge.jetson.positions import CutByLength
 from flashhead_edge.jetson.steps import joined, logits_by_rows, step_of
 from flashhead_edge.jetson.tensorrt_engine import to_float32, to_half
 from flashhead_edge.progress import Progress, silent

@@ -12,11 +12,11 @@ from weakref import WeakSet
 import numpy as np
 
 from flashhead_edge.errors import EngineError
+from flashhead_edge.generation.positions import CutByLength
 from flashhead_edge.jetson import onnxruntime_body
 from flashhead_edge.jetson.folder import AGAIN, ExportSettings
 from flashhead_edge.jetson.onnxruntime_body import PAST, cache_shape, check_numbers, parts, present
 from flashhead_edge.jetson.onnxruntime_sessions import runtime_errors, short
-from flashhead_edge.jetson.positions import CutByLength
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

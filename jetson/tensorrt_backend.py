@@ -24,13 +24,13 @@ import numpy as np
 
 from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
+from flashhead_edge.generation.positions import CutByLength
 from flashhead_edge.head import Step
 from flashhead_edge.jetson import plugins
 from flashhead_edge.jetson.driver import Device, Graph, Memory, Pinned, Stream, device_facts
 from flashhead_edge.jetson.folder import ExportSettings
 from flashhead_edge.jetson.plan import check_fits, free_gpu
 from flashhead_edge.jetson.plan_sources import tensorrt_need
-from flashhead_edge.jetson.positions import CutByLength
 from flashhead_edge.jetson.steps import joined, logits_by_rows, step_of
 from flashhead_edge.jetson.tensorrt_engine import Context, Engine, Runtime, load_tensorrt, to_float32, to_half
 from flashhead_edge.jetson.tensorrt_folder import WEIGHTS, Manifest, check_files, check_machine, read_manifest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class CutByLength:
-    """Part of a `generation.BodySession`: what lies behind `length` is written again before anybody reads it."""
+    """Part of a `BodySession`: what lies behind `length` is written again before anybody reads it."""
 
     can_cut = True
     length: int  # positions that are filled
