@@ -42,9 +42,7 @@ LLAMA: dict[str, Any] = {
 
 def device_microseconds(profile: Any) -> float:
     """Of all kernels and copies on the device, the sum of their durations."""
-    from torch.autograd import DeviceType
-
-    return sum(event.device_time_total for event in profile.events() if event.device_type == DeviceType.CUDA)
+    return sum(event.device_time_total for event in profile.events() if event.device_type.name == "CUDA")
 
 
 def vllm_figures() -> dict[str, Any]:
