@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.costs import bytes_per_step
-from flashhead_edge.index import HeadIndex, Stage
+from flashhead_edge.index import MOST_CANDIDATES, HeadIndex, Stage
 from flashhead_edge.progress import Progress, silent
 from flashhead_edge.reference import coordinates, probe, state_unit, torch_head
 from flashhead_edge.search import Group
@@ -47,6 +47,7 @@ def choose_caps(
 
     A cap lies between what a step needs on the average, `seen`, and what the hardest states need; all gates at the same
     share of the way. They are tried on the states that open most clusters, where nearly all that they cut lies.
+    The last one, of rows that are scored exactly, is never above MOST_CANDIDATES.
 
     Returns:
         A cap for each gate, and the states of each group, of those tried, whose token the caps lose.
@@ -72,18 +73,23 @@ def choose_caps(
     bound = MOST_BYTES * float(bytes_per_step(index, seen, row_size).mean())
 
     def at(share: float) -> list[int]:
-        return [max(1, math.ceil(a + share * (b - a))) for a, b in zip(mean, most)]
+        wanted = [max(1, math.ceil(a + share * (b - a))) for a, b in zip(mean, most)]
+        return [*wanted[:-1], min(wanted[-1], MOST_CANDIDATES)] if index.stages else wanted
+
+    def lost_with(caps: list[int]) -> list[int]:
+        _, capped = run(with_gates(index, margins, caps), "caps")
+        gone = (tokens == winners[hardest]) & (capped != tokens)
+        return [int(gone[(hardest >= g.start) & (hardest < g.stop)].sum()) for g in groups]
 
     shares = [i / 64 for i in range(1, 65)]
     fitting = [s for s in shares if bytes_per_step(index, most_counts(index, at(s))[None], row_size)[0] <= bound]
     for share in [s for s in shares if s >= max(fitting, default=shares[0])][::8]:
         caps = at(share)
-        _, capped = run(with_gates(index, margins, caps), "caps")
-        gone = (tokens == winners[hardest]) & (capped != tokens)
-        cut = [int(gone[(hardest >= g.start) & (hardest < g.stop)].sum()) for g in groups]
+        cut = lost_with(caps)
         if all(n <= max(g.allowed, 0) // CAPS_SHARE for n, g in zip(cut, groups)):
             return caps, cut
-    return at(1.0), [0] * len(groups)
+    widest = at(1.0)
+    return widest, lost_with(widest) if widest[-1] < most[-1] else [0] * len(groups)
 
 
 def _opened(head: Any, states: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from flashhead_edge.codes import Coded
 from flashhead_edge.errors import CheckpointError
 
 FORMAT_VERSION = 1
+MOST_CANDIDATES = 8192  # decode.h: rows scored exactly in a step, among which a GPU's kernel draws
 ERROR_STEPS = 8  # values of a coded error in a doubling: relative rounding of at most 2^(1/16) - 1 = 4.4 %
 
 

@@ -161,6 +161,11 @@ def test_caps_bound_a_step_and_what_they_lose_is_counted(data_and_fit, monkeypat
     stricter, _ = caps.choose_caps(index, data.states, data.winners, [dataclasses.replace(g, allowed=0) for g in data.groups], WEIGHT, None, seen)
     assert all(a >= b for a, b in zip(stricter, chosen))
     assert stricter != chosen
+    monkeypatch.setattr(caps, "MOST_CANDIDATES", chosen[-1] // 2)  # what a GPU's kernel draws among: fewer than some state needs
+    drawn, gone = caps.choose_caps(index, data.states, data.winners, generous, WEIGHT, None, seen)
+    assert drawn[-1] <= chosen[-1] // 2
+    assert sum(gone) > sum(cut)
+    monkeypatch.undo()
     kept = torch_head(caps.with_gates(index, [index.probe.margin, *(s.gate.margin for s in index.stages)], stricter), WEIGHT).step(data.states).token
     hardest = whole.counts[:, 0].topk(caps.CAPPED_STATES).indices
     assert not bool(((whole.token == data.winners) & (kept != data.winners))[hardest].any())

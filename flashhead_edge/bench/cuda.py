@@ -15,6 +15,7 @@ import numpy as np
 
 from flashhead_edge.cases import FEW_CODES, Case, made_index
 from flashhead_edge.errors import SettingsError
+from flashhead_edge.index import MOST_CANDIDATES
 from flashhead_edge.progress import Progress, silent
 
 CACHED = 512  # tokens in the cache of a timed step
@@ -51,7 +52,7 @@ def made_program(
     from flashhead_edge.export.tensorrt.made import ROW, record_layers, with_margins
     from flashhead_edge.program.build import Built
     from flashhead_edge.program.file import write_program
-    from flashhead_edge.program.head import DRAFTED_ROWS, MOST_CANDIDATES, head_part
+    from flashhead_edge.program.head import DRAFTED_ROWS, head_part
     from flashhead_edge.program.nodes import Decoder
     from flashhead_edge.program.weights import BLOCK_ROWS, STORED, Item, rounded
 

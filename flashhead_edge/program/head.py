@@ -11,13 +11,12 @@ import numpy as np
 from flashhead_edge.codes import row_bytes
 from flashhead_edge.costs import ERROR_BYTES, TOKEN_BYTES, fixed_bytes
 from flashhead_edge.errors import ExportError
-from flashhead_edge.index import HeadIndex
+from flashhead_edge.index import MOST_CANDIDATES, HeadIndex
 from flashhead_edge.kernels.packing import STATIC_SHARED, Packed, pack, plans, words_of
 from flashhead_edge.program.nodes import PLAIN, Attribute, Constant, Decoder, External, Graph, Node, Stored, Tensor
 from flashhead_edge.program.weights import Item, bytes_item, float_item
 
 MOST_ROWS = 32  # head_step.h: states of one launch
-MOST_CANDIDATES = 8192  # decode.h: of a row that is drawn from
 DRAFTED_ROWS = 8  # states that a program's head takes at once at least: of a draft and the token before it, as many as fused nodes and decode products take
 SAMPLING = (("temperature", "float32", 0), ("top_p", "float32", 0), ("min_p", "float32", 0), ("top_k", "int32", 0), ("seed", "int32", 2), ("step", "int32", 0))
 
