@@ -1,0 +1,104 @@
+"""A model of a decode step's time on the CUDA backend: the bytes that it reads and the phases that wait for each other.
+
+    microseconds = stretch * bytes / bandwidth + phase * phases
+
+A phase is what cannot begin before all of another is known, to the last block: a product, a norm in front of one, the parts of an attention, an exchange
+inside the head. Products that read much are held by bandwidth, stretched by what their blocks lose at both ends; everything in a small model is held by its
+phases, whatever they compute. The two parameters are fitted on two shapes of one device and say the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashhead_edge.bench.cuda import CACHED, models
+from flashhead_edge.errors import SettingsError
+
+HEAD_PHASES = 20  # block-wide waits of a head step (docs/kernels.md)
+END_PHASES = 4  # embedding, last norm, the step's end, the mail to the host
+HEAD_SHARE = 0.02  # of a dense head's bytes in 16 bits that a calibrated head reads on the average (docs/benchmarks.md: 0.013 to 0.04)
+CODES_A_TICK = 4 * 1024 / 135  # of a multiprocessor, bf16: docs/kernels.md, "A decoder layer in five launches"
+LAYER_PHASES = 9  # q, k, v 2 (norm, product); attention 3 (rotation, a warp's positions, their merging); o 1; gate and up 2; down 1
+FUSED_LAUNCHES, ENDS = 5, 4  # of a layer; embedding, last norm, head, end
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of one text costs whatever runs it."""
+
+    bytes: float  # codes, scales, cached positions and the head's
+    phases: int
+    launches: int
+    codes: int  # of the body's matrices
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Of one device."""
+
+    stretch: float  # of bytes over bandwidth
+    phase: float  # us
+
+    def microseconds(self, step: Step, bandwidth: float, multiprocessors: int | None = None, gigahertz: float = 1.0) -> float:
+        """bandwidth: of a copy, bytes a second; multiprocessors, gigahertz: where so few decode codes slower than memory brings them."""
+        read = self.stretch * step.bytes / bandwidth * 1e6
+        decoded = 0.0 if multiprocessors is None else step.codes / CODES_A_TICK / multiprocessors / gigahertz / 1e3
+        return max(read, decoded) + self.phase * step.phases
+
+
+def step_of(name: str, cached: int = CACHED) -> Step:
+    """A step of a made model (bench.cuda.models), W4A16.
+
+    Raises:
+        SettingsError: there is no such model.
+    """
+    if name not in models():
+        raise SettingsError(f"step model: {name!r}, expected one of {', '.join(models())}; choose one of these")
+    model, vocab, group = models()[name]
+    heads, pairs = model.q_heads * model.head_size, model.kv_heads * model.head_size
+    codes = model.hidden * (heads + 2 * pairs) + heads * model.hidden + 3 * model.hidden * model.intermediate
+    cache = 2 * 2 * cached * pairs
+    each = LAYER_PHASES + model.head_norms + 2 * model.post_norms
+    return Step(
+        model.layers * (codes / 2 + 2 * codes / group + cache) + HEAD_SHARE * 2 * vocab * model.hidden,
+        model.layers * each + HEAD_PHASES + END_PHASES,
+        model.layers * FUSED_LAUNCHES + ENDS,
+        model.layers * codes,
+    )
+
+
+def fitted(measured: Sequence[tuple[Step, float]], bandwidth: float) -> Fit:
+    """By least squares of relative errors; two steps are met exactly.
+
+    Args:
+        measured: steps and what they took, us.
+
+    Raises:
+        SettingsError: fewer than two, or such that the two parameters cannot be told apart.
+    """
+    rows = np.array([[step.bytes / bandwidth * 1e6 / us, step.phases / us] for step, us in measured], np.float64).reshape(-1, 2)
+    if len(rows) < 2 or np.linalg.matrix_rank(rows, 1e-6) < 2:
+        raise SettingsError(f"step model: {len(rows)} steps to fit, expected two or more of different shapes; measure another")
+    stretch, phase = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0]
+    return Fit(float(stretch), float(phase))
+
+
+def compared(records: Sequence[Any], fit_on: Sequence[str], bandwidth: float, fit: Fit | None = None) -> tuple[Fit, list[dict[str, Any]]]:
+    """Measured beside predicted, of `scripts/cuda_figures.py OUT steps`' records of one row; fit: of another device, else fitted here on `fit_on`.
+
+    Raises:
+        SettingsError: a shape to fit on was not measured.
+    """
+    steps = {r["model"]: (step_of(r["model"], r["cached"]), float(r["ours"])) for r in records if r["rows"] == 1}
+    if missing := [name for name in fit_on if name not in steps]:
+        raise SettingsError(f"step model: {', '.join(missing)} is not among {', '.join(steps)}, expected the shapes to fit on; measure it")
+    fit = fit or fitted([steps[name] for name in fit_on], bandwidth)
+    rows = []
+    for name, (step, us) in steps.items():
+        said = fit.microseconds(step, bandwidth)
+        rows.append({"model": name, "fitted_on": name in fit_on, "measured": us, "predicted": round(said, 1), "off": round(said / us - 1, 4)})
+    return fit, rows
