@@ -280,6 +280,9 @@ def emulated(program: Any, chunk: int = CHUNK, fuses: bool = True) -> Iterator[t
     called: list[str] = []
 
     def launch(function: str, *arguments: Any, device: Any, stream: int) -> None:
+        # w4a16_fused.h: attention reads lengths, which fh_advance writes, when all before the last launch that is no fused product has ended.
+        if function == "fh_attention_rope_decode":
+            assert next(c for c in reversed(called) if c != "fh_w4a16_fused") != "fh_advance"
         called.append(function)
         assert len(arguments) == len(native.LAUNCHERS[function]) and device is m.limits and stream == 0
         globals()[function](*arguments)

@@ -103,7 +103,7 @@ def test_fakes_say_the_shapes():
         q = layers.attention_rope_write(torch.empty(2, 1, 16, 64, **half), turn, None, None, 0.0, 1e-6, lengths, cache, cache, "sm_90", False)
         assert q.shape == (2, 1, 8, 64)
         rope = (torch.empty(2, 1, 16, 64, **half), turn, None, None, 0.0, 1e-6, lengths, cache, cache)
-        out = layers.attention_rope_decode(*rope, torch.empty(16, dtype=torch.uint8, device="cuda"), [8, 8, 2, 1, 512], 0, 0.125, "sm_90", True)
+        out = layers.attention_rope_decode(*rope, torch.empty(16, dtype=torch.uint8, device="cuda"), [8, 8, 2, 1, 256], 0, 0.125, "sm_90", True)
         assert out.shape == (2, 1, 8, 64)
 
 
@@ -135,7 +135,7 @@ def test_a_shape_without_a_plan_is_refused():
     [
         ("elementwise.cu", "fh::rms_norm<fh::Fp16>"),
         ("w4a16.cu", "fh::w4a16_decode<fh::Bf16, 128, false>"),
-        ("w4a16_fused.cu", "fh::w4a16_fused<fh::Bf16, 128, false, true, true>"),
+        ("w4a16_fused.cu", "fh::w4a16_fused<fh::Bf16, 128, false, true, true, true>"),
         ("attention.cu", "fh::attention_decode<fh::Bf16, 64, true>"),
     ],
 )

@@ -21,6 +21,7 @@ GROUPS, HEAD_SIZES, ACTIVATIONS = (32, 64, 128), (64, 96, 128, 256), ("silu", "g
 DECODE_ROWS = 8  # w4a16.h: up to so many rows the decode kernel runs
 WIDE_FORMS = ((256, 128, 83), (128, 128, 50), (128, 64, 41))  # w4a16.cu: outputs and tokens of a block of wgmma, and what a chunk takes it
 MOST_ROWS, MOST_CLUSTER, STEP = 8, 8, 16  # attention.cu: query rows of a block, blocks of a cluster, positions a warp takes at once
+ATTENTION_THREADS = 256  # attention.cu: of a block
 FUSED_QUERIES = 8  # attention.h: new tokens of a sequence that attention rotates itself
 LOG2E = 1.4426950408889634
 
@@ -155,12 +156,17 @@ class LinearPlan:
     grid: Grid
 
 
+def decode_warps(k: int) -> int:
+    """Warps that split K in decode, as w4a16_decode.cuh."""
+    chunks = k // 64
+    panels = -(-chunks // 64)
+    return -(-chunks // (4 * panels))
+
+
 def w4a16_plan(n: int, k: int, group: int, rows: int, multiprocessors: int, capability: int) -> LinearPlan:
     """The plan of `fh_w4a16_make_plan`."""
     if rows <= DECODE_ROWS:
-        chunks = k // 64
-        panels = -(-chunks // 64)
-        warps = -(-chunks // (4 * panels))
+        warps = decode_warps(k)
         resident = multiprocessors * (1 if warps > 8 else 16 // warps)
         return LinearPlan(True, False, 0, 0, Grid((min(n // 16, resident), 1, 1), 32 * warps, 1024 * warps))
     groups = 2 if group == 32 else 1
@@ -211,11 +217,24 @@ def _(x, codes, scales, zeros, group, architecture, multiprocessors, overlap):  
 FUSED_WIDTH = 16384  # w4a16_fused.h: inputs of a product behind a norm
 
 
+def w4a16_paired(n: int, k: int, multiprocessors: int) -> bool:
+    """Whether a block multiplies a gate and its partner side by side, as `paired` in w4a16_fused.cu."""
+    warps, pairs = decode_warps(k), n // 32
+    if warps > 8:
+        return False
+    alone, both = multiprocessors * (16 // warps), multiprocessors * (8 // warps)
+    return -(-pairs // both) * both < -(-pairs // alone) * alone
+
+
 def w4a16_fused_plan(n: int, k: int, rows: int, norm: bool, gated: bool, multiprocessors: int) -> Grid:
     """The grid of `fh_w4a16_make_fused_plan`, rows up to 8."""
     grid = w4a16_plan(n, k, 128, rows, multiprocessors, 80).grid
-    blocks = min(grid.blocks[0], n // 32) if gated else grid.blocks[0]
-    return Grid((blocks, 1, 1), grid.threads, grid.shared_bytes * (1 + gated) + norm * rows * (k + 32) * 2)
+    blocks, threads = grid.blocks[0], grid.threads
+    if gated and w4a16_paired(n, k, multiprocessors):
+        threads, blocks = 2 * threads, multiprocessors * (256 // threads)
+    if gated:
+        blocks = min(blocks, n // 32)
+    return Grid((blocks, 1, 1), threads, grid.shared_bytes * (1 + gated) + norm * rows * (k + 32) * 2)
 
 
 @torch.library.custom_op("flashhead::w4a16_fused", mutates_args={"total"}, device_types="cuda")
@@ -265,7 +284,8 @@ def w4a16_fused(
     _want(not activation or n % 32 == 0, name, "N", n, "a multiple of 32 with an activation")
     y = x.new_empty(len(x), n // 2 if activation else n)
     grid = w4a16_fused_plan(n, k, len(x), norm is not None, bool(activation), multiprocessors)
-    flags = ", ".join("true" if flag else "false" for flag in (zeros is not None, norm is not None, activation))
+    paired = activation and w4a16_paired(n, k, multiprocessors)
+    flags = ", ".join("true" if flag else "false" for flag in (zeros is not None, norm is not None, activation, paired))
     _run("w4a16_fused.cu", f"fh::w4a16_fused<{_element(x)}, {group}, {flags}>", grid, x.device, architecture, overlap, codes, scales, zeros, x, y, len(x), n,
          k, residual, total, first_norm, norm, weight_offset, epsilon, int(activation == "gelu_tanh"))  # fmt: skip
     return y
@@ -360,20 +380,19 @@ def attention_plan(batch: int, queries: int, q_heads: int, kv_heads: int, head_s
     _want(max_length >= queries and window >= 0, "attention_plan", "length and window", (max_length, window), f"at least {queries} and 0")
     count = queries * (q_heads // kv_heads)
     rows = min(count, MOST_ROWS)
-    row_blocks, threads = -(-count // rows), 512 if head_size == 64 else 256
+    row_blocks = -(-count // rows)
     items = batch * kv_heads * row_blocks
-    visible = window + queries if window > 0 and window + queries < max_length else max_length
-    splits = min(max(1, facts.multiprocessors // items), -(-visible // (threads // 32 * STEP)))
+    visible = min(window + queries - 1, max_length) if window > 0 else max_length
+    splits = min(max(1, facts.multiprocessors // items), -(-visible // (ATTENTION_THREADS // 32 * STEP)))
     cluster = 1
-    if facts.capability >= 90 and splits <= 2 * MOST_CLUSTER:
+    if facts.capability >= 90 and splits <= 4 * MOST_CLUSTER:
         cluster = splits = min(splits, MOST_CLUSTER)
-    return AttentionPlan(splits, cluster, rows, row_blocks, threads, _workspace_bytes(items, splits, cluster, rows, head_size))
+    return AttentionPlan(splits, cluster, rows, row_blocks, ATTENTION_THREADS, _workspace_bytes(items, splits, cluster, rows, head_size))
 
 
 def attention_shared_bytes(head_size: int, threads: int, rows: int, cluster: int, queries: int) -> int:
     """Of one block, as attention.cu's `shared_bytes`; queries: 0 without the rotary embedding in the launch."""
-    shares = -(-rows * head_size // 16 // cluster) if cluster > 1 else 0
-    inbox = cluster * (shares * 64 + rows * 8) if cluster > 1 else 0
+    inbox = (rows * head_size // 16 + cluster - 1) * 64 + cluster * rows * 8 if cluster > 1 else 0
     return 4 * (threads // 32) * rows * (head_size + 2) + inbox + ((rows + 2 * queries) * head_size * 2 if queries else 0)
 
 

@@ -75,7 +75,8 @@ typedef struct {
 } fh_attention_fusion;
 
 /* fh_attention_rope_write and fh_attention_decode in one launch, with their bits, out and cache alike; queries at most 8. plan, workspace and arrivals as in
- * fh_attention_decode. With device->overlap the launch before this one may write qkv, and nothing else that this one reads.
+ * fh_attention_decode. With device->overlap the launch before this one may write qkv, and nothing else that this one reads; behind fh_w4a16_fused its
+ * header says what several before may not write. Where blocks form clusters, lengths that change while a launch runs end it with an error.
  */
 const char* fh_attention_rope_decode(const fh_attention_shape* shape, const fh_attention_plan* plan, const fh_attention_fusion* fusion, void* cache_k,
                                      void* cache_v, const int* lengths, void* out, void* workspace, unsigned* arrivals, const fh_device* device,

@@ -50,7 +50,7 @@ template <class T, int GROUP, bool ASYMMETRIC>
 __global__ void __launch_bounds__(512, 1)
     w4a16_decode(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K) {
   extern __shared__ uint4 raw[];
-  decode_block<T, GROUP, ASYMMETRIC, false, false, false>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, {});
+  decode_block<T, GROUP, ASYMMETRIC, false, false, false, false>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, {});
 }
 
 // What a team of warps reads for one chunk of K: ROWS outputs and TOKENS tokens.
@@ -278,8 +278,7 @@ void fh_w4a16_make_plan(const fh_w4a16_weight* w, int M, const fh_device* device
   *plan = {};
   const int tiles = w->N / fh::kTileRows;
   if (M <= FH_W4A16_DECODE_ROWS) {
-    const int chunks = w->K / fh::kChunk, panels = (chunks + 63) / 64;
-    const int warps = (chunks + 4 * panels - 1) / (4 * panels);  // at most 16, and the last panel nearly full
+    const int warps = fh::decode_warps(w->K);
     const int resident = device->multiprocessors * (warps > 8 ? 1 : 16 / warps);
     *plan = {1, 0, 0, 0, tiles < resident ? tiles : resident, 1, warps * 32, 2 * warps * 128 * int(sizeof(float))};
     return;

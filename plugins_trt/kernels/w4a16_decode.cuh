@@ -10,6 +10,12 @@ namespace fh {
 // 2 for both) lost 3 to 7 % of a body of five launches a layer on an H100. The order of sums does not depend on these.
 constexpr int kHeldChunks = 2, kHeldSets = 2, kSharedChunks = 4, kSharedSets = 1;
 
+// Warps that split K: at most 16, a warp's panels of four chunks nearly full. K alone decides: the split is the order of the sums.
+__host__ __device__ constexpr int decode_warps(int K) {
+  const int chunks = K / 64, panels = (chunks + 63) / 64;
+  return (chunks + 4 * panels - 1) / (4 * panels);
+}
+
 // What surrounds a product in a decoder layer; pointers as in w4a16_fused.h.
 struct Surroundings {
   const u16 *residual, *first_norm, *norm;
@@ -146,10 +152,10 @@ __device__ void normalise_rows(const u16* x, const Surroundings& s, int M, int d
   }
 }
 
-// normalise_rows for one row, of which each thread has one vector.
+// normalise_rows for one row, of which no thread has more than one vector. sums: floats [2][blockDim.x / 32].
 template <class T>
 __device__ void normalise_row(const u16* x, const Surroundings& s, int d, u16* row, float* sums, uint4 first_gain, uint4 gain) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, i = threadIdx.x * 8;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = norm_threads(d) / 32, i = threadIdx.x * 8;
   const bool inside = i < d;
   uint4 h = load_if(inside, x + i), other = make_uint4(0, 0, 0, 0);
   if (s.residual) other = load_if(inside, s.residual + i);
@@ -159,7 +165,7 @@ __device__ void normalise_row(const u16* x, const Surroundings& s, int d, u16* r
     __syncthreads();
     return norm_factor(sums, warps, d, s.epsilon);
   };
-  if (s.first_norm) h = normalised<T>(h, first_gain, factor_of(sums + warps), s.weight_offset);
+  if (s.first_norm) h = normalised<T>(h, first_gain, factor_of(sums + blockDim.x / 32), s.weight_offset);
   if (s.residual) {
     h = add_rounded<T>(h, other);
     if (blockIdx.x == 0 && inside) *reinterpret_cast<uint4*>(s.sum + i) = h;
@@ -169,15 +175,15 @@ __device__ void normalise_row(const u16* x, const Surroundings& s, int d, u16* r
   __syncthreads();
 }
 
-// blockDim.x / 32 warps split K; a block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of 16 outputs each, with GATED pairs of them: a gate's and,
+// blockDim.x / 32 warps split K, or half as many where the block is PAIRED: half of its warps take the gate's tile and half its partner's, side by side
+// instead of in turn. A block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of 16 outputs each, with GATED pairs of them: a gate's and,
 // half of the matrix on, its partner's. shared: floats [2, with GATED 4][warps][128], with NORM then u16 [M][row_stride(K)].
-// EARLY: the next launch may begin before the one before this has ended, when this one's blocks have all begun: only where what the next one reads before it
-// waits was written two launches ago or earlier.
-template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool EARLY>
+// EARLY: the next launch may begin when this one's blocks have all begun, before the one before this has ended (w4a16_fused.h says what follows).
+template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool PAIRED, bool EARLY>
 __device__ void decode_block(float* shared, const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K,
                              const Surroundings& s) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int token = lane / 4;
+  const int lane = threadIdx.x % 32, token = lane / 4, warps = blockDim.x / (PAIRED ? 64 : 32);
+  const int own_part = PAIRED && int(threadIdx.x / 32) >= warps ? 1 : 0, warp = threadIdx.x / 32 - own_part * warps;
   constexpr bool kHold = !NORM;
   constexpr int kChunks = kHold ? kHeldChunks : kSharedChunks, kSets = kHold ? kHeldSets : kSharedSets;
   const int count = K / kChunk, panel_chunks = warps * kChunks;
@@ -190,8 +196,8 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
     p.base += panel_chunks;
     if (p.base < count) return p;
     p.base = 0;
-    if (GATED) p.part ^= 1;
-    if (!GATED || p.part == 0) p.unit += gridDim.x;
+    if (GATED && !PAIRED) p.part ^= 1;
+    if (!GATED || PAIRED || p.part == 0) p.unit += gridDim.x;
     return p;
   };
   Chunks<GROUP, ASYMMETRIC, kChunks> held[kSets] = {};
@@ -209,7 +215,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   };
 
   // Weights: no launch before this one writes them.
-  Place now{int(blockIdx.x), 0, 0}, ahead = now;
+  Place now{int(blockIdx.x), own_part, 0}, ahead = now;
 #pragma unroll
   for (int set = 0; set < kSets; ++set, ahead = next_of(ahead)) {
 #pragma unroll
@@ -225,7 +231,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   wait_for_previous();
   if (!EARLY) release_next();
   if (NORM) {
-    if (M == 1 && norm_threads(K) == int(blockDim.x) && K <= int(blockDim.x) * 8) {
+    if (M == 1 && norm_threads(K) <= int(blockDim.x) && K <= norm_threads(K) * 8) {
       normalise_row<T>(x, s, K, rows, partial, first_gain, gain);
     } else {
       normalise_rows<T>(x, s, M, K, rows, partial, first_gain, gain);
@@ -275,11 +281,11 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
       }
 
       if (next.base == 0) {
-        float* mine = partial + (buffer * warps + warp) * 128 + lane % 4 * 2 * kTileRows + lane / 4 * 2;
+        float* mine = partial + ((PAIRED ? buffer + own_part : buffer) * warps + warp) * 128 + lane % 4 * 2 * kTileRows + lane / 4 * 2;
         *reinterpret_cast<float2*>(mine) = make_float2(sum[0], sum[2]);
         *reinterpret_cast<float2*>(mine + kTileRows) = make_float2(sum[1], sum[3]);
         sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
-        if (!GATED || now.part == 1) {
+        if (!GATED || PAIRED || now.part == 1) {
           __syncthreads();
           auto total = [&](int buffer, int i) {
             float total = 0.f;
@@ -289,15 +295,15 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
           };
 #pragma unroll 1
           for (int i = threadIdx.x; i < M * kTileRows; i += blockDim.x) {
-            u16 value = total(buffer, i);
+            u16 value = total(PAIRED ? buffer + 1 : buffer, i);
             if (GATED) {
-              const float gate = T::to_float(total(buffer - 1, i)), up = T::to_float(value);
+              const float gate = T::to_float(total(PAIRED ? buffer : buffer - 1, i)), up = T::to_float(value);
               value = from_float<T>((s.gelu ? activate<true>(gate) : activate<false>(gate)) * up);
             }
             y[size_t(i / kTileRows) * units * kTileRows + now.unit * kTileRows + i % kTileRows] = value;
           }
         }
-        buffer = (buffer + 1) % (2 * kParts);
+        buffer = (buffer + (PAIRED ? 2 : 1)) % (2 * kParts);
       }
       now = next, ahead = next_of(ahead);
     }

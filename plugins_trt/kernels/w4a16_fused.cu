@@ -8,27 +8,25 @@
 //
 // Measured on an H100 in a body of Llama-3.2-1B's shape, what a layer takes longer with the launch than without: q, k, v 4.5 us, o 3.3, gate and up 10.8,
 // down 5.9 (bytes: 1.1, 0.7, 5.8, 2.9). Predicted 1.8, 1.6, 4.5, 3.3. All layers 435 us in five launches each, 518 in nine;
-// 412 since an item takes 400 instructions instead of 530. Verdict: kept, not there.
+// 412 since an item takes 400 instructions instead of 530, 372 since the next launch may always begin before this one waits and attention is shorter.
+// Verdict: kept, not there.
 #include "w4a16_decode.cuh"
 
 namespace fh {
 
-template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED>
+template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool PAIRED>
 __global__ void w4a16_fused(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K, const u16* residual,
                             u16* sum, const u16* first_norm, const u16* norm, float weight_offset, float epsilon, int gelu);
 
 #ifdef __CUDACC__
 // Dynamic shared memory: that of fh_w4a16_make_fused_plan.
-template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED>
+template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool PAIRED>
 __global__ void __launch_bounds__(512, 1)
     w4a16_fused(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K, const u16* residual, u16* sum,
                 const u16* first_norm, const u16* norm, float weight_offset, float epsilon, int gelu) {
   extern __shared__ float4 raw[];
   const Surroundings s{residual, first_norm, norm, sum, weight_offset, epsilon, gelu};
-  // In a layer o, gate and up, and down are followed by products, which read weights alone before they wait. Behind q, k and v stands attention, which reads
-  // lengths and the cache.
-  constexpr bool kEarly = !NORM || GATED;
-  decode_block<T, GROUP, ASYMMETRIC, NORM, GATED, kEarly>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, s);
+  decode_block<T, GROUP, ASYMMETRIC, NORM, GATED, PAIRED, true>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, s);
 }
 #endif
 
@@ -39,6 +37,16 @@ __global__ void __launch_bounds__(512, 1)
 #include "w4a16_fused.h"
 
 namespace fh {
+
+// Whether gate and partner are multiplied side by side, by a block of twice the threads. A block then takes half as long, but a multiprocessor holds half as
+// many: that pays where fewer places stay empty so, counted over all turns of the grid. Bits are the same. On an H100, us a body (docs/kernels.md):
+// Qwen3-1.7B, 384 pairs on three times 132 places instead of twice 264, 635 for 659; Llama-3.2-1B, 512 on as many places either way, 392 for 385.
+static bool paired(const fh_w4a16_weight& w, const fh_device& device) {
+  const int warps = decode_warps(w.K), pairs = w.N / kTileRows / 2;
+  if (warps > 8) return false;
+  const int alone = device.multiprocessors * (16 / warps), both = device.multiprocessors * (8 / warps);
+  return (pairs + both - 1) / both * both < (pairs + alone - 1) / alone * alone;
+}
 
 static const char* check(const fh_w4a16_weight& w, const fh_w4a16_fusion& f, const void* x, int M) {
   if (M < 1 || M > FH_W4A16_DECODE_ROWS) return failure("w4a16_fused: M is %d, expected 1 to %d; launch the steps one by one", M, FH_W4A16_DECODE_ROWS);
@@ -63,8 +71,8 @@ template <class T, int GROUP, bool ASYMMETRIC>
 const char* fused(const fh_w4a16_weight& w, const fh_w4a16_fusion& f, const void* x, void* y, int M, const fh_device& device, cudaStream_t stream) {
   fh_w4a16_plan plan;
   fh_w4a16_make_fused_plan(&w, &f, M, &device, &plan);
-  auto kernel = f.gated ? w4a16_fused<T, GROUP, ASYMMETRIC, true, true>
-                        : f.norm ? w4a16_fused<T, GROUP, ASYMMETRIC, true, false> : w4a16_fused<T, GROUP, ASYMMETRIC, false, false>;
+  auto kernel = f.gated ? paired(w, device) ? w4a16_fused<T, GROUP, ASYMMETRIC, true, true, true> : w4a16_fused<T, GROUP, ASYMMETRIC, true, true, false>
+                : f.norm ? w4a16_fused<T, GROUP, ASYMMETRIC, true, false, false> : w4a16_fused<T, GROUP, ASYMMETRIC, false, false, false>;
   return launch("w4a16_fused", device, stream, {dim3(plan.grid_x), plan.threads, plan.shared_bytes}, kernel, static_cast<const uint4*>(w.codes),
                 static_cast<const u16*>(w.scales), static_cast<const u8*>(w.zeros), static_cast<const u16*>(x), static_cast<u16*>(y), M, w.N, w.K,
                 static_cast<const u16*>(f.residual), static_cast<u16*>(f.sum), static_cast<const u16*>(f.first_norm), static_cast<const u16*>(f.norm),
@@ -89,8 +97,14 @@ const char* fused(const fh_w4a16_weight& w, const fh_w4a16_fusion& f, const void
 
 void fh_w4a16_make_fused_plan(const fh_w4a16_weight* w, const fh_w4a16_fusion* f, int M, const fh_device* device, fh_w4a16_plan* plan) {
   fh_w4a16_make_plan(w, M, device, plan);
-  const int pairs = w->N / fh::kTileRows / 2;
-  if (f->gated && plan->grid_x > pairs) plan->grid_x = pairs;
+  if (f->gated) {
+    const int pairs = w->N / fh::kTileRows / 2;
+    if (fh::paired(*w, *device)) {
+      plan->grid_x = device->multiprocessors * (256 / plan->threads);
+      plan->threads *= 2;
+    }
+    if (plan->grid_x > pairs) plan->grid_x = pairs;
+  }
   plan->shared_bytes *= f->gated ? 2 : 1;
   if (f->norm) plan->shared_bytes += M * fh::row_stride(w->K) * 2;
 }

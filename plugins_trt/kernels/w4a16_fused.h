@@ -32,8 +32,9 @@ typedef struct {
 void fh_w4a16_make_fused_plan(const fh_w4a16_weight* weight, const fh_w4a16_fusion* fusion, int M, const fh_device* device, fh_w4a16_plan* plan);
 
 /* M is 1 to 8; x[M, K], y[M, N] or gated [M, N / 2]. With device->overlap the weights and the norms are read while the launch before this one runs,
- * and a launch without norm or with a gate lets the one behind it begin while several before it still run: behind it belongs what reads, before it waits,
- * weights alone, as the launches here and fh_rms_norm do, but not attention, which reads lengths and the cache.
+ * and the one behind may begin while several before it still run. Other launches here let the next one begin only when all before them have ended. So what
+ * a launch reads before it waits must have been written before the last launch that is no fh_w4a16_fused began: of fh_attention_rope_decode these are
+ * lengths and the older positions of its cache. In a decoder an embedding stands between a step's end and the first product, and attention between layers.
  */
 const char* fh_w4a16_fused(const fh_w4a16_weight* weight, const fh_w4a16_fusion* fusion, const void* x, void* y, int M, const fh_device* device,
                            cudaStream_t stream);

@@ -16,7 +16,9 @@
 
 namespace flashhead {
 
-constexpr int kFormat = 2;  // rises when a reader of the old one would read something else out of it; 2: products have what stands around them
+// Rises when a reader of the old one would read something else out of it, or want more scratch memory than an engine has for it. 2: products have what
+// stands around them; 3: other blocks share a sequence's attention.
+constexpr int kFormat = 3;
 
 enum class Kind : uint32_t { whole, real, text };
 

@@ -446,7 +446,7 @@ void bad_input(Library& library) {
   refused(fields("17", w.fingerprint()), "offset bytes", true);
   refused(fields("0 126", w.fingerprint()), "expected 128", true);
   Fields other = fields(w.place("weight"), w.fingerprint());
-  refused(other.add("format", 1), "in format 1, this library reads 2", true);
+  refused(other.add("format", 1), "in format 1, this library reads 3", true);
   if (build_only) return;  // the others are found when weights go to a device
   refused(fields(w.place("weight"), "0123456789abcdef"), w.fingerprint().c_str(), false);
   refused(fields("1000000 128", w.fingerprint()), "copy the file again", false);

@@ -1,4 +1,4 @@
-// host_core.cpp: the plugins' core as a library for tests/test_plugin_sources.py, with a made device: no GPU, no CUDA runtime and no kernels.
+// host_core.cpp: the plugins' core as a library for tests/plugins, with a made device: no GPU, no CUDA runtime and no kernels.
 //
 // The made device's memory is the host's. Launchers write all that the real ones write and note themselves in `core_notes`; the made attention is cut
 // into as many parts as the most that scratch memory must hold. core_* answer with a sentence, "" where nothing is wrong.

@@ -140,7 +140,7 @@ def test_launchers_reach_their_kernels_through_the_driver(library: Path, made_dr
     assert wrong.startswith("embedding could not be launched in 3 x 1 blocks of 32 threads: an error;") and notes.startswith("load in 9; ")
     wrong, notes = next(said)
     name = "_ZN2fh16attention_decodeINS_4Fp16ELi128ELb1EEEvPKtS3_S3_PKiPtPfPjiiiiiiif"
-    assert (wrong, notes) == (None, f"load in 1; {name} 8 8 1 by 256, 18944 shared, first 11, stream 0 cluster 8 1 1")
+    assert (wrong, notes) == (None, f"load in 1; {name} 8 8 1 by 256, 19392 shared, first 11, stream 0 cluster 8 1 1")
     step = "flashhead_step 10 1 1 by 512, 99000 shared, first 31, stream 0 cooperative 1"
     assert next(said) == [None, f"load in 1; attribute 8 = 99000; {step}"]
     assert next(said) == [0, "alloc 100"]

@@ -173,7 +173,7 @@ def test_fused_products(library: Path, made_driver: Path, asked: Callable[..., t
             fusion = ["P0", "P0", "P0", "P16" if norm else "P0", 0.0, 1e-6, int(gated), 0]
             yield want, ("fh_w4a16_fused", False, [matrix, fusion, "P16", "P16", rows, device_of(f), "P0"])
 
-    assert len(compare(library, made_driver, cases())) == 2 * 3 * 2  # types, groups, zeros
+    assert len(compare(library, made_driver, cases())) == 2 * 3 * 2 * (1 + gated)  # types, groups, zeros; gate and partner in turn and side by side
 
 
 def test_attention(library: Path, made_driver: Path, asked: Callable[..., tuple]) -> None:
