@@ -275,7 +275,7 @@ def document(checkpoint: Path, texts: list[Path]) -> dict[str, Any]:
 RECORD = [
     "model", "shape", "real_weights", "batch", "context", "head", "settings",
     "backend", "backend_version", "device", "threads", "microseconds", "tokens_per_second", "bytes_per_step",
-    "bytes_per_step_p99", "dense_bytes_per_step", "top1_agreement", "top1_agreement_interval", "ratio_to_dense", "spread", "commit",
+    "bytes_per_step_p99", "dense_bytes_per_step", "top1_agreement", "top1_agreement_interval", "speedup_over_dense", "spread", "commit",
     "command",
 ]  # fmt: skip
 ASKED = ["positions", "top1_agreement", "top1_agreement_interval", "coverage", "bytes_per_step", "bytes_per_step_p99", "dense_bytes_per_step"]

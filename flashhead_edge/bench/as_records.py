@@ -97,6 +97,11 @@ def _no_dense(bench: str, names: Sequence[str], what: str) -> list[str]:
     return [f"bench {bench}: {', '.join(names)}: no {what} in the same run, so that it is no record"] if names else []
 
 
+def _no_power(bench: str, records: Sequence[Own]) -> list[str]:
+    reasons = dict.fromkeys(r["power_unknown"] for r in records if r.get("power_unknown") and not r["head"].startswith("draw"))
+    return [f"bench {bench}: joules a token are not in its records: {reason}" for reason in reasons]
+
+
 def head_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
     """`bench head`: every head beside the dense one in 16 bits, at each batch."""
     from flashhead_edge.bench.timing import REPLAYS
@@ -117,54 +122,87 @@ def head_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
             record(
                 **common(r, facts, "head", FLASH.get(r["head"], r["head"])) | {"device": own["device"]},
                 precision=base["head"].removeprefix("dense "),
-                observed={**seen, **r.get("settings", {})},
+                observed={**seen, **r.get("settings", {}), **_power_scope(r)},
                 microseconds=ours,
+                joules_per_token=figure(r.get("joules_per_token")),
                 bytes_per_step=r["bytes_per_step"],
                 times_as_fast=quotient(theirs, ours),
                 baseline=baseline(
-                    facts["run"], base["head"], base.get("backend"), base.get("backend_version"), microseconds=theirs, bytes_per_step=base["bytes_per_step"]
+                    facts["run"],
+                    base["head"],
+                    base.get("backend"),
+                    base.get("backend_version"),
+                    microseconds=theirs,
+                    joules_per_token=figure(base.get("joules_per_token")),
+                    bytes_per_step=base["bytes_per_step"],
                 ),
             )
         )
-    return found, _no_dense("head", alone, "dense head")
+    return found, _no_dense("head", alone, "dense head") + _no_power("head", own["records"])
+
+
+SEEN = (  # of what a step's own record says besides
+    "graph_nodes", "engine_bytes", "dense_head_microseconds", "share_of_head_gone", "head_microseconds", "planned_bytes", "weight_bytes", "positions",
+    "prompt", "power_scope",
+)  # fmt: skip
 
 
 def tensorrt_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
     """`bench tensorrt`: the whole step with our head beside the one with TensorRT's own."""
-    from flashhead_edge.bench.tensorrt import ROUNDS
-
-    dense = {(r["model"], r["batch"]): r for r in own["records"] if r["head"] == "dense"}
-    found, alone = [], []
-    for r in own["records"]:
-        if r["head"] != "FlashHead":
-            continue
-        base = dense.get((r["model"], r["batch"]))
-        if base is None:
-            alone.append(str(r["model"]))
-            continue
-        ours, theirs = times(r, ROUNDS), times(base, ROUNDS)
-        seen = ("graph_nodes", "engine_bytes", "dense_head_microseconds", "share_of_head_gone")
-        found.append(
-            record(
-                **common(r, facts, "step", "FlashHead"),
-                precision=r["body"],
-                calibrated_agreement=r.get("agreement"),
-                settings={"activations": r["precision"], "group": r["group"], "layers": r["layers"]},
-                observed={n: r[n] for n in seen if r.get(n) is not None},
-                microseconds=ours,
-                tokens_per_second=figure(r.get("tokens_per_second")),
-                times_as_fast=quotient(theirs, ours),
-                baseline=baseline(
-                    facts["run"], "dense", base["backend"], base["backend_version"], microseconds=theirs, bytes_per_step=r["dense_bytes_per_step"]
-                ),
-            )
-        )
-    return found, _no_dense("tensorrt", alone, "engine with a dense head (flashhead export tensorrt --dense-head)")
+    return step_records("tensorrt", own, facts, ("dense",), "engine with a dense head (flashhead export tensorrt --dense-head)")
 
 
 def decode_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
-    """`bench decode`: our kernels have no dense head, so that nothing of it is a record."""
-    return [], _no_dense("decode", [str(r["model"]) for r in own["records"]], "dense head")
+    """`bench decode`: the whole step with our head and with a dense one in 8 bits, beside the one with the model's rows in 16 bits."""
+    return step_records("decode", own, facts, ("dense fp16", "dense bf16"))
+
+
+def step_records(bench: str, own: Own, facts: Own, bases: Sequence[str], missing: str = "dense head") -> tuple[list[dict[str, Any]], list[str]]:
+    """Whole steps beside the same step with one of the heads `bases`; steps without a head, and of a head alone, are no records."""
+
+    def key(r: Own) -> tuple[Any, ...]:
+        return r["model"], r["batch"]
+
+    dense = {key(r): r for r in own["records"] if r["head"] in bases}
+    found, alone = [], []
+    for r in own["records"]:
+        if r["head"] in (*bases, "FlashHead alone", "no head"):
+            continue
+        base = dense.get(key(r))
+        if base is None:
+            alone.append(f"{r['head']} on {r['model']}, batch {r['batch']}")
+            continue
+        ours, theirs = _step_measures(r), _step_measures(base)
+        rounds = [of.get("microseconds_rounds") for of in (base, r)]
+        first, ends = r.get("first_token_seconds"), r.get("first_token_spread")
+        found.append(
+            record(
+                **common(r, facts, "step", r["head"]),
+                precision=r["body"],
+                calibrated_agreement=r.get("agreement"),
+                settings={"activations": r["precision"]} | {n: r[n] for n in ("group", "layers") if r.get(n) is not None},
+                observed={n: r[n] for n in SEEN if r.get(n) is not None},
+                tokens_per_second=figure(r.get("tokens_per_second")),
+                first_token_seconds=figure(first) if ends is None else figure(first, ends[0], ends[1], "range"),
+                peak_bytes=r.get("real_bytes"),
+                times_as_fast=paired(*rounds) if all(rounds) else quotient(theirs["microseconds"], ours["microseconds"]),
+                **ours,
+                baseline=baseline(facts["run"], base["head"], base["backend"], base["backend_version"], **theirs),
+            )
+        )
+    return found, _no_dense(bench, alone, missing) + _no_power(bench, own["records"])
+
+
+def _step_measures(r: Own) -> dict[str, Any]:
+    return {
+        "microseconds": times(r, len(r.get("microseconds_rounds") or ()) or None),
+        "joules_per_token": figure(r.get("joules_per_token")),
+        "bytes_per_step": r.get("bytes_per_step"),
+    }
+
+
+def _power_scope(r: Own) -> dict[str, Any]:
+    return {"power_scope": r["power_scope"]} if r.get("power_scope") else {}
 
 
 def vllm_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
@@ -246,13 +284,13 @@ def onnx_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
                 precision={"head": "fp32"}.get(part, "int4"),
                 tokens=r["settings"].get("tokens"),
                 settings={n: r["settings"][n] for n in names if n in r["settings"]},
-                observed={n: r["settings"][n] for n in ("equal_tokens",) if n in r["settings"]},
+                observed={n: r["settings"][n] for n in ("equal_tokens",) if n in r["settings"]} | _power_scope(r),
                 times_as_fast=fast,
                 **ours,
                 baseline=baseline(facts["run"], base["head"], base["backend"], base["backend_version"], **theirs),
             )
         )
-    return found, _no_dense("onnx", alone, "baseline (" + ", ".join(f"{a}: {b}" for a, b in ONNX_BASELINES.items()) + ")")
+    return found, _no_dense("onnx", alone, "baseline (" + ", ".join(f"{a}: {b}" for a, b in ONNX_BASELINES.items()) + ")") + _no_power("onnx", own["records"])
 
 
 def _onnx_measures(of: Own) -> dict[str, Any]:
@@ -264,6 +302,7 @@ def _onnx_measures(of: Own) -> dict[str, Any]:
         "microseconds": us,
         "tokens_per_second": None if of["part"] == "head" else figure(of["tokens_per_second"], ends[0], ends[1], us["spread"], us["samples"]),
         "first_token_seconds": figure(of.get("first_token_seconds")),
+        "joules_per_token": figure(of.get("joules_per_token")),
         **{name: of.get(name) for name in ("bytes_per_step", "peak_bytes", "top1_agreement", "top1_agreement_interval")},
     }
 

@@ -129,7 +129,7 @@ def untimed_record(model: str, shape: tuple[int, int], context: int, head: str, 
         ran: backend, its version, device, threads.
     """
     said = {"model": model, "shape": list(shape), "real_weights": None, "batch": 1, "context": context, "head": head}
-    absent = dict.fromkeys(("microseconds", "tokens_per_second", "ratio_to_dense", "spread", "commit"))
+    absent = dict.fromkeys(("microseconds", "tokens_per_second", "speedup_over_dense", "spread", "commit"))
     return {**said, **ran, **absent, "command": command}
 
 
