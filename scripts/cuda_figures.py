@@ -8,6 +8,7 @@ the soak beside nothing, so that one that fails leaves the others. Shapes are ma
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shlex
@@ -90,8 +91,10 @@ def steps(names: list[str], record: Record) -> None:
     from flashhead_edge.bench.decode import bench_decode
 
     command = shlex.join(["flashhead", "bench", "decode", *(word for name in names for word in ("--shape", name)), "--json"])
-    document = with_records("decode", bench_decode(None, names, BATCHES, command, lambda message, share: print(message, flush=True)), command)
-    record.path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    begun = datetime.datetime.now(datetime.timezone.utc)
+    for name in names:
+        record.records += bench_decode(None, [name], BATCHES, command, lambda message, share: print(message, flush=True))["records"]
+        record.path.write_text(json.dumps(with_records("decode", {"records": record.records}, command, begun), indent=1) + "\n", encoding="utf-8")
 
 
 def prefill(names: list[str], record: Record) -> None:
