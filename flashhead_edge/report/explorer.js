@@ -2,7 +2,7 @@
 // The rows are in the page already, escaped by the program that wrote it. They are filtered, put in order and shown a hundred at a time;
 // strings of records reach the document as text alone, and the plots through `plain`.
 (() => {
-  const PAGE = 100, BARS = 16, MARKS = 250, FLOOR = 2e-5;
+  const PAGE = 100, BARS = 16, MARKS = 160, FLOOR = 2e-5;
   const NUMBERS = new Set(["batch", "base", "ours", "fast", "agreement", "bytes"]);
   const $ = id => document.getElementById(id);
   const table = $("records"), body = table.tBodies[0], filters = [...document.querySelectorAll("#filters select")];
