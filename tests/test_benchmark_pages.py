@@ -11,7 +11,7 @@ import pytest
 from small_records import made, predicted
 
 from flashhead_edge.errors import SettingsError
-from flashhead_edge.records.folder import Entry, read_records
+from flashhead_edge.records.folder import Entry, read_records, write_records
 from flashhead_edge.records.form import identity
 from flashhead_edge.report.pages import benchmarks_block, headline_block, with_block
 
@@ -61,6 +61,29 @@ def test_our_figures_stand_on_the_pages_that_they_name(root: Path) -> None:
                 if not any(f"{value:,.{digits}f}" in text for digits in (0, 1, 2)):
                     missing.append((e.file, r["model"], name, value))
     assert missing == []
+
+
+def test_the_predictions_are_what_the_script_predicts(root: Path) -> None:
+    """Red: python scripts/predict_boards.py docs/benchmarks/boards-predicted.json."""
+    kept = [dict(e.record) for e in read_records([root / FOLDER / "boards-predicted.json"]).entries]
+    script = runpy.run_path(str(root / "scripts/predict_boards.py"))
+    assert script["records"](kept[0]["date"], kept[0]["commit"]) == kept
+    assert len(kept) == 15
+
+
+def test_records_of_a_run_are_kept_without_its_machine_s_paths(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(root / "scripts/keep_records.py"))
+    command = "flashhead bench quality /tmp/x/OUT --task gsm8k=/data/g.jsonl --text '/a b/c.txt' --limit 8"
+    write_records(tmp_path / "run.json", [made(command=command, commit=None)])
+    keep = script["main"]
+    monkeypatch.setattr("sys.argv", ["keep_records.py", str(tmp_path / "kept.json"), str(tmp_path / "run.json"), "--commit", "abc1234"])
+    keep()
+    (one,) = read_records([tmp_path / "kept.json"]).entries
+    assert one.record == made(command="flashhead bench quality OUT --task gsm8k=g.jsonl --text c.txt --limit 8", commit="abc1234")
+    monkeypatch.setattr("sys.argv", ["keep_records.py", str(tmp_path / "other.json"), str(tmp_path / "run.json")])
+    with pytest.raises(SystemExit, match="FlashHead on Llama-3.2-1B: the record has no commit"):
+        keep()
+    assert not (tmp_path / "other.json").exists()
 
 
 def test_a_changed_record_makes_the_pages_stale(root: Path, tmp_path: Path, pages: Any) -> None:
