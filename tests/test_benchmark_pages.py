@@ -13,7 +13,7 @@ from small_records import made, predicted
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.records.folder import Entry, read_records, write_records
 from flashhead_edge.records.form import identity
-from flashhead_edge.report.pages import benchmarks_block, headline_block, with_block
+from flashhead_edge.report.pages import CITED, benchmarks_block, cited, faithful_block, headline_block, with_block, with_figures
 
 FOLDER = "docs/benchmarks"
 
@@ -125,3 +125,23 @@ def test_blocks_are_replaced_between_their_markers_alone() -> None:
 def test_a_headline_without_its_record_is_an_error() -> None:
     with pytest.raises(SettingsError, match=r"headline 'The head's step.*0 subjects of records, expected one"):
         headline_block([], FOLDER)
+
+
+def test_figures_in_sentences_come_from_records(root: Path) -> None:
+    entries = read_records([root / FOLDER]).entries
+    page = "We had <!-- figure onnx-1 -->99<!-- end --> tokens a second,\n<!-- figure int4-bytes_share --><!-- end --> of the bytes; the rest <stays>.\n"
+    assert with_figures(page, entries) == page.replace(">99<", ">132<").replace("bytes_share --><", "bytes_share -->28.0 %<")
+    texts = "".join((root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/benchmarks.md", "docs/quality.md"))
+    assert {name for name in CITED if f"<!-- figure {name} -->" not in texts} == set()  # what nobody cites is not kept
+    with pytest.raises(SettingsError, match=r"figure onnx-9: no such figure, expected one of vllm-3b"):
+        with_figures("<!-- figure onnx-9 -->1<!-- end -->", entries)
+    with pytest.raises(SettingsError, match=r"figure tensorrt: 0 subjects of records, expected one"):
+        cited("tensorrt", [e for e in entries if e.record["bench"] != "tensorrt"])
+
+
+def test_the_table_of_agreement_wants_both_targets_of_a_text(root: Path) -> None:
+    entries = read_records([root / FOLDER]).entries
+    assert faithful_block(entries).splitlines()[-1] == "| mean | 99.92 % at **1.42 %** | 100.00 % at **2.61 %** |"
+    one = [e for e in entries if not (e.record["settings"].get("text") == "GSM8K" and e.record["target_agreement"] == 0.999)]
+    with pytest.raises(SettingsError, match=r"no record of GSM8K at 99.9 %, expected both targets"):
+        faithful_block(one)
