@@ -14,7 +14,7 @@ import pytest
 import report_document
 from small_records import made, many, predicted
 
-from flashhead_edge.bench.as_records import CONVERTERS, as_records, with_records
+from flashhead_edge.bench.as_records import CONVERTERS, as_records, machine, with_records
 from flashhead_edge.errors import FlashHeadError, SettingsError
 from flashhead_edge.records.compare import compare
 from flashhead_edge.records.folder import KEY, Entry, read_records, write_records
@@ -298,6 +298,16 @@ def test_what_has_no_baseline_is_named_not_recorded(bench: str, own: dict[str, A
     assert records == []
     (sentence,) = left_out
     assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [([700_000], "limit 700 W"), ([350_000, 350_000], "limit 350 W"), ([700_000, 350_000], None), ([None], None), ([], None)],
+)
+def test_a_gpu_without_power_modes_says_its_limit(monkeypatch: pytest.MonkeyPatch, limits: list[int | None], said: str | None) -> None:
+    monkeypatch.setattr("flashhead_edge.jetson.board_nvml.read_gpus", lambda unread: [{"power_limit": None if w is None else w / 1000} for w in limits])
+    assert machine(True)["power_mode"] == said
+    assert machine(False)["power_mode"] is None  # a CPU's times are not the GPU's
 
 
 def test_a_decode_step_stands_beside_the_dense_head_in_16_bits_of_its_batch() -> None:

@@ -23,6 +23,7 @@ FLASH = {
 ONNX_PARTS = {"head": "head", "models": "step", "engines": "text"}
 FP32, INT4, GENAI_INT8 = "dense fp32", "dense int4, blocks of 32", "GenAI, int8 head"  # what the parts of `bench onnx` are compared with
 ONNX_BASELINES = {"head": FP32, "models": INT4, "engines": GENAI_INT8}
+ON_A_CPU = ("onnx", "evaluate")  # benches that may run on a GPU too say nothing of it
 GPU_TIME = "GPU time from a trace: median over its steps, no spread kept"
 
 
@@ -42,20 +43,30 @@ def with_records(bench: str, own: Own, command: str, moment: datetime.datetime |
 def as_records(bench: str, own: Own, command: str, moment: datetime.datetime) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of a bench's document, and sentences on what it measured that is none."""
     date = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-    facts = {"bench": bench, "run": run_name(bench, command, date, platform.node()), "date": date, "command": command, **machine(bench)}
+    facts = {"bench": bench, "run": run_name(bench, command, date, platform.node()), "date": date, "command": command, **machine(bench not in ON_A_CPU)}
     return CONVERTERS[bench](own, facts)
 
 
-def machine(bench: str) -> dict[str, Any]:
-    """Driver and power mode, where the system tells them; a driver is of benches on a GPU."""
+def machine(on_gpu: bool) -> dict[str, Any]:
+    """Driver and power mode, where the system tells them: a board's mode by name, another GPU's limit; a driver is of work on a GPU."""
     from flashhead_edge.jetson.board import read_board
     from flashhead_edge.jetson.driver import driver_version
 
     mode = read_board().power_mode
-    return {
-        "driver": None if bench in ("onnx", "evaluate") else driver_version(),
-        "power_mode": None if mode is None else mode.name or f"mode {mode.number}",
-    }
+    if mode is not None:
+        power = mode.name or f"mode {mode.number}"
+    else:
+        power = power_limit() if on_gpu else None
+    return {"driver": driver_version() if on_gpu else None, "power_mode": power}
+
+
+def power_limit() -> str | None:
+    """What the GPU may draw, as `limit 700 W`; None where NVML does not tell, or GPUs differ: which of them a process runs on its order does not tell."""
+    from flashhead_edge.jetson.board_nvml import read_gpus
+
+    limits = {gpu["power_limit"] for gpu in read_gpus({})}
+    (only,) = limits if len(limits) == 1 else (None,)
+    return f"limit {only:.0f} W" if isinstance(only, float) else None
 
 
 def times(own: Own, samples: int | None = None) -> Any:

@@ -100,7 +100,7 @@ def bench_quality(
         "calibrated_agreement": index.summary.get("top1_agreement"),
         "settings": {"limit": limit},
         "precision": (source.config.get("quantization_config") or {}).get("quant_method", "float32"),
-        **machine("quality"),
+        **machine(device.startswith("cuda")),
         **computing(device),
         "seeds": [],
         "commit": commit(),

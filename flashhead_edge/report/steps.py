@@ -27,19 +27,15 @@ class Column:
 
     title: str
     cell: Callable[[Record], str | None]
+    on_page_alone: bool = False  # a terminal is narrow
 
 
 def _of(name: str, scale: float = 1.0, digits: int = 0) -> Callable[[Record], str | None]:
     return lambda r: None if r.get(name) is None else number(scale * r[name], digits)
 
 
-def _times(r: Record) -> str:
-    low, high = r["spread"]
-    return f"{r['microseconds']:,.1f} ({low:,.1f} to {high:,.1f})"
-
-
-def _prompt(r: Record) -> str | None:
-    return None if r.get("first_token_seconds") is None else f"{r['prompt'] / r['first_token_seconds']:,.0f}"
+def _end(which: int) -> Callable[[Record], str | None]:
+    return lambda r: number(r["spread"][which], 1)
 
 
 def _gone(r: Record) -> str | None:
@@ -47,23 +43,24 @@ def _gone(r: Record) -> str | None:
 
 
 COLUMNS = (
-    Column("batch", lambda r: str(r["batch"])), Column("head", lambda r: str(r["head"])), Column("us a step (lowest to highest)", _times),
-    Column("x dense", _of("speedup_over_dense", digits=2)), Column("of the dense head gone", _gone),
+    Column("head", lambda r: str(r["head"])), Column("batch", lambda r: str(r["batch"])), Column("us a step", _of("microseconds", digits=1)),
+    Column("lowest", _end(0)), Column("highest", _end(1)), Column("x dense", _of("speedup_over_dense", digits=2)), Column("of the dense head gone", _gone),
     Column("tokens a second", _of("tokens_per_second")), Column("mJ a token", _of("joules_per_token", 1e3, 1)),
-    Column("first token, ms", _of("first_token_seconds", 1e3, 1)), Column("prompt, tokens a second", _prompt),
-    Column("head's bytes, MB", _of("bytes_per_step", 1e-6, 1)), Column("graph nodes", _of("graph_nodes")),
-    Column("engine, MB", _of("engine_bytes", 1e-6, 2)), Column("on the GPU, MB", _of("device_bytes", 1e-6)),
+    Column("first token, ms", _of("first_token_seconds", 1e3, 1)),
+    Column("head's bytes, MB", _of("bytes_per_step", 1e-6, 1), True), Column("graph nodes", _of("graph_nodes"), True),
+    Column("engine, MB", _of("engine_bytes", 1e-6, 2), True), Column("on the GPU, MB", _of("device_bytes", 1e-6), True),
 )  # fmt: skip
 
 
 def show_steps(document: Mapping[str, Any], console: Console) -> None:
-    """One row a head, batch and model."""
-    records = document["records"]
-    columns = _shown(records)
-    table = new_table(_title(records), ["model", *(c.title for c in columns)], "x dense: how many times as fast as the step with the dense head")
-    for r in records:
-        table.add_row(Text(r["model"]), *(Text(cell) for cell in _cells(r, columns)))
-    console.print(table)
+    """A table a model, one row a head and batch."""
+    columns, title = [c for c in _shown(document["records"]) if not c.on_page_alone], _title(document["records"])
+    for name, records in _by_model(document["records"]):
+        table = new_table(f"{title}, {name}", [c.title for c in columns], "x dense: how many times as fast as the step with the dense head")
+        table.columns[0].min_width = len("FlashHead")
+        for r in records:
+            table.add_row(*(Text(cell) for cell in _cells(r, columns)))
+        console.print(table)
 
 
 def write_steps(document: Mapping[str, Any], path: str | Path) -> None:
@@ -78,8 +75,7 @@ def write_steps(document: Mapping[str, Any], path: str | Path) -> None:
 def steps_page(document: Mapping[str, Any]) -> str:
     """The whole page as text."""
     columns, sections = _shown(document["records"]), []
-    for i, (name, group) in enumerate(groupby(document["records"], key=lambda r: str(r["model"]))):
-        records = list(group)
+    for i, (name, records) in enumerate(_by_model(document["records"])):
         heads = list(dict.fromkeys(r["head"] for r in records))
         series = [Series(head, [Point(r["batch"], r["microseconds"], _label(r)) for r in records if r["head"] == head]) for head in heads]
         plot = lines_plot(f"steps-{i}", f"Time of a step by batch, {name}", series, "batch", "microseconds")
@@ -92,6 +88,10 @@ def steps_page(document: Mapping[str, Any]) -> str:
 
 def _title(records: Sequence[Record]) -> str:
     return TITLES[records[0]["backend"]]
+
+
+def _by_model(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    return [(name, list(group)) for name, group in groupby(records, key=lambda r: str(r["model"]))]
 
 
 def _shown(records: Sequence[Record]) -> list[Column]:
