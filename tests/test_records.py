@@ -261,6 +261,8 @@ def test_every_bench_speaks_the_form(bench: str, tmp_path: Path) -> None:
         assert e.record["bench"] == bench and e.record["kind"] == "measured"
         assert e.record["command"] == "flashhead bench x" and e.record["date"] == "2026-11-28T04:00:00Z"
         assert e.record["head"] not in ("fitted", "flash", "dense", "dense bf16", "no head")
+        assert e.record["device"] != "cpu" and e.record["commit"]
+        assert (e.record["seeds"] == []) == bool(e.record["real_weights"])
 
 
 def test_every_converter_is_tested() -> None:

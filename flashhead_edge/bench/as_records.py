@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flashhead_edge.bench.provenance import commit, processor
 from flashhead_edge.records.folder import KEY
 from flashhead_edge.records.form import baseline, document, figure, record, run_name
 
@@ -24,6 +25,7 @@ ONNX_PARTS = {"head": "head", "models": "step", "engines": "text"}
 FP32, INT4, GENAI_INT8 = "dense fp32", "dense int4, blocks of 32", "GenAI, int8 head"  # what the parts of `bench onnx` are compared with
 ONNX_BASELINES = {"head": FP32, "models": INT4, "engines": GENAI_INT8}
 ON_A_CPU = ("onnx", "evaluate")  # benches that may run on a GPU too say nothing of it
+SEEDS = {"head": [0], "decode": [0], "tensorrt": [0], "vllm": [0], "onnx": [0, 2]}  # of made weights and states; a real model's steps draw nothing
 GPU_TIME = "GPU time from a trace: median over its steps, no spread kept"
 
 
@@ -99,8 +101,12 @@ def paired(theirs: Sequence[float], ours: Sequence[float]) -> Any:
 
 def common(own: Own, facts: Own, part: str, head: str) -> dict[str, Any]:
     """The fields that most benches name as a record does."""
-    same = ("model", "shape", "real_weights", "backend", "backend_version", "device", "threads", "batch", "context", "dense_bytes_per_step", "commit")
-    return {**facts, "part": part, "head": head, **{name: own.get(name) for name in same}}
+    same = ("model", "shape", "real_weights", "backend", "backend_version", "threads", "batch", "context", "dense_bytes_per_step")
+    real, device = own.get("real_weights"), own.get("device")
+    return {
+        **facts, "part": part, "head": head, **{name: own.get(name) for name in same}, "device": processor() if device == "cpu" else device,
+        "seeds": [] if real else SEEDS.get(facts["bench"]) if real is False else None, "commit": own.get("commit") or commit(),
+    }  # fmt: skip
 
 
 def _no_dense(bench: str, names: Sequence[str], what: str) -> list[str]:
@@ -321,7 +327,7 @@ def _onnx_measures(of: Own) -> dict[str, Any]:
 def evaluate_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
     """`evaluate`: each head beside the dense one, all texts together and text by text; nothing is timed."""
     target = (own.get("summary") or {}).get("target_agreement")
-    said = common(own, facts, "agreement", "") | {"real_weights": True}
+    said = common({**own, "real_weights": True}, facts, "agreement", "") | {"precision": own.get("precision")}
     texts = [(None, own), *((str(t["text"]), t) for t in own.get("texts", ()))]
     found = []
     for text, pooled in texts:

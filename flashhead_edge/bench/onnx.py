@@ -24,8 +24,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -42,7 +40,7 @@ import torch
 from flashhead_edge.bench.energy import step_energy
 from flashhead_edge.bench.onnx_made import CONFIGS, DENSE_FORMS, cache_folder, dense_name, export_rows, key_of, made_model, write_dense_heads
 from flashhead_edge.bench.onnx_worker import in_turn
-from flashhead_edge.bench.provenance import commit
+from flashhead_edge.bench.provenance import commit, processor
 from flashhead_edge.bench.steps import drawn
 from flashhead_edge.cases import SHAPES, SHARES_SOURCE
 from flashhead_edge.checkpoint.atomic import replacing
@@ -102,7 +100,7 @@ def bench_onnx(
     if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx_ir") is None:
         raise EngineError("bench onnx: onnxruntime and onnx-ir are not both installed, expected both; pip install 'flashhead-edge[export]'")
     parts, threads = parts or PARTS, threads or THREADS
-    document: dict[str, Any] = {"device": device(), "records": [], "counts": [], "skipped": []}
+    document: dict[str, Any] = {"device": processor(), "records": [], "counts": [], "skipped": []}
     run = Run(document, command, tuple(threads), rounds, progress)
     with tempfile.TemporaryDirectory(prefix="flashhead-bench-") as work:
         real = None if out is None else exported(out, progress)
@@ -556,14 +554,6 @@ def body_states(export: Path, ids: Sequence[int]) -> np.ndarray:
     for i in range(0, len(ids[:limit]), PREFILL):
         found.append(body.states(ids[i : i + PREFILL]))
     return np.concatenate(found)
-
-
-def device() -> str:
-    """The processor and how many cores of it this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return f"{model[1].strip() if model else platform.processor() or platform.machine()}, {cores} cores"
 
 
 def version(package: str) -> str | None:
