@@ -166,7 +166,7 @@ SEEN = (  # of what a step's own record says besides
 
 def tensorrt_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
     """`bench tensorrt`: the whole step with our head beside the one with TensorRT's own."""
-    return step_records("tensorrt", own, facts, ("dense",), "engine with a dense head (flashhead export tensorrt --dense-head)")
+    return step_records("tensorrt", own, facts, ("dense",), "engine with a dense head (flashhead export engines FOLDER --dense-head adds it)")
 
 
 def decode_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:

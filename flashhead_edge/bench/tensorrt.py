@@ -6,7 +6,7 @@
 
 Without a folder the models are made: real shapes, random weights, heads that open as many clusters as a real one. numpy and onnx, no torch,
 so that it runs on a board; with a folder numpy alone. A step is a CUDA graph of the engine and of the two copies beside it; the heads take turns.
-Made models always have both engines; a folder has the dense one where it was exported with --dense-head.
+Made models always have both engines; `flashhead export engines FOLDER --dense-head` gives a folder the dense one.
 """
 
 from __future__ import annotations
