@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 from flashhead_edge.errors import ExportError
 from flashhead_edge.export.body import Body
+from flashhead_edge.export.tensorrt.dense import add_dense_head
 from flashhead_edge.jetson.tensorrt_folder import header_fingerprint
 from flashhead_edge.program.nodes import Decoder
 from flashhead_edge.program.weights import Item, float_item, norm_item, pack_codes, pack_groups, rounded, widened, write_weights
