@@ -272,7 +272,8 @@ def vllm_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
                     note=GPU_TIME,
                 )
             )
-    return found, _no_dense("vllm", alone, "dense head")
+    unasked = ["bench vllm: joules a token are not in its records: it does not ask for the power"] if found else []
+    return found, _no_dense("vllm", alone, "dense head") + unasked
 
 
 def onnx_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
