@@ -1,6 +1,6 @@
 # setup: a virtual environment with everything a CPU needs   demo: the product on a real model, end to end
 # test:  the test suite                                      lint: ruff and mypy
-# docs: the tables of docs/benchmarks/ in docs/benchmarks.md and README.md
+# docs: the tables and figures of docs/benchmarks/ in docs/benchmarks.md, docs/quality.md and README.md, and docs/rooms.svg
 # kernels: the CUDA kernels as a library, by nvcc, in build/kernels
 # plugin: the TensorRT plugins over them, in build/plugin; TENSORRT_INCLUDE=DIR names TensorRT's headers where the system has none
 # test-vllm: the tests with real vLLM engines on a CPU, in an environment of their own (about 20 minutes)
@@ -36,6 +36,7 @@ lint: setup
 
 docs: setup
 	$(BIN)/python scripts/benchmark_pages.py
+	$(BIN)/python scripts/draw_rooms.py
 
 kernels:
 	cmake -S plugins_trt -B build/kernels -DCMAKE_BUILD_TYPE=Release

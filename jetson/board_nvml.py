@@ -12,9 +12,9 @@ SOURCE = "NVML"
 
 
 def read_gpus(unread: dict[str, str]) -> list[dict[str, object]]:
-    """The GPUs: name, load (share), clock (MHz), temperature, power (watts), energy (joules since the driver was loaded), memory (bytes), bandwidth (GB/s).
+    """The GPUs, what NVML does not answer being None.
 
-    What NVML does not answer is None.
+    Name, load (share), clock (MHz), temperature, power and its limit (watts), energy (joules since the driver was loaded), memory (bytes), bandwidth (GB/s).
 
     Args:
         unread: gets why NVML, or one of its answers, is missing.
@@ -57,6 +57,7 @@ def _gpu(pynvml: Any, index: int, unread: dict[str, str]) -> dict[str, object]:
     memory_clock = ask("largest memory clock", lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM))
     bus = ask("memory bus", lambda: pynvml.nvmlDeviceGetMemoryBusWidth(handle))
     power = ask("power", lambda: pynvml.nvmlDeviceGetPowerUsage(handle))
+    limit = ask("power limit", lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle))
     energy = ask("energy", lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
     return {
         "name": name.decode(errors="replace") if isinstance(name, bytes) else name,
@@ -65,6 +66,7 @@ def _gpu(pynvml: Any, index: int, unread: dict[str, str]) -> dict[str, object]:
         "most_clock": ask("largest clock", lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)),
         "temperature": ask("temperature", lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
         "power": None if power is None else power / 1000,
+        "power_limit": None if limit is None else limit / 1000,
         "energy": None if energy is None else energy / 1000,
         "memory_total": memory.total if memory is not None and memory.total else None,
         "bandwidth": 2 * memory_clock * bus / 8e3 if memory_clock and bus else None,  # two transfers a clock

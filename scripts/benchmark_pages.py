@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks/ into docs/benchmarks.md, docs/quality.md and README.md, between their markers; `make docs` runs it.
+"""Write the tables and figures of docs/benchmarks/ into docs/benchmarks.md, docs/quality.md and README.md, between their markers; `make docs` runs it.
 
 python scripts/benchmark_pages.py            write
 python scripts/benchmark_pages.py --check    exit code 1 where a page is not what it would be
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.records.folder import read_records
-from flashhead_edge.report.pages import benchmarks_block, headline_block, with_block
+from flashhead_edge.report.pages import benchmarks_block, faithful_block, headline_block, with_block, with_figures
 from flashhead_edge.report.quality import quality_block
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,10 +26,19 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     found = read_records([root / "docs/benchmarks"])
     if found.refused:
         raise SettingsError(found.refused[0])
-    blocks = {root / "docs/benchmarks.md": ("records", benchmarks_block(found.entries)),
-              root / "docs/quality.md": ("answers", quality_block(found.entries)),
-              root / "README.md": ("headlines", headline_block(found.entries, "docs/benchmarks"))}  # fmt: skip
-    return {path: with_block(path.read_text(encoding="utf-8"), name, block) for path, (name, block) in blocks.items()}
+    entries = found.entries
+    blocks = {
+        root / "docs/benchmarks.md": {"records": benchmarks_block(entries)},
+        root / "docs/quality.md": {"answers": quality_block(entries)},
+        root / "README.md": {"headlines": headline_block(entries, "docs/benchmarks"), "faithfulness": faithful_block(entries)},
+    }
+    made = {}
+    for path, of in blocks.items():
+        page = path.read_text(encoding="utf-8")
+        for name, block in of.items():
+            page = with_block(page, name, block)
+        made[path] = with_figures(page, entries)
+    return made
 
 
 def main() -> None:

@@ -8,8 +8,10 @@ the soak beside nothing, so that one that fails leaves the others. Shapes are ma
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from flashhead_edge.bench.cuda import CACHED, made_program, models, rewind, step_times
-from flashhead_edge.bench.cuda_dense import KINDS, DenseHead, dense_steps
 from flashhead_edge.jetson.cuda_memory import device_bytes
 from flashhead_edge.jetson.cuda_session import decode, open_model, run_draft, step_graph
 from flashhead_edge.jetson.driver import Device, Timer, device_facts
@@ -85,46 +86,15 @@ def spread(times: np.ndarray) -> list[float]:
 
 
 def steps(names: list[str], record: Record) -> None:
-    """Ours, the same step with dense heads, without a head: microseconds, and what is saved."""
+    """`flashhead bench decode` over the shapes: ours, the same step with dense heads and without a head, in turns; its document, records included."""
+    from flashhead_edge.bench.as_records import with_records
+    from flashhead_edge.bench.decode import bench_decode
+
+    command = shlex.join(["flashhead", "bench", "decode", *(word for name in names for word in ("--shape", name)), "--json"])
+    begun = datetime.datetime.now(datetime.timezone.utc)
     for name in names:
-        with opened(name, *WIDE) as (m, took):
-            for rows in BATCHES:
-                ours = step_times(m, rows)
-                body = step_times(m, rows, without=("FlashHead",))
-                found: dict[str, Any] = {
-                    "model": name, "rows": rows, "cached": CACHED, "ours": middle(ours), "spread": spread(ours), "drawn": middle(step_times(m, rows, True)),
-                    "without_head": middle(body), "graph_nodes": step_graph(m, rows, False).nodes,
-                }  # fmt: skip
-                if rows == 1:
-                    found["token_is_dense"] = dense_is_right(m)
-                record.add(**found, dense=dense_steps(m, rows, middle(ours), middle(body)), **took)
-
-
-def dense_is_right(m: Any) -> bool:
-    """Whether the token of the rival in 16 bits is that of numpy over the same rows, up to the rounding of sums."""
-    from flashhead_edge.jetson.cuda_backend import Cuda, export_settings
-    from flashhead_edge.jetson.cuda_session import fetch
-
-    b = Cuda(m, export_settings(m.program, dict(m.program.settings), "made"))
-    hidden = b.body().feed([1, 2, 3, 4])
-    rewind(m, CACHED)
-    m.stream.to_device(m.value(m.head.node.inputs[0]), _pinned(m, hidden), 2 * m.head.hidden)
-    dense = DenseHead(m, KINDS[0])
-    try:
-        dense.put(1)
-        token = int(fetch(m, 1, None)["token"][0])
-    finally:
-        dense.close()
-    logits = b.head.exact_logits(hidden, np.arange(m.head.vocab))[0]
-    return bool(logits[token] >= logits.max() - 1e-3 * np.abs(logits).max())
-
-
-def _pinned(m: Any, hidden: np.ndarray) -> int:
-    from flashhead_edge.jetson.tensorrt_engine import to_half
-
-    values = np.ascontiguousarray(to_half(hidden, m.program.precision)).view(np.uint8).reshape(-1)
-    m.results.array[: values.size] = values
-    return int(m.results.pointer)
+        record.records += bench_decode(None, [name], BATCHES, command, lambda message, share: print(message, flush=True))["records"]
+        record.path.write_text(json.dumps(with_records("decode", {"records": record.records}, command, begun), indent=1) + "\n", encoding="utf-8")
 
 
 def prefill(names: list[str], record: Record) -> None:

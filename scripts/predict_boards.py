@@ -1,6 +1,7 @@
-"""Predict what the kernels take on boards that were not measured: a Markdown table for docs/kernels.md.
+"""Predict what the kernels take on boards that were not measured: a Markdown table for docs/kernels.md, and records of a kind of their own.
 
     python scripts/predict_boards.py
+    python scripts/predict_boards.py docs/benchmarks/boards-predicted.json      write the heads' predictions as records
 
 A kernel takes the longer of its bytes at 80 % of the specified bandwidth and its operations at the board's lanes and clock, plus a launch,
 plus its exchanges between multiprocessors (the head step's, which grow little with their number). Operations are instructions of a lane,
@@ -9,7 +10,17 @@ counted from the sources: what decoding a word takes, times the words. Shapes ar
 
 from __future__ import annotations
 
+import datetime
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashhead_edge.bench.provenance import commit
+from flashhead_edge.cases import SHAPES
+from flashhead_edge.costs import dense_bytes
+from flashhead_edge.records.folder import write_records
+from flashhead_edge.records.form import baseline, figure, record, run_name
 
 SHARE = 0.8  # of the specified bandwidth; an H100 gives its kernels 75 to 90 % of what a copy takes
 LAUNCH = 3.0  # us of a launch in a graph on a board
@@ -42,7 +53,7 @@ class Kernel:
 
 BOARDS = (
     Board("Orin Nano 8 GB Super", 8, 102, 1.02, 1.5),
-    Board("AGX Orin 64", 16, 205, 1.3, 1.5),
+    Board("AGX Orin 64 GB", 16, 205, 1.3, 1.5),
     Board("AGX Thor", 20, 273, 1.575, 1.5),
 )
 KERNELS = (
@@ -64,7 +75,45 @@ KERNELS = (
 )
 
 
+MODEL, DENSE = "Llama-3.2-1B", "dense bf16 (a library's)"
+HEADS = {  # kernels that are heads, as records name them
+    "head step, few codes": "FlashHead", "head step, few codes, at the caps": "FlashHead, at the cap", "head step, fewest bytes": "FlashHead, fewest bytes",
+    "dense int8, one scale a row": "dense int8, one scale a row", "dense int4, groups of 32": "dense int4, groups of 32",
+}  # fmt: skip
+RULE = (
+    "scripts/predict_boards.py: the longer of bytes at 80 % of the specified bandwidth and operations at the board's lanes and clock, 3 us a launch, "
+    "1.5 us an exchange"
+)
+
+
+def records(date: str, revision: str | None) -> list[dict[str, Any]]:
+    """The heads' predictions: a record a board and head, beside the dense head's by the same rule."""
+    kernels, run = {k.name: k for k in KERNELS}, run_name(RULE, date)
+    vocab, hidden = SHAPES[MODEL]
+
+    def of(kernel: Kernel, board: Board) -> dict[str, Any]:
+        return {"microseconds": figure(float(round(board.microseconds(kernel)[2]))), "bytes_per_step": round(1e6 * kernel.megabytes)}
+
+    found = []
+    for name, head in HEADS.items():
+        for board in BOARDS:
+            mine, dense = of(kernels[name], board), of(kernels[DENSE], board)
+            found.append(
+                record(
+                    kind="predicted", run=run, bench="head", part="head", model=MODEL, shape=[vocab, hidden], real_weights=False, precision="bf16", head=head,
+                    backend="cuda", device=f"Jetson {board.name}", power_mode="the highest", batch=1, dense_bytes_per_step=dense_bytes(vocab, hidden),
+                    **mine, times_as_fast=figure(round(dense["microseconds"]["median"] / mine["microseconds"]["median"], 4)),
+                    baseline=baseline(run, "dense bf16", "cuda", **dense), date=date, commit=revision, command="python scripts/predict_boards.py",
+                    source=RULE, note="no board has run this",
+                )
+            )  # fmt: skip
+    return found
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        write_records(Path(sys.argv[1]), records(datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), commit()))
+        return
     print(f"| kernel | MB | operations | {' | '.join(f'{b.name}: bytes / operations / all, us' for b in BOARDS)} |")
     print("|---|---|---|" + "---|" * len(BOARDS))
     for kernel in KERNELS:

@@ -22,6 +22,7 @@ pytest.importorskip("onnxruntime")
 
 from flashhead_edge.bench import onnx as bench
 from flashhead_edge.bench import onnx_made as made
+from flashhead_edge.bench.energy import Energy
 from flashhead_edge.cli.bench import onnx as command
 
 TINY = ("LlamaConfig", {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 96})
@@ -100,7 +101,7 @@ def test_a_made_head_is_timed_beside_dense_ones(tiny_shape: str) -> None:
     for name, ratio in ours["times_as_fast"].items():
         each = np.array(records[name]["microseconds_rounds"]) / np.array(ours["microseconds_rounds"])
         assert [ratio["low"], ratio["high"]] == pytest.approx([each.min(), each.max()])
-    assert records["dense fp32"]["ratio_to_dense"] == 1
+    assert records["dense fp32"]["speedup_over_dense"] == 1
     assert len(ours["wanted"]) == 3 and ours["wanted"]["dense fp32"] == 25
     assert ours["bytes_per_step"] < ours["dense_bytes_per_step"] and records["dense fp32"]["bytes_per_step"] == 4 * SHAPE[0] * SHAPE[1]
     assert any("making a model" in text for text in said)
@@ -122,6 +123,14 @@ def test_a_whole_run_over_a_tiny_model(tiny_shape: str, tmp_path: Path, monkeypa
     """Every part, with a real checkpoint: a head that leaves nothing out, so that its tokens are the dense head's."""
     pytest.importorskip("onnxruntime_genai")
     monkeypatch.setattr(bench, "ENGINE_TOKENS", 8)
+    asked: list[int] = []
+
+    def energy(run: Any, gpu: bool) -> Energy:
+        assert not gpu
+        asked.append(run(3))
+        return Energy(0.25, "the board")
+
+    monkeypatch.setattr(bench, "step_energy", energy)
     model = write_exportable(tmp_path / "model", hidden_size=64, num_attention_heads=4)  # k_quant takes no rows of one block
     checkpoint = write_with_index(model, tmp_path / "checkpoint", lambda w, fingerprint: everything_open(w, cascade=True, fingerprint=fingerprint))
     text = tmp_path / "text.txt"
@@ -133,6 +142,8 @@ def test_a_whole_run_over_a_tiny_model(tiny_shape: str, tmp_path: Path, monkeypa
     records = {(r["part"], r["model"], r["head"]): r for r in document["records"]}
     assert records["head", "checkpoint", "FlashHead"]["top1_agreement"] == 1
     assert records["head", "checkpoint", "FlashHead"]["real_weights"]
+    assert all(r["joules_per_token"] == 0.25 and r["power_scope"] == "the board" for r in records.values())
+    assert set(asked) == {3, 6, 8}  # steps of a head are as many as were asked for, those of a text as many as it has
     body, dense, ours = (records["models", "Tiny", name] for name in ("no head", "dense int4, blocks of 32", "FlashHead"))
     assert body["microseconds"] < min(dense["microseconds"], ours["microseconds"])
     engines = {head: r for (part, _, head), r in records.items() if part == "engines"}

@@ -11,9 +11,9 @@ import pytest
 from small_records import made, predicted
 
 from flashhead_edge.errors import SettingsError
-from flashhead_edge.records.folder import Entry, read_records
+from flashhead_edge.records.folder import Entry, read_records, write_records
 from flashhead_edge.records.form import identity
-from flashhead_edge.report.pages import benchmarks_block, headline_block, with_block
+from flashhead_edge.report.pages import CITED, benchmarks_block, cited, faithful_block, headline_block, with_block, with_figures
 
 FOLDER = "docs/benchmarks"
 
@@ -63,6 +63,29 @@ def test_our_figures_stand_on_the_pages_that_they_name(root: Path) -> None:
     assert missing == []
 
 
+def test_the_predictions_are_what_the_script_predicts(root: Path) -> None:
+    """Red: python scripts/predict_boards.py docs/benchmarks/boards-predicted.json."""
+    kept = [dict(e.record) for e in read_records([root / FOLDER / "boards-predicted.json"]).entries]
+    script = runpy.run_path(str(root / "scripts/predict_boards.py"))
+    assert script["records"](kept[0]["date"], kept[0]["commit"]) == kept
+    assert len(kept) == 15
+
+
+def test_records_of_a_run_are_kept_without_its_machine_s_paths(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(root / "scripts/keep_records.py"))
+    command = "flashhead bench quality /tmp/x/OUT --task gsm8k=/data/g.jsonl --text '/a b/c.txt' --limit 8"
+    write_records(tmp_path / "run.json", [made(command=command, commit=None)])
+    keep = script["main"]
+    monkeypatch.setattr("sys.argv", ["keep_records.py", str(tmp_path / "kept.json"), str(tmp_path / "run.json"), "--commit", "abc1234"])
+    keep()
+    (one,) = read_records([tmp_path / "kept.json"]).entries
+    assert one.record == made(command="flashhead bench quality OUT --task gsm8k=g.jsonl --text c.txt --limit 8", commit="abc1234")
+    monkeypatch.setattr("sys.argv", ["keep_records.py", str(tmp_path / "other.json"), str(tmp_path / "run.json")])
+    with pytest.raises(SystemExit, match="FlashHead on Llama-3.2-1B: the record has no commit"):
+        keep()
+    assert not (tmp_path / "other.json").exists()
+
+
 def test_a_changed_record_makes_the_pages_stale(root: Path, tmp_path: Path, pages: Any) -> None:
     shutil.copytree(root / FOLDER, tmp_path / FOLDER)
     for page in (root / "README.md", *(root / "docs").glob("*.md")):
@@ -102,3 +125,23 @@ def test_blocks_are_replaced_between_their_markers_alone() -> None:
 def test_a_headline_without_its_record_is_an_error() -> None:
     with pytest.raises(SettingsError, match=r"headline 'The head's step.*0 subjects of records, expected one"):
         headline_block([], FOLDER)
+
+
+def test_figures_in_sentences_come_from_records(root: Path) -> None:
+    entries = read_records([root / FOLDER]).entries
+    page = "We had <!-- figure onnx-1 -->99<!-- end --> tokens a second,\n<!-- figure int4-bytes_share --><!-- end --> of the bytes; the rest <stays>.\n"
+    assert with_figures(page, entries) == page.replace(">99<", ">132<").replace("bytes_share --><", "bytes_share -->28.0 %<")
+    texts = "".join((root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/benchmarks.md", "docs/quality.md"))
+    assert {name for name in CITED if f"<!-- figure {name} -->" not in texts} == set()  # what nobody cites is not kept
+    with pytest.raises(SettingsError, match=r"figure onnx-9: no such figure, expected one of vllm-3b"):
+        with_figures("<!-- figure onnx-9 -->1<!-- end -->", entries)
+    with pytest.raises(SettingsError, match=r"figure tensorrt: 0 subjects of records, expected one"):
+        cited("tensorrt", [e for e in entries if e.record["bench"] != "tensorrt"])
+
+
+def test_the_table_of_agreement_wants_both_targets_of_a_text(root: Path) -> None:
+    entries = read_records([root / FOLDER]).entries
+    assert faithful_block(entries).splitlines()[-1] == "| mean | 99.92 % at **1.42 %** | 100.00 % at **2.61 %** |"
+    one = [e for e in entries if not (e.record["settings"].get("text") == "GSM8K" and e.record["target_agreement"] == 0.999)]
+    with pytest.raises(SettingsError, match=r"no record of GSM8K at 99.9 %, expected both targets"):
+        faithful_block(one)

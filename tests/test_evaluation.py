@@ -275,7 +275,7 @@ def document(checkpoint: Path, texts: list[Path]) -> dict[str, Any]:
 RECORD = [
     "model", "shape", "real_weights", "batch", "context", "head", "settings",
     "backend", "backend_version", "device", "threads", "microseconds", "tokens_per_second", "bytes_per_step",
-    "bytes_per_step_p99", "dense_bytes_per_step", "top1_agreement", "top1_agreement_interval", "ratio_to_dense", "spread", "commit",
+    "bytes_per_step_p99", "dense_bytes_per_step", "top1_agreement", "top1_agreement_interval", "speedup_over_dense", "spread", "commit",
     "command",
 ]  # fmt: skip
 ASKED = ["positions", "top1_agreement", "top1_agreement_interval", "coverage", "bytes_per_step", "bytes_per_step_p99", "dense_bytes_per_step"]
@@ -286,6 +286,7 @@ def test_document(document: dict[str, Any], texts: list[Path]) -> None:
     for key in RECORD + ASKED:
         assert key in document, key
     assert (document["shape"], document["head"], document["command"]) == ([256, 32], "fitted", "flashhead evaluate")
+    assert document["precision"] == "float32"
     assert [t["text"] for t in document["texts"]] == ["one.txt", "zwei.txt"]
     assert [t["positions"] for t in document["texts"]] == [600, 4 * len("Zwölf Boxkämpfer jagen Viktor über den großen Sylter Deich. ".encode())]
     assert document["positions"] == sum(t["positions"] for t in document["texts"])

@@ -7,6 +7,7 @@ outside, since those are what `import` costs and needs.
 from __future__ import annotations
 
 import ast
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -230,3 +231,13 @@ def test_start_loads_only_what_it_may(code: str, allowed: set[str]) -> None:
     assert result.returncode == 0, result.stderr
     loaded = set(result.stdout.splitlines()[-1].split()[1:]) - set(sys.stdlib_module_names)
     assert {m for m in loaded if not m.startswith("_")} <= allowed
+
+
+def test_the_drawing_of_the_rooms_is_theirs_and_current() -> None:
+    """Red: `make docs`, or put a new room into a layer of scripts/draw_rooms.py."""
+    script = runpy.run_path(str(ROOT / "scripts/draw_rooms.py"))
+    layer_of = {room: i for i, layer in enumerate(script["LAYERS"]) for box in layer.boxes for rooms in box.rooms for room in rooms.split(", ")}
+    assert set(layer_of) == set(MAY_IMPORT) - {"package", "__main__"}  # names without a room of their own
+    upwards = [(room, other) for room, i in layer_of.items() for other in MAY_IMPORT[room] if layer_of.get(other, i) < i]
+    assert upwards == []
+    assert script["PICTURE"].read_text(encoding="utf-8") == script["picture"]()

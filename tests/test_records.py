@@ -14,7 +14,7 @@ import pytest
 import report_document
 from small_records import made, many, predicted
 
-from flashhead_edge.bench.as_records import CONVERTERS, as_records, with_records
+from flashhead_edge.bench.as_records import CONVERTERS, as_records, machine, with_records
 from flashhead_edge.errors import FlashHeadError, SettingsError
 from flashhead_edge.records.compare import compare
 from flashhead_edge.records.folder import KEY, Entry, read_records, write_records
@@ -189,9 +189,34 @@ def tensorrt_document() -> dict[str, Any]:
     }  # fmt: skip
     return {"records": [
         common | {"head": "FlashHead alone", "microseconds": 22.0, "spread": [21.0, 23.0]},
-        common | {"head": "FlashHead", "microseconds": 528.0, "spread": [527.0, 536.0], "tokens_per_second": 1761.0, "graph_nodes": 152},
-        common | {"head": "dense", "microseconds": 673.0, "spread": [672.0, 680.0]},
+        common | {"head": "FlashHead", "microseconds": 528.0, "spread": [527.0, 536.0], "microseconds_rounds": [527.0, 528.0, 536.0],
+                  "tokens_per_second": 1761.0, "graph_nodes": 152},
+        common | {"head": "dense", "microseconds": 673.0, "spread": [672.0, 680.0], "microseconds_rounds": [672.0, 673.0, 680.0]},
     ]}  # fmt: skip
+
+
+def decode_document() -> dict[str, Any]:
+    """Two batches of ours beside dense heads, of a larger one ours alone; the power is known of all but one step."""
+    common = {
+        "model": "Llama-3.2-1B", "shape": [128_256, 2_048], "real_weights": False, "context": 512, "positions": 1024, "backend": "cuda",
+        "backend_version": "13.0", "device": "H100", "body": "w4a16", "group": 128, "precision": "float16", "dense_bytes_per_step": 525_336_576,
+        "commit": "abc", "command": "x",
+    }  # fmt: skip
+    records = []
+    for batch in (1, 4, 16):
+        for head, us, joules, read in (
+            ("FlashHead", 420.0, 0.05, 9.5e6), ("dense fp16", 565.0, 0.09, 525e6), ("dense int8, one scale a row", 489.0, None, 263e6),
+            ("no head", 388.0, None, None),
+        ):  # fmt: skip
+            if batch == 16 and head.startswith("dense"):
+                continue
+            records.append(common | {"head": head, "batch": batch, "microseconds": us, "spread": [us - 1, us + 3], "microseconds_rounds": [us, us - 1, us + 3]})
+            if head != "no head":
+                scope, unknown = (None, "it was not told") if joules is None else ("the GPU alone, by NVML", None)
+                records[-1] |= {"joules_per_token": joules, "power_scope": scope, "power_unknown": unknown, "bytes_per_step": read}
+            if head == "FlashHead":
+                records[-1] |= {"first_token_seconds": 0.004, "first_token_spread": [0.0039, 0.0042], "prompt": 512, "real_bytes": 1_340_100_000}
+    return {"records": records}
 
 
 def vllm_document() -> dict[str, Any]:
@@ -213,7 +238,14 @@ def onnx_document() -> dict[str, Any]:
     return own
 
 
-OWN = {"head": head_document, "tensorrt": tensorrt_document, "vllm": vllm_document, "onnx": onnx_document, "evaluate": lambda: report_document.document(2)}
+OWN = {
+    "head": head_document,
+    "decode": decode_document,
+    "tensorrt": tensorrt_document,
+    "vllm": vllm_document,
+    "onnx": onnx_document,
+    "evaluate": lambda: report_document.document(2),
+}
 
 
 @pytest.mark.parametrize("bench", OWN)
@@ -229,17 +261,19 @@ def test_every_bench_speaks_the_form(bench: str, tmp_path: Path) -> None:
         assert e.record["bench"] == bench and e.record["kind"] == "measured"
         assert e.record["command"] == "flashhead bench x" and e.record["date"] == "2026-11-28T04:00:00Z"
         assert e.record["head"] not in ("fitted", "flash", "dense", "dense bf16", "no head")
+        assert e.record["device"] != "cpu" and e.record["commit"]
+        assert (e.record["seeds"] == []) == bool(e.record["real_weights"])
 
 
 def test_every_converter_is_tested() -> None:
-    assert set(OWN) | {"decode"} == set(CONVERTERS)
+    assert set(OWN) == set(CONVERTERS)
 
 
 def test_ratios_and_spreads_come_from_the_bench_s_own_figures() -> None:
     (one,) = as_records("tensorrt", tensorrt_document(), "x", MOMENT)[0]
-    assert one["microseconds"] == {"median": 528.0, "low": 527.0, "high": 536.0, "spread": "range", "samples": 7}
+    assert one["microseconds"] == {"median": 528.0, "low": 527.0, "high": 536.0, "spread": "range", "samples": 3}
     assert one["times_as_fast"]["median"] == pytest.approx(673 / 528)
-    assert one["times_as_fast"]["low"] == pytest.approx(672 / 536) and one["times_as_fast"]["high"] == pytest.approx(680 / 527)
+    assert one["times_as_fast"]["low"] == pytest.approx(680 / 536) and one["times_as_fast"]["high"] == pytest.approx(672 / 527)  # of the same rounds
     records, _ = as_records("head", head_document(), "x", MOMENT)
     flash = next(r for r in records if r["head"] == "FlashHead" and r["batch"] == 1)
     assert flash["microseconds"] == {"median": 22.0, "low": 21.5, "high": 22.5, "spread": "mad", "samples": 200}
@@ -258,7 +292,7 @@ def test_ratios_and_spreads_come_from_the_bench_s_own_figures() -> None:
         ("head", {"device": "H100", "records": [r for r in head_document()["records"] if r["head"] != "dense bf16"]}, "published on Llama-3.2-1B"),
         ("tensorrt", {"records": tensorrt_document()["records"][:2]}, "no engine with a dense head"),
         ("vllm", {"records": vllm_document()["records"][1:]}, "no dense head in the same run"),
-        ("decode", {"records": [{"model": "Llama-3.2-1B"}]}, "no dense head in the same run"),
+        ("decode", {"records": decode_document()["records"][-2:]}, "FlashHead on Llama-3.2-1B, batch 16: no dense head in the same run"),
     ],
 )
 def test_what_has_no_baseline_is_named_not_recorded(bench: str, own: dict[str, Any], words: str) -> None:
@@ -266,6 +300,34 @@ def test_what_has_no_baseline_is_named_not_recorded(bench: str, own: dict[str, A
     assert records == []
     (sentence,) = left_out
     assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [([700_000], "limit 700 W"), ([350_000, 350_000], "limit 350 W"), ([700_000, 350_000], None), ([None], None), ([], None)],
+)
+def test_a_gpu_without_power_modes_says_its_limit(monkeypatch: pytest.MonkeyPatch, limits: list[int | None], said: str | None) -> None:
+    monkeypatch.setattr("flashhead_edge.jetson.board_nvml.read_gpus", lambda unread: [{"power_limit": None if w is None else w / 1000} for w in limits])
+    assert machine(True)["power_mode"] == said
+    assert machine(False)["power_mode"] is None  # a CPU's times are not the GPU's
+
+
+def test_a_decode_step_stands_beside_the_dense_head_in_16_bits_of_its_batch() -> None:
+    records, left_out = as_records("decode", decode_document(), "x", MOMENT)
+    assert [(r["head"], r["batch"], r["baseline"]["head"]) for r in records] == [
+        (head, batch, "dense fp16") for batch in (1, 4) for head in ("FlashHead", "dense int8, one scale a row")
+    ]
+    ours, rival = records[:2]
+    assert ours["times_as_fast"] == {"median": pytest.approx(565 / 420), "low": pytest.approx(568 / 423), "high": pytest.approx(564 / 419), "spread": "range",
+                                     "samples": 3}  # fmt: skip
+    assert (ours["part"], ours["precision"], ours["context"], ours["peak_bytes"]) == ("step", "w4a16", 512, 1_340_100_000)
+    assert ours["joules_per_token"]["median"] == 0.05 and ours["baseline"]["joules_per_token"]["median"] == 0.09 and rival["joules_per_token"] is None
+    assert ours["observed"]["power_scope"] == "the GPU alone, by NVML" and ours["first_token_seconds"]["low"] == 0.0039
+    assert rival["bytes_per_step"] == 263e6 and rival["baseline"]["bytes_per_step"] == 525e6
+    assert left_out == [
+        "bench decode: FlashHead on Llama-3.2-1B, batch 16: no dense head in the same run, so that it is no record",
+        "bench decode: joules a token are not in its records: it was not told",
+    ]
 
 
 # comparison

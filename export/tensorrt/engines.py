@@ -5,13 +5,14 @@ A folder of models can come from another machine: `build_engines` is the second 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flashhead_edge.checkpoint.atomic import link_or_copy, regular, replacing
-from flashhead_edge.errors import CheckpointError, DeviceError, EngineError, SettingsError
+from flashhead_edge.errors import CheckpointError, DeviceError, EngineError, ExportError, SettingsError
 from flashhead_edge.export.tensorrt import builder, versions
 from flashhead_edge.export.tensorrt.manifest import sha256_of, write_manifest
 from flashhead_edge.jetson.tensorrt_folder import MANIFEST, WEIGHTS, header_fingerprint, read_manifest
@@ -121,18 +122,24 @@ def add_engines(ready: Ready, folder: Path, manifest: Mapping[str, Any], progres
     }
 
 
-def build_engines(folder: str | Path, *, build: Build | None = None, progress: Progress = silent) -> dict[str, Any]:
+def build_engines(folder: str | Path, *, build: Build | None = None, dense_head: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """Build the engines of a folder that was written without, on the board that shall run them: the new manifest.
 
     The folder is the old one or the new one at every moment.
 
+    Args:
+        dense_head: make decoder_dense.onnx of its decoder first where it has none (the onnx package), and build that engine too.
     Raises:
         CheckpointError: the folder is no such export, or its file of weights is another one.
+        ExportError: a dense head beside native layers, or without the onnx package.
         DeviceError, EngineError: as `export_tensorrt`; the head was planned for another device.
     """
     path = Path(folder).expanduser().resolve()
     manifest = read_manifest(path).document
     build = build or Build()
+    adds_dense = dense_head and not (path / "decoder_dense.onnx").is_file()
+    if adds_dense:
+        _check_dense(path, manifest)
     ready = prepared(build, manifest["layers"], manifest["precision"])
     if manifest["layers"] == "plugin":
         found = header_fingerprint(path / WEIGHTS) if regular(path / WEIGHTS) else "missing"
@@ -144,16 +151,28 @@ def build_engines(folder: str | Path, *, build: Build | None = None, progress: P
             )
         _check_planned(path, manifest, ready.device)
     files = [p for p in sorted(path.rglob("*")) if regular(p) and p.name != MANIFEST and p.suffix != ".engine"]
-    inside = sum(_weights_in_engine(part, path, manifest) for part in PARTS if (path / f"{part}.onnx").is_file())
+    inside = sum(_weights_in_engine(part, path, manifest) for part in PARTS if (path / f"{part}.onnx").is_file() or (adds_dense and part == "decoder_dense"))
     with replacing(path, sum(f.stat().st_size for f in files) + inside + SPARE) as new:
         for file in files:
             target = new / file.relative_to(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(file, target)
+        if adds_dense:
+            from flashhead_edge.export.tensorrt.dense import add_dense_head
+
+            add_dense_head(new)
         _say_folder(new, path, manifest, progress)
         whole = manifest | {"capability": ready.device.capability or manifest["capability"]} | add_engines(ready, new, manifest, progress)
         write_manifest(new, whole)
     return read_manifest(path).document
+
+
+def _check_dense(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise ExportError where a dense head cannot be put into a folder."""
+    if manifest["layers"] != "plugin":
+        raise ExportError(f"{path}: a dense head beside native layers is asked for, expected it beside plugins; leave --dense-head out")
+    if importlib.util.find_spec("onnx") is None:
+        raise ExportError(f"{path}: the onnx package is not installed, expected it for --dense-head; pip install onnx, or export again with --dense-head")
 
 
 def _check_planned(path: Path, manifest: Mapping[str, Any], device: Device) -> None:

@@ -28,11 +28,11 @@ def write_graph(path: Path, graph: Graph, weights: WeightsFile, folder: Path, me
     """
     model = helper.make_model(
         helper.make_graph(
-            [_node(n, weights, folder) for n in graph.nodes],
+            [node_of(n, weights, folder) for n in graph.nodes],
             graph.name,
             [helper.make_tensor_value_info(t.name, TYPES[t.dtype], t.shape) for t in graph.inputs],
             [helper.make_tensor_value_info(t.name, TYPES[t.dtype], t.shape) for t in graph.outputs],
-            [_initializer(name, c, weights) for name, c in graph.constants.items()],
+            initializers_of(graph.constants, weights.places),
         ),
         opset_imports=[helper.make_opsetid(PLAIN, OPSET), helper.make_opsetid(OURS, 1)],
         ir_version=IR_VERSION,
@@ -42,25 +42,32 @@ def write_graph(path: Path, graph: Graph, weights: WeightsFile, folder: Path, me
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _node(n: Node, weights: WeightsFile, folder: Path) -> onnx.NodeProto:
+def node_of(n: Node, weights: WeightsFile | None = None, folder: Path | None = None) -> onnx.NodeProto:
+    """A node as ONNX has it; `weights` and their folder are for those that read stored tensors."""
     said: dict[str, object] = {}
     reads = False
     for name, value in n.attributes.items():
         if isinstance(value, Stored):
             reads = True
+            assert weights is not None
             said[name] = " ".join(map(str, weights.places[value.name])) if value.name else ""
         else:
             said[name] = list(value) if isinstance(value, tuple) else value
     if n.domain == OURS:
         said |= {"plugin_version": "1", "plugin_namespace": OURS}
-        if reads:
+        if reads and weights is not None:
             said |= {"file": WEIGHTS, "folder": str(folder), "fingerprint": weights.fingerprint}
     node = helper.make_node(n.op, n.inputs, n.outputs, name=n.name, domain=n.domain)
     node.attribute.extend(helper.make_attribute(name, value) for name, value in said.items())
     return node
 
 
-def _initializer(name: str, c: Constant | External, weights: WeightsFile) -> onnx.TensorProto:
+def initializers_of(constants: Mapping[str, Constant | External], places: Mapping[str, tuple[int, int]]) -> list[onnx.TensorProto]:
+    """Constants as ONNX has them, those of the file of weights by offset and length there."""
+    return [_initializer(name, c, places) for name, c in constants.items()]
+
+
+def _initializer(name: str, c: Constant | External, places: Mapping[str, tuple[int, int]]) -> onnx.TensorProto:
     tensor = TensorProto(name=name, data_type=TYPES[c.dtype])
     if isinstance(c, Constant):
         tensor.dims.extend(c.array.shape)
@@ -68,7 +75,7 @@ def _initializer(name: str, c: Constant | External, weights: WeightsFile) -> onn
         return tensor
     tensor.dims.extend(c.shape)
     tensor.data_location = TensorProto.EXTERNAL
-    offset, length = weights.places[c.stored.name]
+    offset, length = places[c.stored.name]
     for key, value in (("location", WEIGHTS), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor

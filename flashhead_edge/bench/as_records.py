@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flashhead_edge.bench.provenance import commit, processor
 from flashhead_edge.records.folder import KEY
 from flashhead_edge.records.form import baseline, document, figure, record, run_name
 
@@ -23,6 +24,8 @@ FLASH = {
 ONNX_PARTS = {"head": "head", "models": "step", "engines": "text"}
 FP32, INT4, GENAI_INT8 = "dense fp32", "dense int4, blocks of 32", "GenAI, int8 head"  # what the parts of `bench onnx` are compared with
 ONNX_BASELINES = {"head": FP32, "models": INT4, "engines": GENAI_INT8}
+ON_A_CPU = ("onnx", "evaluate")  # benches that may run on a GPU too say nothing of it
+SEEDS = {"head": [0], "decode": [0], "tensorrt": [0], "vllm": [0], "onnx": [0, 2]}  # of made weights and states; a real model's steps draw nothing
 GPU_TIME = "GPU time from a trace: median over its steps, no spread kept"
 
 
@@ -42,20 +45,30 @@ def with_records(bench: str, own: Own, command: str, moment: datetime.datetime |
 def as_records(bench: str, own: Own, command: str, moment: datetime.datetime) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of a bench's document, and sentences on what it measured that is none."""
     date = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-    facts = {"bench": bench, "run": run_name(bench, command, date, platform.node()), "date": date, "command": command, **machine(bench)}
+    facts = {"bench": bench, "run": run_name(bench, command, date, platform.node()), "date": date, "command": command, **machine(bench not in ON_A_CPU)}
     return CONVERTERS[bench](own, facts)
 
 
-def machine(bench: str) -> dict[str, Any]:
-    """Driver and power mode, where the system tells them; a driver is of benches on a GPU."""
+def machine(on_gpu: bool) -> dict[str, Any]:
+    """Driver and power mode, where the system tells them: a board's mode by name, another GPU's limit; a driver is of work on a GPU."""
     from flashhead_edge.jetson.board import read_board
     from flashhead_edge.jetson.driver import driver_version
 
     mode = read_board().power_mode
-    return {
-        "driver": None if bench in ("onnx", "evaluate") else driver_version(),
-        "power_mode": None if mode is None else mode.name or f"mode {mode.number}",
-    }
+    if mode is not None:
+        power = mode.name or f"mode {mode.number}"
+    else:
+        power = power_limit() if on_gpu else None
+    return {"driver": driver_version() if on_gpu else None, "power_mode": power}
+
+
+def power_limit() -> str | None:
+    """What the GPU may draw, as `limit 700 W`; None where NVML does not tell, or GPUs differ: which of them a process runs on its order does not tell."""
+    from flashhead_edge.jetson.board_nvml import read_gpus
+
+    limits = {gpu["power_limit"] for gpu in read_gpus({})}
+    (only,) = limits if len(limits) == 1 else (None,)
+    return f"limit {only:.0f} W" if isinstance(only, float) else None
 
 
 def times(own: Own, samples: int | None = None) -> Any:
@@ -88,13 +101,22 @@ def paired(theirs: Sequence[float], ours: Sequence[float]) -> Any:
 
 def common(own: Own, facts: Own, part: str, head: str) -> dict[str, Any]:
     """The fields that most benches name as a record does."""
-    same = ("model", "shape", "real_weights", "backend", "backend_version", "device", "threads", "batch", "context", "dense_bytes_per_step", "commit")
-    return {**facts, "part": part, "head": head, **{name: own.get(name) for name in same}}
+    same = ("model", "shape", "real_weights", "backend", "backend_version", "threads", "batch", "context", "dense_bytes_per_step")
+    real, device = own.get("real_weights"), own.get("device")
+    return {
+        **facts, "part": part, "head": head, **{name: own.get(name) for name in same}, "device": processor() if device == "cpu" else device,
+        "seeds": [] if real else SEEDS.get(facts["bench"]) if real is False else None, "commit": own.get("commit") or commit(),
+    }  # fmt: skip
 
 
 def _no_dense(bench: str, names: Sequence[str], what: str) -> list[str]:
     names = list(dict.fromkeys(names))
     return [f"bench {bench}: {', '.join(names)}: no {what} in the same run, so that it is no record"] if names else []
+
+
+def _no_power(bench: str, records: Sequence[Own]) -> list[str]:
+    reasons = dict.fromkeys(r["power_unknown"] for r in records if r.get("power_unknown") and not r["head"].startswith("draw"))
+    return [f"bench {bench}: joules a token are not in its records: {reason}" for reason in reasons]
 
 
 def head_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
@@ -117,54 +139,87 @@ def head_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
             record(
                 **common(r, facts, "head", FLASH.get(r["head"], r["head"])) | {"device": own["device"]},
                 precision=base["head"].removeprefix("dense "),
-                observed={**seen, **r.get("settings", {})},
+                observed={**seen, **r.get("settings", {}), **_power_scope(r)},
                 microseconds=ours,
+                joules_per_token=figure(r.get("joules_per_token")),
                 bytes_per_step=r["bytes_per_step"],
                 times_as_fast=quotient(theirs, ours),
                 baseline=baseline(
-                    facts["run"], base["head"], base.get("backend"), base.get("backend_version"), microseconds=theirs, bytes_per_step=base["bytes_per_step"]
+                    facts["run"],
+                    base["head"],
+                    base.get("backend"),
+                    base.get("backend_version"),
+                    microseconds=theirs,
+                    joules_per_token=figure(base.get("joules_per_token")),
+                    bytes_per_step=base["bytes_per_step"],
                 ),
             )
         )
-    return found, _no_dense("head", alone, "dense head")
+    return found, _no_dense("head", alone, "dense head") + _no_power("head", own["records"])
+
+
+SEEN = (  # of what a step's own record says besides
+    "graph_nodes", "engine_bytes", "dense_head_microseconds", "share_of_head_gone", "head_microseconds", "planned_bytes", "weight_bytes", "positions",
+    "prompt", "power_scope",
+)  # fmt: skip
 
 
 def tensorrt_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
     """`bench tensorrt`: the whole step with our head beside the one with TensorRT's own."""
-    from flashhead_edge.bench.tensorrt import ROUNDS
-
-    dense = {(r["model"], r["batch"]): r for r in own["records"] if r["head"] == "dense"}
-    found, alone = [], []
-    for r in own["records"]:
-        if r["head"] != "FlashHead":
-            continue
-        base = dense.get((r["model"], r["batch"]))
-        if base is None:
-            alone.append(str(r["model"]))
-            continue
-        ours, theirs = times(r, ROUNDS), times(base, ROUNDS)
-        seen = ("graph_nodes", "engine_bytes", "dense_head_microseconds", "share_of_head_gone")
-        found.append(
-            record(
-                **common(r, facts, "step", "FlashHead"),
-                precision=r["body"],
-                calibrated_agreement=r.get("agreement"),
-                settings={"activations": r["precision"], "group": r["group"], "layers": r["layers"]},
-                observed={n: r[n] for n in seen if r.get(n) is not None},
-                microseconds=ours,
-                tokens_per_second=figure(r.get("tokens_per_second")),
-                times_as_fast=quotient(theirs, ours),
-                baseline=baseline(
-                    facts["run"], "dense", base["backend"], base["backend_version"], microseconds=theirs, bytes_per_step=r["dense_bytes_per_step"]
-                ),
-            )
-        )
-    return found, _no_dense("tensorrt", alone, "engine with a dense head (flashhead export tensorrt --dense-head)")
+    return step_records("tensorrt", own, facts, ("dense",), "engine with a dense head (flashhead export engines FOLDER --dense-head adds it)")
 
 
 def decode_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
-    """`bench decode`: our kernels have no dense head, so that nothing of it is a record."""
-    return [], _no_dense("decode", [str(r["model"]) for r in own["records"]], "dense head")
+    """`bench decode`: the whole step with our head and with a dense one in 8 bits, beside the one with the model's rows in 16 bits."""
+    return step_records("decode", own, facts, ("dense fp16", "dense bf16"))
+
+
+def step_records(bench: str, own: Own, facts: Own, bases: Sequence[str], missing: str = "dense head") -> tuple[list[dict[str, Any]], list[str]]:
+    """Whole steps beside the same step with one of the heads `bases`; steps without a head, and of a head alone, are no records."""
+
+    def key(r: Own) -> tuple[Any, ...]:
+        return r["model"], r["batch"]
+
+    dense = {key(r): r for r in own["records"] if r["head"] in bases}
+    found, alone = [], []
+    for r in own["records"]:
+        if r["head"] in (*bases, "FlashHead alone", "no head"):
+            continue
+        base = dense.get(key(r))
+        if base is None:
+            alone.append(f"{r['head']} on {r['model']}, batch {r['batch']}")
+            continue
+        ours, theirs = _step_measures(r), _step_measures(base)
+        rounds = [of.get("microseconds_rounds") for of in (base, r)]
+        first, ends = r.get("first_token_seconds"), r.get("first_token_spread")
+        found.append(
+            record(
+                **common(r, facts, "step", r["head"]),
+                precision=r["body"],
+                calibrated_agreement=r.get("agreement"),
+                settings={"activations": r["precision"]} | {n: r[n] for n in ("group", "layers") if r.get(n) is not None},
+                observed={n: r[n] for n in SEEN if r.get(n) is not None},
+                tokens_per_second=figure(r.get("tokens_per_second")),
+                first_token_seconds=figure(first) if ends is None else figure(first, ends[0], ends[1], "range"),
+                peak_bytes=r.get("real_bytes"),
+                times_as_fast=paired(*rounds) if all(rounds) else quotient(theirs["microseconds"], ours["microseconds"]),
+                **ours,
+                baseline=baseline(facts["run"], base["head"], base["backend"], base["backend_version"], **theirs),
+            )
+        )
+    return found, _no_dense(bench, alone, missing) + _no_power(bench, own["records"])
+
+
+def _step_measures(r: Own) -> dict[str, Any]:
+    return {
+        "microseconds": times(r, len(r.get("microseconds_rounds") or ()) or None),
+        "joules_per_token": figure(r.get("joules_per_token")),
+        "bytes_per_step": r.get("bytes_per_step"),
+    }
+
+
+def _power_scope(r: Own) -> dict[str, Any]:
+    return {"power_scope": r["power_scope"]} if r.get("power_scope") else {}
 
 
 def vllm_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
@@ -217,7 +272,8 @@ def vllm_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
                     note=GPU_TIME,
                 )
             )
-    return found, _no_dense("vllm", alone, "dense head")
+    unasked = ["bench vllm: joules a token are not in its records: it does not ask for the power"] if found else []
+    return found, _no_dense("vllm", alone, "dense head") + unasked
 
 
 def onnx_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
@@ -246,13 +302,13 @@ def onnx_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
                 precision={"head": "fp32"}.get(part, "int4"),
                 tokens=r["settings"].get("tokens"),
                 settings={n: r["settings"][n] for n in names if n in r["settings"]},
-                observed={n: r["settings"][n] for n in ("equal_tokens",) if n in r["settings"]},
+                observed={n: r["settings"][n] for n in ("equal_tokens",) if n in r["settings"]} | _power_scope(r),
                 times_as_fast=fast,
                 **ours,
                 baseline=baseline(facts["run"], base["head"], base["backend"], base["backend_version"], **theirs),
             )
         )
-    return found, _no_dense("onnx", alone, "baseline (" + ", ".join(f"{a}: {b}" for a, b in ONNX_BASELINES.items()) + ")")
+    return found, _no_dense("onnx", alone, "baseline (" + ", ".join(f"{a}: {b}" for a, b in ONNX_BASELINES.items()) + ")") + _no_power("onnx", own["records"])
 
 
 def _onnx_measures(of: Own) -> dict[str, Any]:
@@ -264,6 +320,7 @@ def _onnx_measures(of: Own) -> dict[str, Any]:
         "microseconds": us,
         "tokens_per_second": None if of["part"] == "head" else figure(of["tokens_per_second"], ends[0], ends[1], us["spread"], us["samples"]),
         "first_token_seconds": figure(of.get("first_token_seconds")),
+        "joules_per_token": figure(of.get("joules_per_token")),
         **{name: of.get(name) for name in ("bytes_per_step", "peak_bytes", "top1_agreement", "top1_agreement_interval")},
     }
 
@@ -271,7 +328,7 @@ def _onnx_measures(of: Own) -> dict[str, Any]:
 def evaluate_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
     """`evaluate`: each head beside the dense one, all texts together and text by text; nothing is timed."""
     target = (own.get("summary") or {}).get("target_agreement")
-    said = common(own, facts, "agreement", "") | {"real_weights": True}
+    said = common({**own, "real_weights": True}, facts, "agreement", "") | {"precision": own.get("precision")}
     texts = [(None, own), *((str(t["text"]), t) for t in own.get("texts", ()))]
     found = []
     for text, pooled in texts:

@@ -7,7 +7,7 @@ graph, replayed: what is timed is what the device does from a token to the next,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,34 +75,57 @@ def made_program(
 
 def step_microseconds(m: Any, graph: Any, rounds: int = ROUNDS, replays: int = REPLAYS) -> np.ndarray:
     """Of a graph, one figure a round."""
+    return turn_times(m, {"": graph}, rounds, replays)[""]
+
+
+def turn_times(m: Any, graphs: Mapping[str, Any], rounds: int = ROUNDS, replays: int = REPLAYS) -> dict[str, np.ndarray]:
+    """Microseconds of a replay of each graph, one figure a round: they take turns, so that what the card does meanwhile meets all of them."""
     from flashhead_edge.jetson.driver import Timer
 
-    timer, begun = Timer(), time.perf_counter()
-    while time.perf_counter() - begun < WARM_SECONDS:
-        graph.launch(m.stream)
-        m.stream.wait()
-    found = []
-    for _ in range(rounds):
-        rewind(m, CACHED - REPLAYS // 2)  # each step makes the text one longer
-        timer.mark(m.stream, 0)
-        for _ in range(replays):
+    timer, found = Timer(), {name: list[float]() for name in graphs}
+    for graph in graphs.values():
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < WARM_SECONDS:
             graph.launch(m.stream)
-        timer.mark(m.stream, 1)
-        found.append(timer.microseconds() / replays)
-    return np.array(found)
+            m.stream.wait()
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            rewind(m, CACHED - REPLAYS // 2)  # each step makes the text one longer
+            timer.mark(m.stream, 0)
+            for _ in range(replays):
+                graph.launch(m.stream)
+            timer.mark(m.stream, 1)
+            found[name].append(timer.microseconds() / replays)
+    return {name: np.array(times) for name, times in found.items()}
 
 
 def graph_times(m: Any, put: Callable[[], None], rounds: int = ROUNDS, replays: int = REPLAYS) -> np.ndarray:
     """Microseconds of launches that stand for a step, as a graph, one figure a round; each round begins with `CACHED` tokens, in the middle of it."""
+    graph = captured(m, put)
+    try:
+        return step_microseconds(m, graph, rounds, replays)
+    finally:
+        graph.close()
+
+
+def captured(m: Any, put: Callable[[], None]) -> Any:
+    """Launches that stand for a step, as a graph that the caller closes; they run once before."""
     rewind(m, CACHED)
     put()
     m.stream.wait()
     with m.stream.captured() as graph:
         put()
-    try:
-        return step_microseconds(m, graph, rounds, replays)
-    finally:
-        graph.close()
+    return graph
+
+
+def replay(m: Any, graph: Any, steps: int) -> int:
+    """Steps behind each other, at most `REPLAYS` of a text, and the end of the last waited for: how many."""
+    for first in range(0, steps, REPLAYS):
+        rewind(m, CACHED - REPLAYS // 2)
+        for _ in range(min(REPLAYS, steps - first)):
+            graph.launch(m.stream)
+    m.stream.wait()
+    return steps
 
 
 def rewind(m: Any, length: int) -> None:
@@ -207,7 +230,7 @@ def bench_cuda(
                 record["four_a_graph"] = _figures(step_times(m, rows, together=4))
                 record["without"] = {kind: _figures(step_times(m, rows, without=(kind,))) for kind in kinds(m, rows)}
                 record["alone"] = {kind: _figures(step_times(m, rows, only=kind)) for kind in kinds(m, rows)}
-                record["tokens_per_second"] = tokens_a_second(m, rows)
+                record["tokens_per_second"] = texts_of(m, rows)[0]
                 records.append(record)
                 took(record)
         finally:
@@ -220,12 +243,12 @@ def _figures(times: np.ndarray) -> dict[str, Any]:
     return {"microseconds": round(float(np.median(times)), 2), "spread": [round(float(times.min()), 2), round(float(times.max()), 2)]}
 
 
-def tokens_a_second(m: Any, rows: int, tokens: int = 256) -> float:
-    """Of texts that are decoded together, read by the host one step behind."""
+def texts_of(m: Any, rows: int, tokens: int = 256) -> tuple[float, np.ndarray]:
+    """Tokens a second of texts that are decoded together, read by the host one step behind, and the counts of their steps, [tokens - 1, rows, 2 + stages]."""
     from flashhead_edge.jetson.cuda_session import decode
 
     steps = decode(m, [[1 + row, 2, 3, 4, 5, 6, 7, 8] for row in range(rows)], tokens)
     next(steps)
     begun = time.perf_counter()
-    count = sum(1 for _ in steps)
-    return count * rows / (time.perf_counter() - begun)
+    counts = [mail.counts for mail in steps]
+    return len(counts) * rows / (time.perf_counter() - begun), np.array(counts)

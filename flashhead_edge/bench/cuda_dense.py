@@ -7,17 +7,17 @@ time does not depend on what they hold.
 from __future__ import annotations
 
 import ctypes
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flashhead_edge.bench.cuda import graph_times
-from flashhead_edge.errors import SettingsError
+from flashhead_edge.bench.cuda import CACHED, rewind
+from flashhead_edge.errors import DeviceError, SettingsError
 
 KINDS = ("16 bits", "8 bits")
 ROWS = (1, 2, 4, 8)  # states that kernels of 16 bits are compiled for
+MOST_ROWS = ROWS[-1]
 THREADS, BLOCKS = 256, 4  # of a block; a multiprocessor
 SHARED = 200 << 10  # that the states of a multiprocessor's blocks may have together
 ROOM = 512  # bytes of either kernel's workspace
@@ -57,6 +57,13 @@ class DenseHead:
             call("cuMemsetD16_v2", ctypes.c_uint64(self.scales.pointer), ctypes.c_ushort(0x1400), ctypes.c_size_t(16 * self.tiles))  # 2^-10 each
 
     @property
+    def name(self) -> str:
+        """As records name it."""
+        if self.kind == KINDS[1]:
+            return "dense int8, one scale a row"
+        return "dense bf16" if self.m.program.precision == "bfloat16" else "dense fp16"
+
+    @property
     def bytes(self) -> int:
         """What a launch reads of the head."""
         return 2 * self.m.head.vocab * self.m.head.hidden if self.codes is None else self.tiles * 16 * (self.columns + 2)
@@ -73,7 +80,7 @@ class DenseHead:
             return
         wide = next((n for n in ROWS if n >= rows), 0)
         if not wide:
-            raise SettingsError(f"dense head: {rows} rows, expected {ROWS[-1]} at most in 16 bits; time a smaller batch")
+            raise SettingsError(f"dense head: {rows} rows, expected {MOST_ROWS} at most in 16 bits; time a smaller batch")
         weights = m.weight(head.node.attributes["rows"])
         shared = 4 * wide * head.hidden
         blocks = m.limits.multiprocessors * min(BLOCKS, max(1, SHARED // shared))
@@ -103,31 +110,34 @@ class DenseHead:
             self.module = ctypes.c_void_p()
 
 
-def dense_steps(m: Any, rows: int, ours: float, body: float) -> dict[str, Any]:
-    """A greedy step of some rows with each dense head.
+def check_dense(m: Any) -> None:
+    """Hold the rival in 16 bits against numpy over the same rows, on the state behind a made prompt.
 
-    Args:
-        ours: microseconds of the backend's own step; body: of the step without a head.
-    Returns:
-        By the kind of head: microseconds of the step with their spread, of the head alone, its ratio to ours, what ours saves, and as a share of what the
-        dense head adds to a step. Empty where a batch is larger than the rivals take.
+    Raises:
+        DeviceError: its token is not the best one, up to the rounding of sums.
     """
-    if rows > ROWS[-1]:
-        return {}
-    found: dict[str, Any] = {}
-    for kind in KINDS:
-        dense = DenseHead(m, kind)
-        try:
-            times, alone = graph_times(m, partial(put_dense_step, m, dense, rows)), float(np.median(graph_times(m, partial(dense.put, rows))))
-            step = float(np.median(times))
-            found[kind] = {
-                "microseconds": round(step, 2), "spread": [round(float(times.min()), 2), round(float(times.max()), 2)], "head_alone": round(alone, 2),
-                "terabytes_per_second": round(dense.bytes / alone / 1e6, 2), "ratio": round(step / ours, 3), "saved": round(step - ours, 1),
-                "share_of_head_gone": round((step - ours) / (step - body), 3) if step > body else None,
-            }  # fmt: skip
-        finally:
-            dense.close()
-    return found
+    from flashhead_edge.jetson.cuda_backend import Cuda, export_settings
+    from flashhead_edge.jetson.cuda_session import fetch
+    from flashhead_edge.jetson.tensorrt_engine import to_half
+
+    b = Cuda(m, export_settings(m.program, dict(m.program.settings), "bench"))
+    hidden = b.body().feed([1, 2, 3, 4])
+    rewind(m, CACHED)
+    state = np.ascontiguousarray(to_half(hidden, m.program.precision)).view(np.uint8).reshape(-1)
+    m.results.array[: state.size] = state
+    m.stream.to_device(m.value(m.head.node.inputs[0]), m.results.pointer, state.size)
+    dense = DenseHead(m, KINDS[0])
+    try:
+        dense.put(1)
+        token = int(fetch(m, 1, None)["token"][0])
+    finally:
+        dense.close()
+    logits = b.head.exact_logits(hidden, np.arange(m.head.vocab))[0]
+    if logits[token] < logits.max() - 1e-3 * np.abs(logits).max():  # 16-bit products summed in float32, in another order than numpy's
+        raise DeviceError(
+            f"dense head: it names token {token} with a logit of {logits[token]:.4f}, expected {int(logits.argmax())} with {logits.max():.4f}; "
+            "do not use this rival, and report the card"
+        )
 
 
 def put_dense_step(m: Any, head: DenseHead, rows: int) -> None:

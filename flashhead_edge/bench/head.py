@@ -27,8 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashhead_edge.bench.energy import Energy, step_energy
 from flashhead_edge.bench.provenance import commit
-from flashhead_edge.bench.timing import REPLAYS, copy_bandwidth, timed
+from flashhead_edge.bench.steps import drawn
+from flashhead_edge.bench.timing import REPLAYS, copy_bandwidth, graph_of, replayed, timed, timed_graph
 from flashhead_edge.caps import most_counts, with_gates
 from flashhead_edge.cases import (
     FEW_CODES,
@@ -67,6 +69,7 @@ HEADS = ("dense", "int8", "int4", "published", "flash", "auto")  # what can be t
 DENSE_RIVALS = ((8, 0), (8, 32), (4, 32), (4, 128))  # bits, columns that share a scale (0: the row)
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches at which the dense and the flash head are compared
 CROSSOVER_REPLAYS = 30
+NOT_ASKED = Energy(None, None, "a draw's power is not asked")
 DRAW = DecodeCase(0.8, 50, 0.95, 0.05)  # what a draw is timed with; the number of candidates is the shape's
 
 
@@ -249,6 +252,19 @@ Step = Callable[[Tensor], object]
 
 def times_of(steps: Sequence[Step], states: Tensor, batch: int, replays: int = REPLAYS) -> np.ndarray:
     """Microseconds of a step over hidden states [n, d], `batch` of them a step; replay after replay the next ones."""
+    bound, refill = _over(steps, states, batch)
+    return timed(bound, replays, refill)
+
+
+def times_and_power(steps: Sequence[Step], states: Tensor, batch: int) -> tuple[np.ndarray, Energy]:
+    """The same times, and what a step draws."""
+    bound, refill = _over(steps, states, batch)
+    graph, count = graph_of(bound)
+    return timed_graph(graph, count, REPLAYS, refill), step_energy(functools.partial(replayed, graph, count))
+
+
+def _over(steps: Sequence[Step], states: Tensor, batch: int) -> tuple[list[Callable[[], object]], Callable[[int], object]]:
+    """Steps over one place for their states, and what puts the next states there."""
     hidden = states.new_empty(batch, states.shape[1])
     every = torch.arange(batch, device=states.device)
 
@@ -256,7 +272,7 @@ def times_of(steps: Sequence[Step], states: Tensor, batch: int, replays: int = R
         torch.index_select(states, 0, (i * batch + every) % len(states), out=hidden)
 
     refill(0)
-    return timed([lambda step=step: step(hidden) for step in steps], replays, refill)  # type: ignore[misc]
+    return [functools.partial(step, hidden) for step in steps], refill
 
 
 def steps_of(head: CudaHead, bytes_read: float, work: Callable[[CudaHead, Tensor], object] = CudaHead.token) -> list[Step]:
@@ -359,11 +375,12 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
     records: list[dict[str, Any]] = []
     dense_name = "dense bf16" if subject.weight.dtype == torch.bfloat16 else "dense fp16"
 
-    def record(head: str, batch: int, times: np.ndarray, bytes_read: float, counts: np.ndarray | None = None, **settings: Any) -> None:
+    def record(head: str, batch: int, found: tuple[np.ndarray, Energy], bytes_read: float, counts: np.ndarray | None = None, **settings: Any) -> None:
+        times, energy = found
         median, floor = float(np.median(times)), bytes_read / bandwidth * 1e6
 
-        def against(other: str) -> float | None:
-            return next((median / r["microseconds"] for r in records if r["head"] == other and r["batch"] == batch), None)
+        def over(other: str) -> float | None:
+            return next((r["microseconds"] / median for r in records if r["head"] == other and r["batch"] == batch), None)
 
         records.append(
             {
@@ -371,16 +388,17 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
                 **{"settings": settings, "backend": "cuda", "backend_version": torch.version.cuda, "device": out["device"], "threads": None},
                 **{"microseconds": median, "microseconds_p99": float(np.percentile(times, 99)), "tokens_per_second": batch / median * 1e6},
                 **{"bytes_per_step": bytes_read, "bytes_per_step_p99": None, "dense_bytes_per_step": dense_bytes(v, d), "floor_microseconds": floor},
-                **{"top1_agreement": None, "top1_agreement_interval": None, "ratio_to_dense": 1.0 if head == dense_name else against(dense_name)},
-                **{"ratio_to_published": 1.0 if head == "published" else against("published"), "bandwidth": bandwidth},
+                **{"top1_agreement": None, "top1_agreement_interval": None, "speedup_over_dense": 1.0 if head == dense_name else over(dense_name)},
+                **{"speedup_over_published": 1.0 if head == "published" else over("published"), "bandwidth": bandwidth},
                 **{"spread": float(np.median(np.abs(times - median))), "counts": None if counts is None else [round(float(c), 1) for c in counts]},
+                **drawn(energy, batch),
                 **{"commit": commit(), "command": subject.command},
             }
         )
 
     for batch in batches if "dense" in heads else ():
         progress(f"{subject.name}: {dense_name}", None)
-        record(dense_name, batch, times_of(dense_steps(subject, v), states, batch), dense_bytes(v, d))
+        record(dense_name, batch, times_and_power(dense_steps(subject, v), states, batch), dense_bytes(v, d))
     for bits, group in DENSE_RIVALS:
         if f"int{bits}" not in heads or (group and d % group):
             continue
@@ -390,7 +408,7 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
         check_dense(coded, decoded(to_torch(rows, "cuda")), states[:CHECKED])
         for batch in batches:
             name = f"dense int{bits}, " + (f"groups of {group}" if group else "one scale a row")
-            record(name, batch, times_of(coded_steps(coded), states, batch), coded.bytes_per_step * -(-batch // MOST_ROWS), codes="random")
+            record(name, batch, times_and_power(coded_steps(coded), states, batch), coded.bytes_per_step * -(-batch // MOST_ROWS), codes="random")
         del coded
     for label, one, counted in subject.heads:
         if ("published" if label == "published" else "flash") not in heads and not (label == "fitted" and "auto" in heads):
@@ -402,7 +420,7 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
         for batch in batches if label == "published" or "flash" in heads else ():
             check_batch(head, states[:batch])
             read = step_bytes(one, counts, batch)
-            record(label, batch, times_of(steps_of(head, read), states, batch), read, counts)
+            record(label, batch, times_and_power(steps_of(head, read), states, batch), read, counts)
         if label == "fitted":
             out["counts"].append(expected_counts(subject, one, counts))
         if label == "fitted" and "auto" in heads:
@@ -416,13 +434,13 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
             for batch in batches:
                 is_dense = auto.takes_dense(batch)
                 read = dense_bytes(v, d) if is_dense else step_bytes(one, counts, batch)
-                record("auto", batch, times_of(steps_of(auto, read), states, batch), read, takes="dense" if is_dense else "flash")
+                record("auto", batch, times_and_power(steps_of(auto, read), states, batch), read, takes="dense" if is_dense else "flash")
         if label == "fitted" and "flash" in heads:
             time_draw(head, counts, batches, record)
             check_logits(head, states[:CHECKED])
             for batch in batches:
                 read = step_bytes(one, counts, batch) + batch * 4 * v
-                record("fitted, full-width logits", batch, times_of(steps_of(head, read, CudaHead.wide_logits), states, batch), read, counts)
+                record("fitted, full-width logits", batch, times_and_power(steps_of(head, read, CudaHead.wide_logits), states, batch), read, counts)
         del head
         torch.cuda.empty_cache()
     out["records"] += records
@@ -473,4 +491,4 @@ def time_draw(head: CudaHead, counts: np.ndarray, batches: Sequence[int], record
         if wrong:
             raise DeviceError(f"decode: {wrong} of {batch} tokens are not those of the definition, expected none; do not use this kernel")
         settings = {"temperature": case.temperature, "top_k": case.top_k, "top_p": case.top_p, "min_p": case.min_p, "candidates": case.candidates}
-        record("draw from the candidates", batch, timed([draw] * 20), batch * case.candidates * 12, **settings)
+        record("draw from the candidates", batch, (timed([draw] * 20), NOT_ASKED), batch * case.candidates * 12, **settings)

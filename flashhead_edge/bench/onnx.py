@@ -24,8 +24,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -39,9 +37,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashhead_edge.bench.energy import step_energy
 from flashhead_edge.bench.onnx_made import CONFIGS, DENSE_FORMS, cache_folder, dense_name, export_rows, key_of, made_model, write_dense_heads
 from flashhead_edge.bench.onnx_worker import in_turn
-from flashhead_edge.bench.provenance import commit
+from flashhead_edge.bench.provenance import commit, processor
+from flashhead_edge.bench.steps import drawn
 from flashhead_edge.cases import SHAPES, SHARES_SOURCE
 from flashhead_edge.checkpoint.atomic import replacing
 from flashhead_edge.costs import dense_bytes
@@ -100,7 +100,7 @@ def bench_onnx(
     if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx_ir") is None:
         raise EngineError("bench onnx: onnxruntime and onnx-ir are not both installed, expected both; pip install 'flashhead-edge[export]'")
     parts, threads = parts or PARTS, threads or THREADS
-    document: dict[str, Any] = {"device": device(), "records": [], "counts": [], "skipped": []}
+    document: dict[str, Any] = {"device": processor(), "records": [], "counts": [], "skipped": []}
     run = Run(document, command, tuple(threads), rounds, progress)
     with tempfile.TemporaryDirectory(prefix="flashhead-bench-") as work:
         real = None if out is None else exported(out, progress)
@@ -154,7 +154,7 @@ def record(run: Run, part: str, model: str, shape: Sequence[int], head: str, thr
         **{"backend": "onnxruntime", "backend_version": version("onnxruntime"), "device": run.document["device"], "threads": threads},
         **{"microseconds": median, "microseconds_rounds": us.tolist(), "tokens_per_second": 1e6 / median},
         **{"bytes_per_step": None, "bytes_per_step_p99": None, "dense_bytes_per_step": dense_bytes(*shape)},
-        **{"top1_agreement": None, "top1_agreement_interval": None, "ratio_to_dense": None, "spread": float(np.median(np.abs(us - median)))},
+        **{"top1_agreement": None, "top1_agreement_interval": None, "speedup_over_dense": None, "spread": float(np.median(np.abs(us - median)))},
         **{"times_as_fast": {}, "wanted": {}, "commit": commit(), "command": run.command},
     }
     found |= more
@@ -171,6 +171,11 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
 def agreement_of(run: Run, head: str) -> dict[str, Any]:
     found = run.agreement.get(head)
     return {} if found is None else {"top1_agreement": found[0], "top1_agreement_interval": list(found[1])}
+
+
+def power_of(ask: Callable[[dict[str, Any]], dict[str, Any]], name: str) -> dict[str, Any]:
+    """What a token draws of a board's rails, where it has any: of a head or a model its step, of an engine a text with its prompt."""
+    return drawn(step_energy(lambda steps: int(ask({"do": "repeat", "name": name, "steps": steps})["steps"]), gpu=False), 1)
 
 
 # heads
@@ -292,16 +297,18 @@ def time_heads(run: Run, subject: Subject) -> None:
                 for name, times in ask({"do": "round", "round": number})["seconds"].items():
                     seconds[name].append(float(np.mean(times)))
                     p99[name] = max(p99.get(name, 0.0), 1e6 * float(np.percentile(times, 99)))
+            power = {name: power_of(ask, name) for name in seconds}
         best_int8 = min((n for n in s.dense if n.startswith(INT8)), key=lambda n: statistics.median(seconds[n]))
         times_as_fast = {name: ratio(seconds[name], seconds[FLASH]) for name in seconds if name != FLASH}
         for name in seconds:
             flash, ours = name == FLASH, name in (FLASH, STANDARD)
             record(
                 run, "head", s.name, (s.vocab_size, s.hidden_size), name, threads, seconds[name],
-                real_weights=s.real, microseconds_p99=p99[name], ratio_to_dense=1 / ratio(seconds[FP32], seconds[name])["median"],
+                real_weights=s.real, microseconds_p99=p99[name], speedup_over_dense=ratio(seconds[FP32], seconds[name])["median"],
                 bytes_per_step=bytes_of_step(s.about, s.counts) if ours else dense_read(name, s.vocab_size, s.hidden_size),
                 counts=s.counts if flash else None, settings={"agreement": s.about["agreement"]} if flash and s.real else {},
-                times_as_fast=times_as_fast if flash else {}, wanted={(best_int8 if n == INT8 else n): x for n, x in s.wanted.items()} if flash else {},
+                times_as_fast=times_as_fast if flash else {}, **power[name],
+                wanted={(best_int8 if n == INT8 else n): x for n, x in s.wanted.items()} if flash else {},
                 **(agreement_of(run, FLASH if ours else name) if s.real else {}),
             )  # fmt: skip
 
@@ -337,13 +344,14 @@ def time_models(run: Run, subject: Subject) -> None:
                 for name, total in ask({"round": number})["seconds"].items():
                     if number:
                         seconds.setdefault(name, []).append(total / TOKENS)
+            power = {name: power_of(ask, name) for name in seconds}
         for name in (PLAIN, INT4, "flash", "none"):
             flash = name == "flash"
             published = {"published": PUBLISHED_MODELS.get(s.name)} if flash else {}
             record(
                 run, "models", s.name, (s.vocab_size, s.hidden_size), {"flash": FLASH, "none": NO_HEAD}.get(name, name), threads, seconds[name],
                 context=PROMPT + TOKENS, settings={"body": "int4", "group": 32, "tokens": TOKENS, **published},
-                ratio_to_dense=1 / ratio(seconds[INT4], seconds[name])["median"],
+                **power[name], speedup_over_dense=ratio(seconds[INT4], seconds[name])["median"],
                 times_as_fast={dense: ratio(seconds[dense], seconds[name]) for dense in (INT4, PLAIN)},
                 wanted={INT4: WANTED_MODELS[s.name]} if flash and s.name in WANTED_MODELS else {},
             )  # fmt: skip
@@ -386,15 +394,16 @@ def bench_engines(run: Run, out: Path, export: Path, gguf: Path | None, prompt: 
                     reply = asks[name]({"do": "run"})
                     if number:
                         found[name].append(reply)
+            power = {name: power_of(ask, name) for name, ask in asks.items()}
         for name, replies in found.items():
             if len(replies[0]["tokens"]) != ENGINE_TOKENS:
                 raise EngineError(f"bench onnx: {name} gave {len(replies[0]['tokens'])} tokens, expected {ENGINE_TOKENS}; report this")
-            engine_record(run, out.name, about, name, engines[name], threads, starts[name], found)
+            engine_record(run, out.name, about, name, engines[name], threads, starts[name], found, power[name])
 
 
 def engine_record(
     run: Run, model: str, about: dict[str, Any], name: str, engine: tuple[str, Path], threads: int, starts: Sequence[dict[str, Any]],
-    found: Mapping[str, list[dict[str, Any]]],
+    found: Mapping[str, list[dict[str, Any]]], power: Mapping[str, Any],
 ) -> None:  # fmt: skip
     def column(of: str, what: str) -> list[float]:
         return [float(r[what]) for r in found[of]]
@@ -409,14 +418,14 @@ def engine_record(
         run, "engines", model, (about["vocab_size"], about["hidden_size"]), name, threads, steps[name],
         real_weights=True, context=ENGINE_PROMPT + ENGINE_TOKENS, backend=package, backend_version=version(package),
         settings={"prompt": ENGINE_PROMPT, "tokens": ENGINE_TOKENS, "equal_tokens": same},
-        ratio_to_dense=None if GENAI_INT8 not in steps else 1 / ratio(steps[GENAI_INT8], steps[name])["median"],
+        speedup_over_dense=None if GENAI_INT8 not in steps else ratio(steps[GENAI_INT8], steps[name])["median"],
         prompt_seconds=statistics.median(column(name, "prompt_seconds")), prompt_seconds_rounds=column(name, "prompt_seconds"),
         first_token_seconds=statistics.median(s["first_token_seconds"] for s in starts), peak_bytes=max(r["peak_bytes"] for r in (*starts, *found[name])),
         model_bytes=model_bytes(kind, path),
         times_as_fast={other: ratio(steps[other], steps[name]) for other in others},
         prompt_times_as_fast={other: ratio(column(other, "prompt_seconds"), column(name, "prompt_seconds")) for other in others},
         wanted={other: x for other, x in WANTED_ENGINES.items() if other in others},
-        **agreement_of(run, head),
+        **agreement_of(run, head), **power,
     )  # fmt: skip
 
 
@@ -545,14 +554,6 @@ def body_states(export: Path, ids: Sequence[int]) -> np.ndarray:
     for i in range(0, len(ids[:limit]), PREFILL):
         found.append(body.states(ids[i : i + PREFILL]))
     return np.concatenate(found)
-
-
-def device() -> str:
-    """The processor and how many cores of it this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return f"{model[1].strip() if model else platform.processor() or platform.machine()}, {cores} cores"
 
 
 def version(package: str) -> str | None:

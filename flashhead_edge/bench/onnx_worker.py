@@ -111,7 +111,17 @@ def open_heads(task: dict[str, Any], began: float) -> Answer:
             capped.append(bool(flash.capped[0]))
         return {"tokens": tokens, "counts": counts, "capped": capped}
 
-    return lambda request: steps() if request["do"] == "steps" else round_of(request["round"])
+    def repeat(name: str, count: int) -> dict[str, Any]:
+        for i in range(count):
+            heads[name](states[i % len(states)])
+        return {"steps": count}
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if request["do"] == "repeat":
+            return repeat(request["name"], request["steps"])
+        return steps() if request["do"] == "steps" else round_of(request["round"])
+
+    return answer
 
 
 def open_agreement(task: dict[str, Any], began: float) -> Answer:
@@ -169,19 +179,25 @@ def open_models(task: dict[str, Any], began: float) -> Answer:
         "none": (body, lambda state: 0),
     }
 
+    def text_of(name: str, number: int) -> int:
+        using, choose = heads[name]
+        using.restore(starts[using])
+        for i, token in enumerate(ids[task["prompt"] :]):
+            using.feed([token])
+            choose(states[(number + i) % len(states)][None])
+        return int(task["tokens"])
+
     def round_of(number: int) -> dict[str, Any]:
         seconds = {}
         for name in in_turn(list(heads), number):
-            using, choose = heads[name]
+            using, _ = heads[name]
             using.restore(starts[using])
             begin = time.perf_counter()
-            for i, token in enumerate(ids[task["prompt"] :]):
-                using.feed([token])
-                choose(states[(number + i) % len(states)][None])
+            text_of(name, number)
             seconds[name] = time.perf_counter() - begin
         return {"seconds": seconds}
 
-    return lambda request: round_of(request["round"])
+    return lambda request: {"steps": text_of(request["name"], 0)} if request.get("do") == "repeat" else round_of(request["round"])
 
 
 # engines
@@ -209,6 +225,8 @@ def open_engine(task: dict[str, Any], began: float) -> Answer:
         for token in engine.tokens(task["prompt"], task["tokens"]):
             found.append(token)
             marks.append(time.perf_counter())
+        if request["do"] == "repeat":
+            return {"steps": len(found)}
         rate = (len(found) - 1) / (marks[-1] - marks[0])
         return {"tokens": found, "prompt_seconds": marks[0] - start, "tokens_per_second": rate, "peak_bytes": memory("VmHWM") - engine.imported}
 

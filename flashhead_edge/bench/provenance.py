@@ -1,7 +1,10 @@
-"""Where a record comes from: the commit and the command that made it."""
+"""Where a record comes from: the commit and the command that made it, and on which processor."""
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,3 +22,11 @@ def commit() -> str | None:
 def command(module: str) -> str:
     """The command line of a bench, `module` being its name in this package."""
     return " ".join([f"python -m flashhead_edge.bench.{module}", *sys.argv[1:]])
+
+
+def processor() -> str:
+    """The processor and how many cores of it this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return f"{model[1].strip() if model else platform.processor() or platform.machine()}, {cores} cores"

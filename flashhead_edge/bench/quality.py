@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashhead_edge.bench.as_records import machine
-from flashhead_edge.bench.provenance import commit
+from flashhead_edge.bench.provenance import commit, processor
 from flashhead_edge.bench.quality_records import records_of
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.evaluation import evaluate_checkpoint
-from flashhead_edge.evaluation.run import read_text, within
+from flashhead_edge.evaluation.run import body_precision, read_text, within
 from flashhead_edge.progress import Progress, silent
 from flashhead_edge.records.form import document
 
@@ -99,8 +99,8 @@ def bench_quality(
         "target_agreement": index.summary.get("target_agreement"),
         "calibrated_agreement": index.summary.get("top1_agreement"),
         "settings": {"limit": limit},
-        "precision": (source.config.get("quantization_config") or {}).get("quant_method", "float32"),
-        **machine("quality"),
+        "precision": body_precision(source.config),
+        **machine(device.startswith("cuda")),
         **computing(device),
         "seeds": [],
         "commit": commit(),
@@ -117,7 +117,7 @@ def computing(device: str) -> dict[str, Any]:
     return {
         "backend": "torch",
         "backend_version": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
         "threads": torch.get_num_threads(),
     }
 

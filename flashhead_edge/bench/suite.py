@@ -46,6 +46,7 @@ class Inputs:
     checkpoint: Path | None = None
     text: Path | None = None
     gguf: Path | None = None
+    asked: tuple[str, ...] = ()  # tasks of lm-evaluation-harness, as `bench quality --task` takes them
     quick: bool = False
 
 
@@ -130,6 +131,7 @@ def minutes(seconds: float) -> str:
 
 def plan(inputs: Inputs) -> list[Task]:
     """All tasks, whether this machine can run them or not; a task a shape, so that an interruption costs little."""
+    from flashhead_edge.bench.cuda import models
     from flashhead_edge.bench.tensorrt import SHAPES as TENSORRT_SHAPES
     from flashhead_edge.bench.vllm import CONFIGS
 
@@ -143,6 +145,12 @@ def plan(inputs: Inputs) -> list[Task]:
     needs = (lambda: given, module("torch", "torch"))
     positions = ("--positions", "500", "--no-rivals") if quick else ()
     tasks.append(Task("evaluate", ("evaluate", checkpoint, "--text", text, *positions), 60 if quick else 900, needs))
+    few = ("--positions", "500", "--prompts", "2") if quick else ()
+    tasks.append(Task("quality-text", ("bench", "quality", checkpoint, "--text", text, *few), 60 if quick else 600, needs))
+    for name in inputs.asked:
+        limit = ("--limit", "8") if quick else ()
+        arguments = ("bench", "quality", checkpoint, "--task", name, *limit)
+        tasks.append(Task(f"quality-{_file_name(name)}", arguments, 120 if quick else 1800, (*needs, module("lm_eval", "quality"))))
     for name in (QUICK,) if quick else SHAPES:
         tasks.append(Task(f"head-{name}", ("bench", "head", "--shape", name, *one), 40 if quick else 90, (module("torch", "torch"), gpu, torch_gpu)))
     tasks.append(Task("head-checkpoint", ("bench", "head", checkpoint, "--text", text, *one), 60, (lambda: given, module("torch", "torch"), gpu, torch_gpu)))
@@ -152,7 +160,9 @@ def plan(inputs: Inputs) -> list[Task]:
             tasks.append(Task(f"vllm-{name}-{runner}", arguments, 240, (module("vllm", "vllm"), gpu, torch_gpu)))
     for name in (QUICK,) if quick else TENSORRT_SHAPES:
         tasks.append(Task(f"tensorrt-{name}", ("bench", "tensorrt", "--shape", name, *one), 90, (module("tensorrt", "tensorrt"), gpu, plugin)))
-    tasks.append(Task("decode", ("bench", "decode"), 60, (lambda: "our kernels have no dense head beside which a step would be a record",)))
+    for name in (QUICK,) if quick else models():
+        tasks.append(Task(f"decode-{name}", ("bench", "decode", "--shape", name, *one), 40 if quick else 60, (gpu, launchers)))
+    tasks.append(Task("decode-checkpoint", ("bench", "decode", checkpoint, *one), 60, (lambda: given, gpu, launchers)))
     onnx = module("onnxruntime", "export"), module("onnx_ir", "export"), module("torch", "torch")
     for name in ONNX_SHAPES[:1] if quick else ONNX_SHAPES:
         for part in ("models",) if quick else ("head", "models"):
@@ -162,6 +172,11 @@ def plan(inputs: Inputs) -> list[Task]:
     parts = ("--part", "head") if quick else ("--part", "head", "--part", "engines")
     tasks.append(Task("onnx-checkpoint", ("bench", "onnx", checkpoint, "--text", text, *more, *parts, *rounds), 120 if quick else 600, (lambda: given, *onnx)))
     return tasks
+
+
+def _file_name(asked: str) -> str:
+    """A task of the harness as a part of a file's name: without its own file."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", asked.partition("=")[0])
 
 
 def reason(task: Task) -> str | None:
@@ -205,6 +220,21 @@ def plugin() -> str | None:
     try:
         find_library(int(importlib.metadata.version("tensorrt").split(".")[0]))
     except (FlashHeadError, importlib.metadata.PackageNotFoundError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+@functools.cache
+def launchers() -> str | None:
+    """Our kernels' launchers, and what compiles the kernels for this driver. To be asked behind `gpu`."""
+    from flashhead_edge.jetson.cuda_library import library
+    from flashhead_edge.jetson.driver import device_facts
+    from flashhead_edge.jetson.nvrtc import find_nvrtc
+
+    try:
+        library()
+        find_nvrtc(int(device_facts().cuda_version.split(".")[0]))
+    except EngineError as error:
         return " ".join(str(error).split())
     return None
 

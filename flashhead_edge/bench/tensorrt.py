@@ -6,6 +6,7 @@
 
 Without a folder the models are made: real shapes, random weights, heads that open as many clusters as a real one. numpy and onnx, no torch,
 so that it runs on a board; with a folder numpy alone. A step is a CUDA graph of the engine and of the two copies beside it; the heads take turns.
+Made models always have both engines; `flashhead export engines FOLDER --dense-head` gives a folder the dense one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flashhead_edge.bench.energy import step_energy
 from flashhead_edge.bench.provenance import commit
+from flashhead_edge.bench.steps import FLASH, against, drawn, read_bytes, timed
 from flashhead_edge.costs import dense_bytes
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.progress import Progress, silent
@@ -30,6 +34,7 @@ WARM_SECONDS = 0.2
 CACHED = 512  # tokens in the cache of a timed step
 HEADS_A_GRAPH = 20  # steps of the head alone in one graph: its launch is shared among them
 TOKENS = 128  # of a run that gives tokens a second
+HEADS = {"decoder": FLASH, "decoder_dense": "dense"}  # by engine
 
 
 def bench_tensorrt(
@@ -90,26 +95,23 @@ def _measured(folder: Path, batches: Sequence[int], command: str, progress: Prog
             progress(f"{name}: timing, batch {batch}", None)
             head = head_times(b, batch)
             times = step_times(b, parts, batch)
-            rate = tokens_a_second(b, batch)
-            records.append(common | _figures(head) | {"head": "FlashHead alone", "batch": batch, "engine_bytes": document["engines"]["head"]["bytes"]})
+            progress(f"{name}: power, batch {batch}", None)
+            energy = {part: step_energy(partial(replay, b, part, batch)) for part in parts}
+            rate, counts = texts_of(b, batch)
+            records.append(common | timed(head) | {"head": "FlashHead alone", "batch": batch, "engine_bytes": document["engines"]["head"]["bytes"]})
             for part in parts:
                 engine, nodes = document["engines"][part], b.decode_graph(batch, False, part).graph.nodes
-                record = common | _figures(times[part]) | {"head": "FlashHead" if part == "decoder" else "dense", "batch": batch, "graph_nodes": nodes}
+                record = common | timed(times[part]) | drawn(energy[part], batch) | {"head": HEADS[part], "batch": batch, "graph_nodes": nodes}
                 record |= {"engine_bytes": engine["bytes"], "build_seconds": engine["seconds"], "peak_host_bytes": document["peak_host_bytes"]}
                 if part == "decoder":
-                    record["tokens_per_second"] = rate
+                    record |= {"tokens_per_second": rate, "bytes_per_step": read_bytes(s.fixed_bytes, s.item_bytes, counts)}
+                    if len(parts) == 2:
+                        dense, flash, alone = (float(np.median(t)) for t in (times["decoder_dense"], times["decoder"], head))
+                        record |= against(times["decoder"], times["decoder_dense"], dense - flash + alone)
+                else:
+                    record["bytes_per_step"] = common["dense_bytes_per_step"]
                 records.append(record)
-            if len(parts) == 2:
-                flash, dense, alone = (float(np.median(t)) for t in (times["decoder"], times["decoder_dense"], head))
-                records[-2] |= {
-                    "ratio_to_dense": dense / flash, "dense_head_microseconds": dense - flash + alone,
-                    "share_of_head_gone": (dense - flash) / (dense - flash + alone),
-                }  # fmt: skip
     return records
-
-
-def _figures(times: np.ndarray) -> dict[str, Any]:
-    return {"microseconds": float(np.median(times)), "spread": [float(times.min()), float(times.max())]}
 
 
 def step_times(b: Any, parts: Sequence[str], batch: int) -> dict[str, np.ndarray]:
@@ -158,11 +160,24 @@ def head_times(b: Any, batch: int) -> np.ndarray:
     return np.array(found)
 
 
-def tokens_a_second(b: Any, batch: int) -> float:
-    """Of texts that are decoded together, after their first tokens; the host waits for each."""
+def replay(b: Any, part: str, batch: int, steps: int) -> int:
+    """Steps of an engine behind each other, all at the same place of their texts, and the end of the last waited for: how many."""
+    graph = b.decode_graph(batch, False, part).graph
+    b.setting("lengths", batch)[:] = CACHED
+    b.begin([1] * batch)
+    for _ in range(steps):
+        graph.launch(b.stream)
+    b.stream.wait()
+    return steps
+
+
+def texts_of(b: Any, batch: int) -> tuple[float, np.ndarray]:
+    """Tokens a second of texts that are decoded together, after their first tokens, the host waiting for each, and the counts of their steps, [steps, B, n]."""
     prompts = [[1 + row, 2, 3, 4, 5, 6, 7, 8] for row in range(batch)]
     steps = iter(b.decode(prompts, TOKENS))
     next(steps)
+    places, counts = b.decode_graph(batch, False).places, []
     begun = time.perf_counter()
-    count = sum(1 for _ in steps)
-    return count * batch / (time.perf_counter() - begun)
+    for _ in steps:
+        counts.append(b.results(places, "counts").copy())
+    return len(counts) * batch / (time.perf_counter() - begun), np.array(counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,11 @@ def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS, refill:
     Args:
         refill: called with the number of each replay before it, its time not counted: puts other input where the steps read it.
     """
+    return timed_graph(*graph_of(steps), replays, refill)
+
+
+def graph_of(steps: Sequence[Callable[[], object]]) -> tuple[Any, int]:
+    """A graph of all `steps`, as often as makes `LEAST_STEPS`, and how many are in it; each has run once before."""
     steps = [*steps] * math.ceil(LEAST_STEPS / len(steps))
     for step in steps:
         step()
@@ -28,6 +34,11 @@ def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS, refill:
     with torch.cuda.graph(graph):
         for step in steps:
             step()
+    return graph, len(steps)
+
+
+def timed_graph(graph: Any, steps: int, replays: int = REPLAYS, refill: Callable[[int], object] | None = None) -> np.ndarray:
+    """Microseconds of one of a graph's `steps`, one figure a replay; otherwise as `timed`."""
     begun = time.perf_counter()
     while time.perf_counter() - begun < WARM_SECONDS:  # a card that was idle runs up to a fifth slower at first
         graph.replay()
@@ -40,7 +51,16 @@ def timed(steps: Sequence[Callable[[], object]], replays: int = REPLAYS, refill:
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return np.array([1e3 * begin.elapsed_time(end) / len(steps) for begin, end in marks])
+    return np.array([1e3 * begin.elapsed_time(end) / steps for begin, end in marks])
+
+
+def replayed(graph: Any, steps: int, wanted: int) -> int:
+    """At least so many of a graph's `steps`, and the end of the last waited for: how many."""
+    replays = math.ceil(wanted / steps)
+    for _ in range(replays):
+        graph.replay()
+    torch.cuda.synchronize()
+    return replays * steps
 
 
 def copy_bandwidth() -> float:

@@ -111,18 +111,18 @@ def tensorrt(
         with shown_progress("looking for a GPU") as progress:
             from flashhead_edge.bench.as_records import with_records
             from flashhead_edge.bench.tensorrt import bench_tensorrt
-            from flashhead_edge.report.engines import show_engines, write_engines
+            from flashhead_edge.report.steps import show_steps, write_steps
 
             document = bench_tensorrt(folder, shapes, batches, command, progress, plugin=plugin)
-        show_engines(document, person(stdout, as_json))
+        show_steps(document, person(stdout, as_json))
         if as_json:
             write_json(with_records("tensorrt", document, command), stdout)
         if plot is not None:
-            write_engines(document, plot)
+            write_steps(document, plot)
             click.echo(f"plots: {plot}", err=True)
 
 
-@bench.command(short_help="Time whole texts on a GPU by our kernels alone: steps, tokens a second, the first token.")
+@bench.command(short_help="Time whole texts on a GPU by our kernels alone: steps beside dense heads, tokens a second.")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option("--shape", "shapes", multiple=True, metavar="MODEL", help="Shape of a made model, such as Llama-3.2-1B. Repeatable.  [default: all known]")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 32), help="Texts at a time. Repeatable.  [default: 1, 4, 8]")
@@ -131,7 +131,7 @@ def tensorrt(
 @common_options
 @click.pass_obj
 def decode(settings: Settings, out: Path | None, shapes: tuple[str, ...], batches: tuple[int, ...], plot: Path | None, as_json: bool) -> None:
-    """Time the torch-free CUDA backend: a decode step, tokens a second with the host reading them, the first token of a prompt of 512.
+    """Time the torch-free CUDA backend: a decode step beside the same one with dense heads, tokens a second, the first token of a prompt of 512, joules.
 
     OUT is a checkpoint. Without it models are made: real shapes with random 4-bit weights, heads that open as many clusters as a real one.
     """
@@ -143,14 +143,14 @@ def decode(settings: Settings, out: Path | None, shapes: tuple[str, ...], batche
         with shown_progress("looking for a GPU") as progress:
             from flashhead_edge.bench.as_records import with_records
             from flashhead_edge.bench.decode import bench_decode
-            from flashhead_edge.report.decoding import show_decoding, write_decoding
+            from flashhead_edge.report.steps import show_steps, write_steps
 
             document = bench_decode(out, shapes, batches, command, progress)
-        show_decoding(document, person(stdout, as_json))
+        show_steps(document, person(stdout, as_json))
         if as_json:
             write_json(with_records("decode", document, command), stdout)
         if plot is not None:
-            write_decoding(document, plot)
+            write_steps(document, plot)
             click.echo(f"plots: {plot}", err=True)
 
 

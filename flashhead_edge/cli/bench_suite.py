@@ -15,17 +15,32 @@ from flashhead_edge.cli.display import shown_progress
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A FlashHead checkpoint, for the tasks on real weights.")
 @click.option("--text", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The text that the checkpoint is measured on.")
 @click.option("--gguf", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The same model as a GGUF file, for llama.cpp.")
+@click.option("--task", "asked", multiple=True, metavar="NAME[=FILE]", help="Task of lm-evaluation-harness, as for bench quality. Repeatable.")
 @click.option("--quick", is_flag=True, help="One shape, batch 1 and few rounds: minutes instead of an hour.")
 @json_option
 @common_options
 @click.pass_context
-def suite(context: click.Context, out: Path, checkpoint: Path | None, text: Path | None, gguf: Path | None, quick: bool, as_json: bool) -> None:
+def suite(
+    context: click.Context,
+    out: Path,
+    checkpoint: Path | None,
+    text: Path | None,
+    gguf: Path | None,
+    asked: tuple[str, ...],
+    quick: bool,
+    as_json: bool,
+) -> None:
     """Run every bench that this machine can, a process each, and keep the records of each as a file in OUT.
 
     What is skipped is said, and why. The same command again goes on where it was interrupted. Exit code 1: a task failed.
     """
     if (checkpoint is None) != (text is None):
         raise click.UsageError("--checkpoint and --text belong together: give both, or neither.")
+    if asked and checkpoint is None:
+        raise click.UsageError("--task is asked of a checkpoint: give --checkpoint and --text too.")
+    names = [one.partition("=")[0] for one in asked]
+    if len(set(names)) < len(names):
+        raise click.UsageError("--task: a task is asked once: leave its second one out.")
     with answer_only() as stdout:
         with shown_progress("looking at this machine") as progress:
             from dataclasses import asdict
@@ -33,7 +48,8 @@ def suite(context: click.Context, out: Path, checkpoint: Path | None, text: Path
             from flashhead_edge.bench.suite import Inputs, run_suite
 
             real = [None if path is None else path.resolve() for path in (checkpoint, text, gguf)]
-            inputs = Inputs(real[0], real[1], real[2], quick)
+            files = tuple(name if not file else f"{name}={Path(file).resolve()}" for name, _, file in (one.partition("=") for one in asked))
+            inputs = Inputs(real[0], real[1], real[2], files, quick)
             outcomes = run_suite(out, inputs, progress, lambda sentence: click.echo(sentence, err=True))
         console = person(stdout, as_json)
         counts = {what: sum(o.what == what for o in outcomes) for what in ("done", "kept", "skipped", "failed")}

@@ -185,9 +185,10 @@ def tensorrt(
 @export.command(short_help="Build the engines of a folder that was written without.")
 @click.argument("out", type=click.Path(path_type=Path))
 @engine_options
+@click.option("--dense-head", is_flag=True, help="Add the same decoder with TensorRT's own head where OUT has none, to compare with: needs the onnx package.")
 @json_option
 @common_options
-def engines(out: Path, runtime: str, plugin: Path | None, timing_cache: Path | None, memory: int | None, as_json: bool) -> None:
+def engines(out: Path, runtime: str, plugin: Path | None, timing_cache: Path | None, memory: int | None, dense_head: bool, as_json: bool) -> None:
     """Build the engines of OUT, which `flashhead export tensorrt --onnx-only` wrote, on the board that shall run them.
 
     Neither torch nor onnxruntime is needed. OUT stays as it was until all engines are built.
@@ -198,7 +199,7 @@ def engines(out: Path, runtime: str, plugin: Path | None, timing_cache: Path | N
             from flashhead_edge.export.tensorrt.engines import Build
             from flashhead_edge.report.tables import show_tensorrt
 
-            manifest = build_engines(out, build=Build(runtime, plugin, timing_cache, memory), progress=progress)
+            manifest = build_engines(out, build=Build(runtime, plugin, timing_cache, memory), dense_head=dense_head, progress=progress)
         show_tensorrt(str(out), manifest, person(stdout, as_json))
         if as_json:
             write_json({"folder": str(out), "manifest": manifest}, stdout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,19 @@ def evaluate_checkpoint(
         "threads": torch.get_num_threads(),
     }
     record = untimed_record(source.name, (index.vocab_size, index.hidden_size), WINDOW, head_kind(index), ran, command)
-    return {**record, **_with_rivals(pooled), "summary": summary(records, index.summary), "texts": records, "calibration": index.summary}
+    return {
+        **record,
+        "precision": body_precision(source.config),
+        **_with_rivals(pooled),
+        "summary": summary(records, index.summary),
+        "texts": records,
+        "calibration": index.summary,
+    }
+
+
+def body_precision(config: Mapping[str, Any]) -> str:
+    """What a model's linear layers are held in where they are measured: how they were quantised, or the float32 that torch computes in."""
+    return str((config.get("quantization_config") or {}).get("quant_method", "float32"))
 
 
 def untimed_record(model: str, shape: tuple[int, int], context: int, head: str, ran: dict[str, Any], command: str | None) -> dict[str, Any]:
@@ -129,7 +141,7 @@ def untimed_record(model: str, shape: tuple[int, int], context: int, head: str, 
         ran: backend, its version, device, threads.
     """
     said = {"model": model, "shape": list(shape), "real_weights": None, "batch": 1, "context": context, "head": head}
-    absent = dict.fromkeys(("microseconds", "tokens_per_second", "ratio_to_dense", "spread", "commit"))
+    absent = dict.fromkeys(("microseconds", "tokens_per_second", "speedup_over_dense", "spread", "commit"))
     return {**said, **ran, **absent, "command": command}
 
 

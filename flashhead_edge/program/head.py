@@ -125,26 +125,36 @@ def decoder_graph(d: Decoder, h: HeadPart) -> Graph:
 
 def dense_graph(d: Decoder, h: HeadPart) -> Graph:
     """The same decoder with TensorRT's own product over the whole vocabulary, its matrix in the engine: what a head is compared with."""
-    rows, vocab = h.rows.shape[0], h.index.vocab_size
-    constants = dict(d.constants) | {
-        "head.rows": External(h.precision, h.rows.shape, Stored(h.rows.name)),
+    bias = None if h.bias is None else External(h.precision, h.bias.shape, Stored(h.bias.name))
+    nodes, constants = dense_nodes(External(h.precision, h.rows.shape, Stored(h.rows.name)), bias, h.index.vocab_size)
+    outputs = (Tensor("token", "int32", ("batch",)), *_states(d), *d.cache("present"))
+    return Graph("decoder_dense", tuple(d.inputs()), outputs, (*d.nodes, *nodes), dict(d.constants) | constants)
+
+
+def dense_nodes(rows: External, bias: External | None, vocab: int) -> tuple[list[Node], dict[str, Constant | External]]:
+    """The end of that decoder: the last hidden state's product with all rows, its best column, as `token`; and the constants that it reads.
+
+    Args:
+        rows: [vocab or more, d], of which those behind `vocab` are padding, which may not win; bias: of as many, or None.
+    """
+    constants: dict[str, Constant | External] = {
+        "head.rows": rows,
         "head.last": Constant("int64", np.array([-1])),
         "head.end": Constant("int64", np.array([np.iinfo(np.int64).max])),
         "head.axis": Constant("int64", np.array([1])),
     }
     nodes = [_plain("Slice", ["hidden_states", "head.last", "head.end", "head.axis"], "head.row"), _plain("Squeeze", ["head.row", "head.axis"], "head.state")]
     product = ["head.state", "head.rows"]
-    if h.bias is not None:
-        constants["head.bias"] = External(h.precision, h.bias.shape, Stored(h.bias.name))
+    if bias is not None:
+        constants["head.bias"] = bias
         product.append("head.bias")
     nodes.append(_plain("Gemm", product, "head.logits", transB=1))
-    if rows > vocab:  # padding, which may not win
+    if rows.shape[0] > vocab:
         constants |= {"head.first": Constant("int64", np.array([0])), "head.vocab": Constant("int64", np.array([vocab]))}
         nodes.append(_plain("Slice", ["head.logits", "head.first", "head.vocab", "head.axis"], "head.named"))
     nodes.append(_plain("ArgMax", [nodes[-1].outputs[0]], "head.best", axis=1, keepdims=0))
     nodes.append(_plain("Cast", ["head.best"], "token", to=6))  # int32
-    outputs = [Tensor("token", "int32", ("batch",)), *_states(d), *d.cache("present")]
-    return Graph("decoder_dense", tuple(d.inputs()), tuple(outputs), (*d.nodes, *nodes), constants)
+    return nodes, constants
 
 
 def _plain(op: str, inputs: Sequence[str], out: str, **attributes: int) -> Node:

@@ -2,7 +2,7 @@
 // The rows are in the page already, escaped by the program that wrote it. They are filtered, put in order and shown a hundred at a time;
 // strings of records reach the document as text alone, and the plots through `plain`.
 (() => {
-  const PAGE = 100, BARS = 16, MARKS = 250, FLOOR = 2e-5;
+  const PAGE = 100, BARS = 16, MARKS = 160, FLOOR = 2e-5;
   const NUMBERS = new Set(["batch", "base", "ours", "fast", "agreement", "bytes"]);
   const $ = id => document.getElementById(id);
   const table = $("records"), body = table.tBodies[0], filters = [...document.querySelectorAll("#filters select")];
@@ -60,9 +60,12 @@
       else cell.removeAttribute("aria-sort");
     }
     show();
-    const kept = new URLSearchParams(wanted).toString();
-    if (!location.hash.startsWith("#r-")) history.replaceState(null, "", kept ? "#" + kept : location.pathname + location.search);
+    if (!$("record").open) remember();
     draw(all);
+  };
+  const remember = (id = "") => { // the address brings whoever follows it to what is shown
+    const kept = id ? "r-" + id : new URLSearchParams(chosen()).toString();
+    history.replaceState(null, "", kept ? "#" + kept : location.pathname + location.search);
   };
   const show = () => {
     body.replaceChildren(...visible.slice(0, shown).map(row => row.element));
@@ -80,15 +83,20 @@
     $("record-command").textContent = row.record.command ?? row.record.source ?? "not known";
     $("record-json").textContent = JSON.stringify(row.record, null, 2);
     if (!$("record").open) $("record").showModal();
+    remember(id);
   };
   const fromAddress = () => {
     const hash = location.hash.slice(1);
     if (hash.startsWith("r-")) return open(hash.slice(2));
     const wanted = new URLSearchParams(hash);
-    for (const select of filters) if (wanted.has(select.dataset.key)) select.value = wanted.get(select.dataset.key);
+    for (const select of filters) {
+      select.value = wanted.get(select.dataset.key) ?? "";
+      if (select.selectedIndex < 0) select.value = ""; // a name that no record has: all
+    }
+    shown = PAGE;
   };
-  $("record").addEventListener("close", () => { if (location.hash.startsWith("#r-")) history.replaceState(null, "", location.pathname + location.search); });
-  window.addEventListener("hashchange", fromAddress);
+  $("record").addEventListener("close", () => remember());
+  window.addEventListener("hashchange", () => { fromAddress(); apply(); });
   body.addEventListener("click", event => {
     const link = event.target.closest("a[href^='#r-']");
     if (link) { event.preventDefault(); open(link.getAttribute("href").slice(3)); }
@@ -143,7 +151,8 @@
     if (!place.listening) place.on("plotly_click", e => open(place.ids[e.points[0].customdata]));
     place.listening = true;
   };
-  const about = row => [row.record.model, row.record.head, row.record.batch && `batch ${row.record.batch}`, row.record.precision, row.record.backend,
+  const PARTS = { head: "head alone", step: "whole step", text: "whole texts" };
+  const about = row => [row.record.model, PARTS[row.record.part], row.record.head, row.record.batch && `batch ${row.record.batch}`, row.record.precision, row.record.backend,
     row.record.threads && `${row.record.threads} thread${row.record.threads > 1 ? "s" : ""}`, row.record.device].filter(Boolean).join(", ");
 
   let asked = false; // until somebody chooses a figure, it is the one that most of what is shown has

@@ -149,6 +149,14 @@ def _plain(value: Any) -> Any:
     return value if not isinstance(value, Mapping) else value.get("median", value.get("value"))
 
 
+def _energy(record: Mapping[str, Any]) -> str:
+    """Joules of a token, and of the baseline's, where they are known."""
+    mine, base = record["joules_per_token"], (record["baseline"] or {}).get("joules_per_token")
+    if mine is None:
+        return ""
+    return f"{mine['median']:.3g} J a token" + ("" if base is None else f", baseline {base['median']:.3g}")
+
+
 def _without_nulls(value: Any) -> Any:
     return {k: _without_nulls(v) for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
 
@@ -229,14 +237,15 @@ def _row(e: Entry) -> str:
     def figure(pair: tuple[str, str], more: str = "") -> str:
         return f'<a href="#r-{e.id}">{escape(pair[0])}</a>' + "".join(f"<small>{escape(small)}</small>" for small in (pair[1], more) if small)
 
-    threads = "" if r["threads"] is None else f"<small>{r['threads']} thread{'' if r['threads'] == 1 else 's'}</small>"
+    threads = "" if r["threads"] is None else f"{r['threads']} thread{'' if r['threads'] == 1 else 's'}"
+    how = "".join(f"<small>{escape(small)}</small>" for small in (threads, r["power_mode"] or "") if small)
     cells = [
-        escape(part), escape(r["head"]), escape(r["precision"] or DASH), DASH if r["batch"] is None else str(r["batch"]), escape(r["device"]) + threads,
+        escape(part), escape(r["head"]), escape(r["precision"] or DASH), DASH if r["batch"] is None else str(r["batch"]), escape(r["device"]) + how,
         escape(f"{r['backend']} {r['backend_version'] or ''}".strip()), figure(shown(name, base), r["baseline"]["head"] if r["baseline"] else ""),
-        figure(shown(name, ours)), figure(fast(r["times_as_fast"])), agrees,
+        figure(shown(name, ours), _energy(r)), figure(fast(r["times_as_fast"])), agrees,
         DASH if read is None else f"{percent(read)}<small>{megabytes(r['bytes_per_step'])}</small>", escape((r["date"] or DASH)[:10]),
     ]  # fmt: skip
     said = escape(r["command"] or "not known")
     tds = "".join(f"<td>{c}</td>" for c in cells)
-    how = f"<details><summary>command</summary><code>{said}</code> <small>{escape(e.file)}</small></details>"
-    return f'<tr id="r-{e.id}"{" class=predicted" if predicted else ""}><th scope="row">{model}</th>{tds}<td>{how}</td></tr>'
+    call = f"<details><summary>command</summary><code>{said}</code> <small>{escape(e.file)}</small></details>"
+    return f'<tr id="r-{e.id}"{" class=predicted" if predicted else ""}><th scope="row">{model}</th>{tds}<td>{call}</td></tr>'

@@ -39,7 +39,7 @@ def show_heads(document: Mapping[str, Any], console: Console) -> None:
             draw = r["head"].startswith("draw")
             table.add_row(
                 Text(r["head"] + takes), str(r["batch"]), number(r["bytes_per_step"] / 1e6), number(floor), number(us), number(r["microseconds_p99"]),
-                percent(floor / us, 1), *(DASH if draw or not r[key] else number(1 / r[key]) for key in ("ratio_to_dense", "ratio_to_published")),
+                percent(floor / us, 1), *(DASH if draw else number(r[key]) for key in ("speedup_over_dense", "speedup_over_published")),
             )  # fmt: skip
         console.print(table)
     for c in document["crossovers"]:

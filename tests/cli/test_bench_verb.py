@@ -18,10 +18,9 @@ from flashhead_edge.bench import head as bench
 from flashhead_edge.cli.bench import head as head_command
 from flashhead_edge.errors import FlashHeadError
 from flashhead_edge.records.form import check_record
-from flashhead_edge.report.decoding import show_decoding, write_decoding
-from flashhead_edge.report.engines import show_engines, write_engines
 from flashhead_edge.report.heads import show_heads, write_heads
 from flashhead_edge.report.serving import show_serving, write_serving
+from flashhead_edge.report.steps import show_steps, write_steps
 
 NO_GPU = "flashhead: bench head: no NVIDIA GPU was found, expected one that torch can use; run it on a machine with a GPU"
 
@@ -81,8 +80,8 @@ def document() -> dict[str, Any]:
             records.append(
                 {
                     **{"model": "Llama-3.2-1B", "shape": [128_256, 2_048], "batch": batch, "head": head, "settings": settings, "microseconds": time},
-                    **{"microseconds_p99": time + 1, "bytes_per_step": 4e6, "floor_microseconds": 1.5, "ratio_to_dense": time / 220},
-                    **{"ratio_to_published": None if head.startswith("dense") else time / (40 * batch), "command": "flashhead bench head"},
+                    **{"microseconds_p99": time + 1, "bytes_per_step": 4e6, "floor_microseconds": 1.5, "speedup_over_dense": 220 / time},
+                    **{"speedup_over_published": None if head.startswith("dense") else 40 * batch / time, "command": "flashhead bench head"},
                 }
             )
     counts = {"mean": [1284.2, 41_111.9, 24_195.1, 5_384.6, 508.4, 65.6], "measured mean": [1284.0, 41_112.0, 24_195.0, 5_385.0, 508.0, 66.0]}
@@ -208,48 +207,48 @@ def test_every_head_that_can_be_timed_can_be_named() -> None:
     assert tuple(option.type.choices) == bench.HEADS
 
 
-def engines_document():
-    """As `bench_tensorrt` returns it, with invented times."""
+def steps_document(backend: str, dense: str) -> dict[str, Any]:
+    """As `bench_tensorrt` and `bench_decode` return it, with invented times."""
     records = []
     for batch in (1, 4):
-        common = {"model": "Llama-3.2-1B", "batch": batch, "device": "H100", "backend_version": "8.6.0", "command": "flashhead bench tensorrt"}
-        for head, time in (("FlashHead alone", 25.0), ("FlashHead", 500.0), ("dense", 690.0)):
-            records.append(common | {"head": head, "microseconds": time * batch, "spread": [time, 2 * time * batch], "engine_bytes": 600_000})
-        records[-2] |= {"tokens_per_second": 1900.0 * batch, "graph_nodes": 150, "ratio_to_dense": 1.38, "share_of_head_gone": 0.88}
+        common = {"model": "Llama-3.2-1B", "batch": batch, "device": "H100", "backend": backend, "backend_version": "8.6.0", "command": "x", "context": 512}
+        for head, time in (("FlashHead", 500.0), (dense, 690.0)):
+            records.append(common | {"head": head, "microseconds": time * batch, "spread": [time, 2 * time * batch]})
+        records[-2] |= {"tokens_per_second": 1900.0 * batch, "graph_nodes": 150, "speedup_over_dense": 1.38, "share_of_head_gone": 0.88}
     return {"records": records}
 
 
-def test_engines_have_a_table_and_a_page(tmp_path: Path) -> None:
-    console = Console(width=200, record=True, file=io.StringIO())
-    show_engines(engines_document(), console)
+def engines_document() -> dict[str, Any]:
+    own = steps_document("tensorrt", "dense")
+    for r in own["records"]:
+        r["engine_bytes"] = 600_000
+    return own
+
+
+def decoding_document() -> dict[str, Any]:
+    own = steps_document("cuda", "dense fp16")
+    for r in own["records"]:
+        r["joules_per_token"] = 0.0444
+        if r["head"] == "FlashHead":
+            r |= {"prompt": 512, "first_token_seconds": 0.004, "device_bytes": 1_097_000_000}
+    return own
+
+
+@pytest.mark.parametrize(
+    ("own", "there", "absent"),
+    [(engines_document(), ("0.60", "engine, MB"), ("first token", "mJ a token")), (decoding_document(), ("44.4", "4.0", "1,097"), ("engine, MB",))],
+    ids=["tensorrt", "decode"],
+)
+def test_steps_have_a_table_and_a_page(own: dict[str, Any], there: tuple[str, ...], absent: tuple[str, ...], tmp_path: Path) -> None:
+    console = Console(width=240, record=True, file=io.StringIO())
+    show_steps(own, console)
     text = console.export_text()
-    assert "500.0 (500.0 to 1,000.0)" in text and "88 %" in text and "1.38" in text
-    write_engines(engines_document(), tmp_path / "page.html")
+    write_steps(own, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<figure>") == 1 and "FlashHead alone, batch 4: 100.0 us a step" in page
-
-
-def decoding_document():
-    """As `bench_decode` returns it, with invented times."""
-    common = {
-        "device": "H100", "command": "flashhead bench decode", "cached": 512, "prompt": 512, "first_token_seconds": 0.004, "graph_nodes": 148,
-        "device_bytes": 1_097_000_000,
-    }  # fmt: skip
-    return {"records": [
-        common | {"model": name, "batch": batch, "microseconds": time * batch, "spread": [time, 2 * time * batch], "tokens_per_second": 1e6 / time}
-        | ({"dense": {"16 bits": {"ratio": 1.46, "saved": 219.0}}} if batch == 1 else {})
-        for name, time in (("Llama-3.2-1B", 476.0), ("Qwen3-0.6B", 400.0)) for batch in (1, 4)
-    ]}  # fmt: skip
-
-
-def test_decoding_has_a_table_and_a_page(tmp_path: Path) -> None:
-    console = Console(width=200, record=True, file=io.StringIO())
-    show_decoding(decoding_document(), console)
-    text = console.export_text()
-    assert "476.0 (476.0 to 952.0)" in text and "128,000" in text and "1,097" in text and text.count("1.46 (219 us)") == 2
-    write_decoding(decoding_document(), tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("<figure>") == 1 and "Qwen3-0.6B, batch 4: 2,500 tokens a second" in page
+    for words in ("500.0", "1,000.0", "88 %", "1.38", "7,600", *there):
+        assert words in page and (words in text or "MB" in words or words in ("0.60", "1,097"))  # a terminal has no room for sizes
+    assert not any(words in text or words in page for words in absent)  # a column that no record fills is left out
+    assert page.count("<figure>") == 1 and "FlashHead, batch 4: 2,000.0 us a step" in page
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")

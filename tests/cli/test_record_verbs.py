@@ -184,7 +184,7 @@ def test_an_interrupted_suite_keeps_what_was_done_and_leaves_no_process(benches:
 
 
 def test_the_real_plan_names_calls_that_the_command_line_knows(inside: Callable[..., Any], tmp_path: Path) -> None:
-    for inputs in (suite.Inputs(), suite.Inputs(tmp_path, tmp_path / "x.txt", tmp_path / "x.gguf"), suite.Inputs(quick=True)):
+    for inputs in (suite.Inputs(), suite.Inputs(tmp_path, tmp_path / "x.txt", tmp_path / "x.gguf", ("gsm8k=x.jsonl", "wikitext")), suite.Inputs(quick=True)):
         tasks = suite.plan(inputs)
         assert len({t.name for t in tasks}) == len(tasks)
         for task in tasks:
@@ -193,7 +193,13 @@ def test_the_real_plan_names_calls_that_the_command_line_knows(inside: Callable[
 
 def test_without_a_checkpoint_the_tasks_on_it_say_so() -> None:
     reasons = {t.name: suite.reason(t) for t in suite.plan(suite.Inputs())}
-    assert reasons["evaluate"] == reasons["onnx-checkpoint"] == "it needs a checkpoint and a text: --checkpoint FOLDER --text FILE"
+    assert (
+        reasons["evaluate"]
+        == reasons["quality-text"]
+        == reasons["decode-checkpoint"]
+        == reasons["onnx-checkpoint"]
+        == "it needs a checkpoint and a text: --checkpoint FOLDER --text FILE"
+    )
     assert suite.module("no_such_package", "x")() == "no_such_package is not installed; pip install 'flashhead-edge[x]'"
 
 
@@ -202,6 +208,19 @@ def test_suite_asks_for_checkpoint_and_text_together(inside: Callable[..., Any],
     assert result.returncode == 2
     assert "--checkpoint and --text belong together" in result.stderr
     assert not (tmp_path / "out").exists()
+    for asked, words in (
+        (("--task", "gsm8k"), "--task is asked of a checkpoint"),
+        (("--checkpoint", tmp_path, "--text", __file__, "--task", "gsm8k", "--task", "gsm8k=x"), "a task is asked once"),
+    ):
+        result = inside("bench", "suite", tmp_path / "out", *asked)
+        assert result.returncode == 2 and words in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_quality_is_a_task_of_its_own_for_the_text_and_for_each_question(tmp_path: Path) -> None:
+    tasks = {t.name: t for t in suite.plan(suite.Inputs(tmp_path, tmp_path / "x.txt", None, ("gsm8k=/data/g.jsonl", "wikitext"), quick=True))}
+    assert tasks["quality-text"].arguments[:5] == ("bench", "quality", str(tmp_path), "--text", str(tmp_path / "x.txt"))
+    assert tasks["quality-gsm8k"].arguments == ("bench", "quality", str(tmp_path), "--task", "gsm8k=/data/g.jsonl", "--limit", "8")
+    assert tasks["quality-wikitext"].arguments[4] == "wikitext"
 
 
 def test_the_time_left_in_words() -> None:
@@ -229,7 +248,7 @@ def test_a_bench_needs_no_extra_for_its_records() -> None:
     code = (
         "import sys; sys.modules['jsonschema'] = sys.modules['plotly'] = None\n"
         "from flashhead_edge.bench.as_records import with_records\n"
-        "print(len(with_records('decode', {'records': [{'model': 'x'}]}, 'x')['benchmark']['left_out']))"
+        "print(len(with_records('decode', {'records': [{'model': 'x', 'head': 'FlashHead', 'batch': 1}]}, 'x')['benchmark']['left_out']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.strip() == "1", done.stderr

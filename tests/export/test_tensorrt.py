@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 from flashhead_edge.errors import ExportError
 from flashhead_edge.export.body import Body
+from flashhead_edge.export.tensorrt.dense import add_dense_head
 from flashhead_edge.jetson.tensorrt_folder import header_fingerprint
 from flashhead_edge.program.nodes import Decoder
 from flashhead_edge.program.weights import Item, float_item, norm_item, pack_codes, pack_groups, rounded, widened, write_weights
@@ -336,6 +337,11 @@ def test_the_dense_head_to_compare_with_gives_the_same_tokens(family: str, bodie
     assert np.array_equal(found["token"], want["token"]) and np.array_equal(found["hidden_states"], want["hidden_states"])
     with safe_open(tmp_path / "out/weights.safetensors", "np") as file:
         assert ("head.rows" in file.keys()) == (family == "llama")  # noqa: SIM118  # no mapping
+    model_file = tmp_path / "out/decoder_dense.onnx"
+    wanted = model_file.read_bytes()
+    model_file.unlink()
+    add_dense_head(tmp_path / "out")  # of the decoder: padding and all
+    assert model_file.read_bytes() == wanted
 
 
 def test_logits_are_scaled_for_a_draw_alone(bodies: Bodies, tmp_path: Path) -> None:

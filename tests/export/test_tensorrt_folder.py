@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from flashhead_edge.cases import FEW_CODES, case_of, made_index
 from flashhead_edge.cli import main
 from flashhead_edge.errors import CheckpointError, EngineError, ExportError, SettingsError
 from flashhead_edge.export.tensorrt import build_engines, export_tensorrt, made
+from flashhead_edge.export.tensorrt.dense import add_dense_head
 from flashhead_edge.export.tensorrt.engines import Build, prepared
 from flashhead_edge.export.tensorrt.graph import set_folder
 from flashhead_edge.export.tensorrt.made import Model, decoded, made_folder, with_margins
@@ -218,6 +220,37 @@ def test_made_model_decodes_with_activations_of_a_usual_size(tiny: None, tmp_pat
     assert 0.9 < np.sqrt(np.mean(found**2)) < 1.1 and np.abs(found).max() < 10
     m = json.loads((tmp_path / "out/manifest.json").read_text())
     assert m["made"] == "Llama-3.2-1B" and m["settings"]["head_size"] == 64 and (tmp_path / "out/decoder_dense.onnx").is_file()
+
+
+@pytest.mark.parametrize("vocab", [5_003, 5_008], ids=["an odd vocabulary", "whole"])
+def test_a_dense_head_added_later_is_the_one_that_is_exported(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    monkeypatch.setitem(made.SHAPES, "Llama-3.2-1B", (vocab, 256))
+    made_folder(tmp_path / "out", "Llama-3.2-1B", Device(16, 163 << 10, 87), group=64, context=64, batch=2, chunk=32, dense_head=True)
+    dense = tmp_path / "out/decoder_dense.onnx"
+    wanted = dense.read_bytes()
+    dense.unlink()
+    add_dense_head(tmp_path / "out")
+    assert dense.read_bytes() == wanted
+
+
+@pytest.mark.parametrize("change", ["no head", "native", "no onnx"])
+def test_what_a_dense_head_cannot_be_added_to_is_refused(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    out = made_folder(tmp_path / "out", "Llama-3.2-1B", Device(16, 163 << 10, 87), group=64, context=64, batch=2, chunk=32)
+    before = sorted(p.name for p in out.iterdir())
+    if change == "no head":
+        (out / "decoder.onnx").write_bytes((out / "decoder.onnx").read_bytes().replace(b"FlashHead", b"FlashBead"))
+        with pytest.raises(ExportError, match=r"decoder.onnx: 0 nodes FlashHead, expected one at its end"):
+            add_dense_head(out)
+    elif change == "native":
+        (out / "manifest.json").write_text((out / "manifest.json").read_text().replace('"layers": "plugin"', '"layers": "native"'))
+        with pytest.raises(ExportError, match="a dense head beside native layers is asked for"):
+            build_engines(out, dense_head=True)
+    else:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "onnx" else found(name, package))
+        with pytest.raises(ExportError, match="the onnx package is not installed, expected it for --dense-head"):
+            build_engines(out, dense_head=True)
+    assert sorted(p.name for p in out.iterdir()) == before
 
 
 def test_made_head_opens_as_much_as_a_calibrated_one(tiny: None) -> None:

@@ -345,6 +345,7 @@ def fake_nvml(**answers):
             "nvmlDeviceGetPowerUsage",
             "nvmlDeviceGetClockInfo",
             "nvmlDeviceGetTotalEnergyConsumption",
+            "nvmlDeviceGetEnforcedPowerLimit",
         ),
         no,
     )
