@@ -236,7 +236,7 @@ class HostStream:
     def to_device(self, target: int, source: int, size: int) -> None:
         ctypes.memmove(target, source, size)
 
-    to_host = to_device
+    to_host = on_device = to_device
 
     def wait(self) -> None: ...
 

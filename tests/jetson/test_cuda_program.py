@@ -189,10 +189,10 @@ def test_what_does_not_fit_is_a_sentence(programs):
         with pytest.raises(SettingsError, match="penalties"):
             next(b.decode([[1]], 2, Sampling(repetition_penalty=1.5)))
         older = b.body()
-        b.body()
-        with pytest.raises(EngineError, match="another text has taken over the cache"):
+        others = [b.body() for _ in range(m.program.batch)]
+        with pytest.raises(EngineError, match="another text has taken over the cache, expected at most 4 at a time"):
             older.feed([4])
-        assert not called
+        assert not called and {body.row for body in others} == set(range(4))
 
 
 def test_a_text_that_has_lost_the_cache_says_so(programs):
