@@ -13,7 +13,7 @@ from cuda_truth import CHUNK, CONTEXT, MODELS, VOCAB, Truth, small_program
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
 from flashhead_edge.generation import PromptCache, stream
-from flashhead_edge.jetson import cuda_backend, cuda_library, cuda_program, cuda_session
+from flashhead_edge.jetson import cuda_backend, cuda_library, cuda_program, cuda_session, cuda_texts
 from flashhead_edge.jetson.cuda_backend import Cuda
 from flashhead_edge.jetson.engine import ExportedEngine
 from flashhead_edge.program.nodes import Node
@@ -341,13 +341,13 @@ def test_states_that_are_no_numbers_end_a_text_that_goes_on_by_itself(programs, 
     with emulated(programs("llama")) as (m, _):
         body = opened(m).body()
         body.feed(PROMPTS[0])
-        monkeypatch.setattr(cuda_backend, "LOOKED_AT", 3)
+        monkeypatch.setattr(cuda_texts, "LOOKED_AT", 3)
         text = body.continued(20, Sampling())
         next(text), next(text)
         real = cuda_session.fetch
 
-        def broken(m, rows, hidden):
-            found = real(m, rows, hidden)
+        def broken(m, rows, hidden, candidates):
+            found = real(m, rows, hidden, candidates)
             found["hidden_states"][:] = np.inf
             return found
 
@@ -357,7 +357,7 @@ def test_states_that_are_no_numbers_end_a_text_that_goes_on_by_itself(programs, 
 
 
 def test_a_text_that_goes_on_by_itself_and_has_lost_the_cache_says_so(programs):
-    with emulated(programs("llama")) as (m, _):
+    with emulated(dataclasses.replace(programs("llama"), batch=1)) as (m, _):
         b = opened(m)
         older = stream(engine_of(b), PROMPTS[0], 20)
         next(older)

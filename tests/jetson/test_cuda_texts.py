@@ -133,7 +133,7 @@ def test_who_leaves_takes_no_step_from_the_others(program):
 
 def test_what_a_row_held_is_there_when_its_text_goes_on(program):
     """Rows change places; a prompt that goes on from an ended text is not read again."""
-    with emulated(program) as (m, called):
+    with emulated(program) as (m, _):
         b = opened(m)
         engine = engine_of(b)
         readers = [Reader(engine, PROMPTS[n], 5, Sampling()) for n in range(4)]
