@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from cuda_emulator import emulated, host_bytes
 from cuda_truth import CONTEXT, VOCAB, small_program
+from small_readers import Reader, alone, come_and_go, together
 
 from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import CheckpointError, EngineError
 from flashhead_edge.generation import PromptCache, stream
-from flashhead_edge.generation.cache import feed_ahead
 from flashhead_edge.jetson import cuda_backend, cuda_library, cuda_program, cuda_texts
 from flashhead_edge.jetson.cuda_backend import Cuda
 from flashhead_edge.jetson.engine import ExportedEngine
@@ -45,60 +45,19 @@ def engine_of(b: Cuda) -> ExportedEngine:
     return ExportedEngine(b, None, frozenset())
 
 
-class Reader:
-    """A text that is read token by token, as a server reads it."""
-
-    def __init__(self, engine: ExportedEngine, prompt: list[int], tokens: int, sampling: Sampling, cache: PromptCache | None = None) -> None:
-        self.cache = PromptCache() if cache is None else cache
-        self.stream = stream(engine, prompt, tokens, sampling, cache=self.cache)
-        self.found: list[int] = []
-        self.tokens = tokens
-
-    @property
-    def done(self) -> bool:
-        return len(self.found) == self.tokens
-
-    def take(self) -> None:
-        self.found.append(next(self.stream).id)
-
-
-def together(readers: list[Reader]) -> None:
-    """A token of each: who has one already goes along in one pass."""
-    along = [r for r in readers if r.found and not r.done and r.cache.feeds_together]
-    if len(along) > 1:
-        feed_ahead([r.cache for r in along], [r.found[-1] for r in along])
-    for r in readers:
-        if not r.done:
-            r.take()
-
-
-def alone(b: Cuda, prompt: list[int], tokens: int, sampling: Sampling) -> list[int]:
-    return [t.id for t in stream(engine_of(b), prompt, tokens, sampling)]
-
-
 def test_texts_that_join_and_leave_are_what_they_are_alone(program):
     """Drawn by the device, greedy, chosen by the loop; they begin one after the other, end at different tokens, and more of them come than there are rows."""
-    with emulated(program) as (m, called):
-        b = opened(m)
-        wanted = [alone(b, PROMPTS[n], 6 + 3 * n, SETTINGS[n]) for n in range(5)]
-        engine = engine_of(b)
-        waiting, active, ended = [0, 1, 2, 3, 4], dict[int, Reader](), dict[int, Reader]()
-        called.clear()
-        while waiting or active:
-            if waiting and len(active) < 4:
-                n = waiting.pop(0)
-                active[n] = Reader(engine, PROMPTS[n], 6 + 3 * n, SETTINGS[n])
-            together(list(active.values()))
-            for n in [n for n, r in active.items() if r.done]:
-                ended[n] = active.pop(n)
-                ended[n].cache = PromptCache()  # its row is free
-        assert {n: r.found for n, r in ended.items()} == dict(enumerate(wanted))
+    with emulated(program) as (m, _):
+        engine = engine_of(opened(m))
+        texts = [(PROMPTS[n], 6 + 3 * n, SETTINGS[n]) for n in range(5)]
+        wanted = [alone(engine, *text) for text in texts]
+        assert come_and_go(engine, texts, 4) == wanted
 
 
 def test_texts_of_the_device_share_every_step_and_each_step_runs_before_the_one_before_it_is_read(program):
     with emulated(program) as (m, called):
         b, tokens = opened(m), 12
-        wanted = [alone(b, PROMPTS[n], tokens, SETTINGS[n]) for n in range(3)]
+        wanted = [alone(engine_of(b), PROMPTS[n], tokens, SETTINGS[n]) for n in range(3)]
         engine = engine_of(b)
         readers = [Reader(engine, PROMPTS[n], tokens, SETTINGS[n]) for n in range(3)]
         for r in readers:
@@ -115,7 +74,7 @@ def test_who_leaves_takes_no_step_from_the_others(program):
     with emulated(program) as (m, called):
         b = opened(m)
         engine = engine_of(b)
-        wanted = [alone(b, PROMPTS[n], 20, Sampling()) for n in range(3)]
+        wanted = [alone(engine_of(b), PROMPTS[n], 20, Sampling()) for n in range(3)]
         readers = [Reader(engine, PROMPTS[n], 20, Sampling()) for n in range(3)]
         for r in readers:
             r.take()
@@ -141,7 +100,7 @@ def test_what_a_row_held_is_there_when_its_text_goes_on(program):
             together(readers)
         for n in (3, 1, 2, 0):
             longer = [*PROMPTS[n], *readers[n].found, 44]
-            want = alone(opened(m), longer, 6, Sampling())
+            want = alone(engine_of(opened(m)), longer, 6, Sampling())
             run = stream(engine, longer, 6, cache=readers[n].cache)
             assert [t.id for t in run] == want and run.summary.prompt_read == 2 and readers[n].cache.body.row == 0
 
@@ -169,7 +128,7 @@ def test_one_text_alone_has_the_row_that_it_had(program):
         b, cache = opened(m), PromptCache()
         engine = engine_of(b)
         for prompt in (PROMPTS[0], PROMPTS[1]):
-            assert [t.id for t in stream(engine, prompt, 5, cache=cache)] == alone(opened(m), prompt, 5, Sampling())
+            assert [t.id for t in stream(engine, prompt, 5, cache=cache)] == alone(engine_of(opened(m)), prompt, 5, Sampling())
         assert m.plan.exchange_bytes == 0 and cache.body.row == 0
 
 
@@ -198,7 +157,7 @@ def test_a_draft_beside_other_texts_leaves_them_alone(program):
     with emulated(program) as (m, _):
         b = opened(m)
         engine = engine_of(b)
-        wanted = [alone(b, PROMPTS[0], 9, Sampling()), alone(b, PROMPTS[3], 20, Sampling())]
+        wanted = [alone(engine_of(b), PROMPTS[0], 9, Sampling()), alone(engine_of(b), PROMPTS[3], 20, Sampling())]
         other = Reader(engine, PROMPTS[0], 9, Sampling())
         other.take()
         drafted = stream(engine, PROMPTS[3], 20, speculate=5)
