@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flashhead_edge.bench.cuda import graph_times
+from flashhead_edge.bench.cuda import cut_for, graph_times
 from flashhead_edge.errors import SettingsError
 
 KINDS = ("16 bits", "8 bits")
@@ -134,9 +134,10 @@ def put_dense_step(m: Any, head: DenseHead, rows: int) -> None:
     """A greedy decode step of the first rows with a dense head, otherwise as the backend's own."""
     from flashhead_edge.jetson.cuda_program import put_step
 
-    put_step(m, rows, False, ("FlashHead", "Advance"))
-    head.put(rows)
-    put_step(m, rows, False, put_nothing_but_the_end(m))
+    with cut_for(m, rows):
+        put_step(m, rows, False, ("FlashHead", "Advance"))
+        head.put(rows)
+        put_step(m, rows, False, put_nothing_but_the_end(m))
 
 
 def put_nothing_but_the_end(m: Any) -> set[str]:
