@@ -20,7 +20,7 @@ from flashhead_edge.errors import EngineError, SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.jetson import cuda_session
 from flashhead_edge.jetson.cuda_plan import need_of_plan
-from flashhead_edge.jetson.cuda_program import Model, Program, put_head
+from flashhead_edge.jetson.cuda_program import Model, Program, dense_states, put_dense, put_head
 from flashhead_edge.jetson.cuda_session import set_draw
 from flashhead_edge.jetson.cuda_texts import CudaBody, Texts, step_from
 from flashhead_edge.jetson.driver import Memory, Pinned
@@ -38,7 +38,7 @@ class Cuda:
     model: Model
     settings: ExportSettings
     rows: tuple[np.ndarray, np.ndarray | None] | None = None
-    wide: tuple[Memory, Pinned] | None = field(default=None)  # full-width logits, where they have been asked for
+    wide: tuple[Memory, Pinned] | None = field(default=None)  # full-width logits of as many states as the head takes, where they have been asked for
     texts: Texts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,7 +151,10 @@ class CudaHead:
         return step, logits
 
     def exact_logits(self, hidden: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """On the host, by the rows in the file of weights: for few tokens, or where time does not matter."""
+        """Of all tokens on the device; of some on the host, by the rows in the file of weights."""
+        if len(tokens) == self.backend.model.head.vocab and np.array_equal(tokens, np.arange(len(tokens))):
+            most = dense_states(self.backend.model)
+            return np.concatenate([self._dense(hidden[at : at + most]) for at in range(0, len(hidden), most)])
         rows, bias = self.backend.rows or self._open_rows()
         return logits_by_rows(hidden, tokens, rows, bias, self.backend.model.program.precision)
 
@@ -169,7 +172,7 @@ class CudaHead:
         return self.backend.rows
 
     def _run(self, hidden: np.ndarray, *, wide: bool) -> tuple[Step, np.ndarray | None]:
-        most = self.backend.model.program.batch if wide else self.backend.model.head.rows
+        most = self.backend.model.head.rows
         steps, logits = zip(*(self._once(hidden[at : at + most], wide) for at in range(0, len(hidden), most)))
         return steps[0] if len(steps) == 1 else joined(steps), np.concatenate(logits) if wide else None
 
@@ -177,20 +180,32 @@ class CudaHead:
         b, m = self.backend, self.backend.model
         b.texts.use()
         b.texts.latest = None
-        assert m.stream is not None
         states = cuda_session.put_states(m, to_half(hidden, m.program.precision))
-        target = None
-        if wide:
-            size = 4 * m.program.batch * m.head.vocab
-            b.wide = b.wide or (Memory(size), Pinned(size))
-            target = b.wide[0].pointer
-        put_head(m, states, len(hidden), 0, target)
-        count = 4 * len(hidden) * m.head.vocab
-        if b.wide is not None and wide:
-            m.stream.to_host(b.wide[1].pointer, b.wide[0].pointer, count)
+        put_head(m, states, len(hidden), 0, self._room()[0].pointer if wide else None)
         found = cuda_session.fetch(m, len(hidden), None)
-        logits = None if b.wide is None or not wide else b.wide[1].array[:count].view(np.float32).reshape(len(hidden), -1).copy()
-        return step_from(found), logits
+        return step_from(found), self._fetched(len(hidden)) if wide else None
+
+    def _dense(self, hidden: np.ndarray) -> np.ndarray:
+        """All logits of states by the model's own rows, on the device."""
+        m = self.backend.model
+        self.backend.texts.use()
+        put_dense(m, cuda_session.put_states(m, to_half(hidden, m.program.precision)), len(hidden), self._room()[0].pointer)
+        return self._fetched(len(hidden))
+
+    def _room(self) -> tuple[Memory, Pinned]:
+        """For full-width logits, on the device and on the host."""
+        b, size = self.backend, 4 * self.backend.model.head.rows * self.backend.model.head.vocab
+        b.wide = b.wide or (Memory(size), Pinned(size))
+        return b.wide
+
+    def _fetched(self, states: int) -> np.ndarray:
+        """The full-width logits of some states."""
+        m, (there, here) = self.backend.model, self._room()
+        assert m.stream is not None
+        count = 4 * states * m.head.vocab
+        m.stream.to_host(here.pointer, there.pointer, count)
+        m.stream.wait()
+        return here.array[:count].view(np.float32).reshape(states, -1).copy()
 
 
 def open_program(

@@ -411,6 +411,17 @@ def put_head(m: Model, hidden: int, rows: int, first: int, wide: int | None = No
         ))  # fmt: skip
 
 
+def dense_states(m: Model) -> int:
+    """States of which a launch gives all logits: as many as its shared memory takes."""
+    return max(1, min(native.DENSE_STATES, m.limits.shared_bytes // (4 * m.head.hidden + 128)))
+
+
+def put_dense(m: Model, hidden: int, states: int, logits: int) -> None:
+    """All logits [states, vocab] float32 of some states by the model's own rows, to an address."""
+    h, a = m.head, m.head.node.attributes
+    m.put("fh_dense_rows", m.weight(a["rows"]), m.weight(a["bias"]), hidden, logits, states, h.hidden, h.vocab, m.dtype)
+
+
 def put_draw(m: Model, rows: int, first: int) -> None:
     """A token from a step's candidates by each row's settings."""
     h = m.head
@@ -482,6 +493,8 @@ def dry_pass(m: Model) -> None:
     for rows in range(1, m.head.rows + 1):
         put_head(m, DRY, rows, 0, DRY)
         put_body(m, Run(1, rows, 0, DRY, DRY), _kinds(m, step_nodes(m, rows)))
+    for states in range(1, dense_states(m) + 1):
+        put_dense(m, DRY, states, DRY)
     kinds = _kinds(m, m.program.nodes[:-1])
     for queries in range(1, min(m.chunk, m.program.context) + 1):
         put_body(m, Run(1, queries, 0, DRY, DRY), kinds)

@@ -114,6 +114,18 @@ def test_what_an_ended_text_leaves_is_not_read_again(engine):
         del body
 
 
+def test_all_logits_are_those_of_the_rows(engine):
+    """Of one state and of several, which have the same bits together; the host multiplies with the rows of the file."""
+    m = engine.backend.model
+    states = np.concatenate([engine.body().feed(prompt(n, 9)) for n in range(11)])
+    found = engine.exact_logits(states, np.arange(VOCAB))
+    some = engine.exact_logits(states, np.arange(VOCAB)[1:])
+    bound = m.head.hidden * 2.0**-24 * np.abs(found).max() * 64  # d additions in float32, of sums that may be larger than what is left of them
+    assert found.shape == (11, VOCAB) and np.abs(found[:, 1:] - some).max() <= bound
+    assert all(np.array_equal(found[n : n + 1], engine.exact_logits(states[n : n + 1], np.arange(VOCAB))) for n in range(11))
+    assert engine.dense_tokens([states[:4], states[4:]]) == found.argmax(1).tolist()
+
+
 def test_steps_take_no_more_memory_and_capture_nothing(engine):
     m = engine.backend.model
     free, captures = m.device.memory()[0], m.captures

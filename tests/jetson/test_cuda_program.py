@@ -123,13 +123,17 @@ def test_the_mailbox_goes_round(programs):
 
 
 def test_a_head_alone_takes_states_of_any_number(programs):
-    with emulated(programs("llama")) as (m, _):
-        head = opened(m).head
-        states = np.random.default_rng(1).standard_normal((m.program.batch + 3, m.head.hidden)).astype(np.float32)
+    with emulated(programs("llama")) as (m, called):
+        b = opened(m)
+        b.wide = host_bytes(4 * m.head.rows * VOCAB), host_bytes(4 * m.head.rows * VOCAB)  # full-width logits
+        head = b.head
+        states = np.random.default_rng(1).standard_normal((m.head.rows + 3, m.head.hidden)).astype(np.float32)
         step = head.step(states)
         assert len(step.token) == len(states)
         exact = head.exact_logits(states.astype(np.float16).astype(np.float32), np.arange(VOCAB))
         assert (exact.argmax(1) == step.token).all()
+        some = head.exact_logits(states.astype(np.float16).astype(np.float32), np.arange(VOCAB)[1:])  # by the file's rows, on the host
+        assert called.count("fh_dense_rows") == 2 and np.allclose(some, exact[:, 1:], rtol=1e-5, atol=1e-4)  # sums of another order
 
 
 def test_sums_and_products_with_constants_and_values(programs):
@@ -323,7 +327,7 @@ def test_what_the_device_cannot_choose_stays_in_the_loop(programs):
     with emulated(programs("llama")) as (m, called):
         b = opened(m)
         engine = engine_of(b)
-        b.wide = host_bytes(4 * m.program.batch * VOCAB), host_bytes(4 * m.program.batch * VOCAB)  # full-width logits
+        b.wide = host_bytes(4 * m.head.rows * VOCAB), host_bytes(4 * m.head.rows * VOCAB)  # full-width logits
         for s in (Sampling(temperature=1.5), Sampling(frequency_penalty=0.5), Sampling(allowed=(5, 6, 7)), Sampling(logit_bias={5: 1.0})):
             called.clear()
             assert len(list(stream(engine, PROMPTS[1], 4, s))) == 4 and called.count("fh_decode") == 0

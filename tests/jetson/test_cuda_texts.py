@@ -36,7 +36,7 @@ def program(tmp_path_factory):
 
 def opened(m) -> Cuda:
     b = Cuda(m, cuda_backend.export_settings(m.program, dict(m.program.settings), "made"))
-    b.wide = host_bytes(4 * m.program.batch * VOCAB), host_bytes(4 * m.program.batch * VOCAB)  # full-width logits
+    b.wide = host_bytes(4 * m.head.rows * VOCAB), host_bytes(4 * m.head.rows * VOCAB)  # full-width logits
     return b
 
 

@@ -30,7 +30,7 @@ def engine(tmp_path):
     """An engine, and the launchers that have been called."""
     with emulated(small_program(tmp_path / "llama", "llama")) as (m, called):
         b = cuda_backend.Cuda(m, cuda_backend.export_settings(m.program, dict(m.program.settings), "made"))
-        b.wide = host_bytes(4 * m.program.batch * VOCAB), host_bytes(4 * m.program.batch * VOCAB)  # full-width logits
+        b.wide = host_bytes(4 * m.head.rows * VOCAB), host_bytes(4 * m.head.rows * VOCAB)  # full-width logits
         yield ExportedEngine(b, None, frozenset()), called
 
 
