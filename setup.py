@@ -46,7 +46,7 @@ NATIVE = Extension(
 
 # The launchers of the CUDA sources, read as C++ over headers of our own.
 LAUNCHERS = sorted(f"plugins_trt/kernels/{name}.cu" for name in (
-    "advance", "attention", "combine", "decode", "elementwise", "embedding", "head_step", "settings", "w4a16", "w4a16_fused"
+    "advance", "attention", "combine", "decode", "dense_rows", "elementwise", "embedding", "head_step", "settings", "w4a16", "w4a16_fused"
 ))  # fmt: skip
 CUDA = Extension(
     "flashhead_edge.jetson._cuda",

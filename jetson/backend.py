@@ -47,6 +47,11 @@ class Backend(Protocol):
         """Runtime, version, threads: what a measurement of it says."""
         ...
 
+    @property
+    def most_texts(self) -> int | None:
+        """That it can be in the middle of at once; None: as many as there is memory for."""
+        ...
+
     def body(self) -> BodySession:
         """The body at the start of a new text."""
         ...

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashhead_edge.errors import EngineError
 from flashhead_edge.jetson.cuda_kernels import ahead_name, architecture_of, cached_codes, kernel_sources, launched_by, write_cached
-from flashhead_edge.jetson.cuda_program import dry_pass
+from flashhead_edge.jetson.cuda_program import dry_pass, head_of
 from flashhead_edge.jetson.cuda_session import planned_model
 from flashhead_edge.jetson.driver import DeviceFacts
 from flashhead_edge.jetson.nvrtc import Nvrtc
@@ -53,13 +54,13 @@ def facts_of(device: Device) -> DeviceFacts:
 
 
 def launched_there(program: Program) -> list[str]:
-    """The kernels that a program launches on the device that it was made for, by their names in a cubin.
+    """The kernels that a program launches on the device that it was made for, by their names in a cubin: for its texts, and for as many as its head takes.
 
     Raises:
         EngineError: the library of launchers is not in this installation, or refuses.
     """
-    model = planned_model(program, facts_of(program.device))
-    return launched_by(lambda: dry_pass(model))
+    models = [planned_model(replace(program, batch=batch), facts_of(program.device)) for batch in sorted({program.batch, len(head_of(program).plans)})]
+    return sorted({name for model in models for name in launched_by(functools.partial(dry_pass, model))})
 
 
 def compile_ahead(programs: Sequence[Program], nvrtc: Nvrtc, folder: Path, progress: Progress = silent) -> int:

@@ -9,32 +9,26 @@ from __future__ import annotations
 import atexit
 import json
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from flashhead_edge.decoding import Sampling
-from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
-from flashhead_edge.generation.positions import CutByLength
-from flashhead_edge.generation.protocols import Chosen, Verified
+from flashhead_edge.errors import EngineError, SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.jetson import cuda_session
 from flashhead_edge.jetson.cuda_plan import need_of_plan
-from flashhead_edge.jetson.cuda_program import Model, Program, put_head
-from flashhead_edge.jetson.cuda_session import setting
+from flashhead_edge.jetson.cuda_program import Model, Program, dense_states, put_dense, put_head
+from flashhead_edge.jetson.cuda_session import set_draw
+from flashhead_edge.jetson.cuda_texts import CudaBody, Texts, step_from
 from flashhead_edge.jetson.driver import Memory, Pinned
 from flashhead_edge.jetson.folder import ExportSettings
 from flashhead_edge.jetson.plan import Need
-from flashhead_edge.jetson.steps import joined, logits_by_rows, step_of
-from flashhead_edge.jetson.tensorrt_engine import to_float32, to_half
+from flashhead_edge.jetson.steps import joined, logits_by_rows
+from flashhead_edge.jetson.tensorrt_engine import to_half
 from flashhead_edge.progress import Progress, silent
-
-# The highest temperature at which the device draws without top-k, top-p or min-p: it draws among a step's candidates, beyond which there is more of the
-# probability the warmer the draw. The loop of `generation` then looks at all tokens.
-WARMEST = 1.0
-LOOKED_AT = 64  # tokens after which a text that the device continues is looked at: whether its states are numbers
 
 
 @dataclass(eq=False)
@@ -43,10 +37,17 @@ class Cuda:
 
     model: Model
     settings: ExportSettings
-    owner: CudaBody | None = None  # whose text the cache holds
-    turn: int = 0  # of the cache: how often a text has taken it over
     rows: tuple[np.ndarray, np.ndarray | None] | None = None
-    wide: tuple[Memory, Pinned] | None = field(default=None)  # full-width logits, where they have been asked for
+    wide: tuple[Memory, Pinned] | None = field(default=None)  # full-width logits of as many states as the head takes, where they have been asked for
+    texts: Texts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.texts = Texts(self.model)
+
+    @property
+    def most_texts(self) -> int:
+        """That it holds at once."""
+        return self.model.program.batch
 
     @property
     def head(self) -> CudaHead:
@@ -75,8 +76,7 @@ class Cuda:
         return need_of_plan(self.model.program, self.model.plan, self.model.program.weights.parent.name)
 
     def body(self) -> CudaBody:
-        self.owner, self.turn = CudaBody(self), self.turn + 1
-        return self.owner
+        return self.texts.body()
 
     def close(self) -> None:
         """Free everything; harmless when called twice."""
@@ -92,45 +92,6 @@ class Cuda:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # ---- single texts
-
-    def step(self, token: int, length: int) -> tuple[np.ndarray, Step]:
-        """One token of row 0 at the end of `length` positions, it included: hidden state [1, d] float32, and the head's step."""
-        m = self.model
-        graph = cuda_session.step_graph(m, 1, False)
-        setting(m, "ids")[0] = token
-        setting(m, "lengths")[0] = length
-        cuda_session.send_settings(m)
-        cuda_session.launch_step(m, graph)
-        return self._taken(m.value(m.head.node.inputs[0]))
-
-    def read(self, ids: Sequence[int], length: int) -> tuple[np.ndarray, Step]:
-        """Tokens of row 0 after `length` positions, in chunks: the last one's state and step.
-
-        Raises:
-            EngineError: there are none, or too many.
-        """
-        m, room = self.model, self.model.program.context
-        if not len(ids):
-            raise EngineError("body: no token was given, expected at least one; give a text")
-        if length + len(ids) > room:
-            raise EngineError(
-                f"body: the text has {length + len(ids):,} tokens, expected at most the program's {room:,} positions; shorten it, or give it a larger context"
-            )
-        state = cuda_session.put_prompt(m, ids, length, 0)
-        put_head(m, state, 1, 0)
-        return self._taken(state)
-
-    def draft(self, ids: Sequence[int], length: int, candidates: bool) -> dict[str, np.ndarray]:
-        """Tokens of row 0 after `length` positions, at most as many as the head takes: state and results of each, as `cuda_session.fetch` gives them."""
-        return cuda_session.fetch(self.model, len(ids), cuda_session.read_draft(self.model, ids, length), candidates)
-
-    def _taken(self, state: int) -> tuple[np.ndarray, Step]:
-        found = cuda_session.fetch(self.model, 1, state)
-        return to_float32(found["hidden_states"], self.model.program.precision), step_from(found)
-
-    # ---- many texts at once
 
     def decode(self, prompts: Sequence[Sequence[int]], steps: int, sampling: Sampling | None = None) -> Iterator[np.ndarray]:
         """Continue several texts by tokens that are chosen on the device: tokens [B] int32 of each step, the first step's included.
@@ -153,130 +114,23 @@ class Cuda:
         longest = max(map(len, prompts))
         if longest + steps - 1 > m.program.context:
             raise EngineError(f"decode: {longest:,} tokens and {steps:,} steps, expected at most the program's {m.program.context:,} positions; ask for fewer")
-        self._use()
-        self.owner, self.turn = None, self.turn + 1
-        turn = self.turn
+        self.texts.use()
+        turn = self.texts.give_up()
         sample(m, s, [s.seed + row for row in range(rows)])
         try:
             for mail in cuda_session.decode(m, prompts, steps):
                 yield mail.token
-                if self.turn != turn:
+                if self.texts.turn != turn:
                     raise EngineError("decode: another text has taken over the cache, expected one at a time; begin this one again")
         finally:
-            if self.turn == turn and m.device is not None and m.device.open:  # else the settings are another's, or gone
+            if self.texts.turn == turn and m.device is not None and m.device.open:  # else the settings are another's, or gone
                 sample(m, Sampling(), [0] * m.program.batch)
-
-    def _use(self) -> None:
-        assert self.model.device is not None
-        if not self.model.device.open:
-            raise EngineError("cuda backend: it is closed, expected an open one; open the program again")
-        self.model.device.use()
 
 
 def sample(m: Model, s: Sampling, seeds: Sequence[int]) -> None:
     """Write draw settings to the host's block, a seed a row."""
-    rows = len(seeds)
-    for name, value in (("temperature", s.temperature), ("top_p", s.top_p), ("min_p", s.min_p), ("top_k", s.top_k)):
-        setting(m, name)[:rows] = value
-    setting(m, "seed")[:rows] = [seed % 2**64 for seed in seeds]
-
-
-def check_finite(states: np.ndarray) -> None:
-    """Raise CheckpointError where states are no numbers."""
-    if not np.isfinite(states.sum()):
-        raise CheckpointError("hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs --precision bfloat16")
-
-
-def step_from(found: dict[str, np.ndarray]) -> Step:
-    return step_of(*(found[name] for name in ("token", "candidate_ids", "candidate_logits", "counts", "capped")))
-
-
-class CudaBody(CutByLength):
-    """The body in the middle of one text. There is one cache: a later text takes it over."""
-
-    def __init__(self, backend: Cuda) -> None:
-        self.backend, self.length = backend, 0
-        self.last: tuple[np.ndarray, Step] | None = None
-
-    def feed(self, ids: Sequence[int]) -> np.ndarray:
-        """Run tokens after what the cache holds: hidden state of the last one, [1, d] float32. The head's step came with it and is kept.
-
-        Raises:
-            EngineError: the text is longer than the program's context, or another text has the cache.
-            CheckpointError: the model gives states that are no numbers.
-        """
-        b = self._mine()
-        one = len(ids) == 1 and self.length < b.model.program.context
-        return self._kept(*(b.step(ids[0], self.length + 1) if one else b.read(ids, self.length)), len(ids))
-
-    def states(self, ids: Sequence[int]) -> np.ndarray:
-        """Run tokens after what the cache holds: hidden states of all of them, [n, d] float32, with the head's steps, as many at once as it takes.
-
-        Raises:
-            EngineError, CheckpointError: as `feed`.
-        """
-        found = self._draft(ids, True)
-        states = to_float32(np.concatenate([part["hidden_states"] for part in found]), self.backend.model.program.precision)
-        return self._kept(states, joined([step_from(part) for part in found]), len(ids))
-
-    def tokens_after(self, ids: Sequence[int]) -> Verified:
-        """Run tokens after what the cache holds: the head's token after each of them, without its candidates.
-
-        Raises:
-            EngineError, CheckpointError: as `feed`.
-        """
-        found = self._draft(ids, False)
-        check_finite(to_float32(np.concatenate([part["hidden_states"] for part in found]), self.backend.model.program.precision))
-        self.length, self.last = self.length + len(ids), None
-        return Verified(*(np.concatenate([part[name] for part in found]) for name in ("token", "counts", "capped")))
-
-    def _draft(self, ids: Sequence[int], candidates: bool) -> list[dict[str, np.ndarray]]:
-        b = self._mine()
-        room, most = b.model.program.context, b.model.head.rows
-        if self.length + len(ids) > room:
-            raise EngineError(f"body: the text has {self.length + len(ids):,} tokens, expected at most the program's {room:,} positions; guess fewer")
-        return [b.draft(ids[at : at + most], self.length + at, candidates) for at in range(0, len(ids), most)]
-
-    def continues(self, sampling: Sampling) -> bool:
-        """Whether the device chooses tokens by these settings: greedy, or draws among a step's candidates that lose nothing to speak of."""
-        s = sampling
-        return not s.changes_logits and s.allowed is None and (s.truncates or s.temperature <= WARMEST)
-
-    def continued(self, most: int, sampling: Sampling) -> Generator[Chosen, None, None]:
-        """Up to `most` tokens after what was fed last, which the device chooses and feeds back itself: a step runs while the one before it is read.
-
-        What was yielded has been fed, but for the last token; a step that was not read leaves nothing.
-
-        Raises:
-            EngineError, CheckpointError: as `feed`, the latter some tokens late.
-        """
-        b = self._mine()
-        m = b.model
-        sample(m, sampling, [sampling.seed])
-        try:
-            for number, mail in enumerate(cuda_session.go_on(m, self.length, most)):
-                self.length += number > 0
-                if number % LOOKED_AT == LOOKED_AT - 1:
-                    check_finite(to_float32(cuda_session.fetch(m, 1, m.value(m.head.node.inputs[0]))["hidden_states"], m.program.precision))
-                yield Chosen(int(mail.token[0]), mail.counts, mail.capped)
-                self._mine()
-        finally:
-            self.last = None
-            if b.owner is self and m.device is not None and m.device.open:  # else the settings are another's, or gone
-                sample(m, Sampling(), [0])
-
-    def _mine(self) -> Cuda:
-        """The backend, whose cache holds this text."""
-        if self.backend.owner is not self:
-            raise EngineError("body: another text has taken over the cache, expected one text at a time; begin this one again")
-        self.backend._use()
-        return self.backend
-
-    def _kept(self, states: np.ndarray, step: Step, tokens: int) -> np.ndarray:
-        check_finite(states)
-        self.length += tokens
-        self.last = states, step
-        return states
+    for row, seed in enumerate(seeds):
+        set_draw(m, row, s, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,10 +140,7 @@ class CudaHead:
     backend: Cuda
 
     def step(self, hidden: np.ndarray) -> Step:
-        owner = self.backend.owner
-        if owner is not None and owner.last is not None and owner.last[0] is hidden:
-            return owner.last[1]
-        return self._run(hidden, wide=False)[0]
+        return self.backend.texts.kept(hidden) or self._run(hidden, wide=False)[0]
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         return self.step_with_logits(hidden)[1]
@@ -300,7 +151,10 @@ class CudaHead:
         return step, logits
 
     def exact_logits(self, hidden: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """On the host, by the rows in the file of weights: for few tokens, or where time does not matter."""
+        """Of all tokens on the device; of some on the host, by the rows in the file of weights."""
+        if len(tokens) == self.backend.model.head.vocab and np.array_equal(tokens, np.arange(len(tokens))):
+            most = dense_states(self.backend.model)
+            return np.concatenate([self._dense(hidden[at : at + most]) for at in range(0, len(hidden), most)])
         rows, bias = self.backend.rows or self._open_rows()
         return logits_by_rows(hidden, tokens, rows, bias, self.backend.model.program.precision)
 
@@ -318,29 +172,40 @@ class CudaHead:
         return self.backend.rows
 
     def _run(self, hidden: np.ndarray, *, wide: bool) -> tuple[Step, np.ndarray | None]:
-        most = self.backend.model.program.batch if wide else self.backend.model.head.rows
+        most = self.backend.model.head.rows
         steps, logits = zip(*(self._once(hidden[at : at + most], wide) for at in range(0, len(hidden), most)))
         return steps[0] if len(steps) == 1 else joined(steps), np.concatenate(logits) if wide else None
 
     def _once(self, hidden: np.ndarray, wide: bool) -> tuple[Step, np.ndarray | None]:
         b, m = self.backend, self.backend.model
-        b._use()
-        assert m.stream is not None and m.results is not None
-        states, room = to_half(hidden, m.program.precision), cuda_session.results_extent(m)[1]
-        m.results.array[room : room + states.nbytes] = np.ascontiguousarray(states).reshape(-1).view(np.uint8)
-        m.stream.to_device(m.block("states"), m.results.pointer + room, states.nbytes)
-        target = None
-        if wide:
-            size = 4 * m.program.batch * m.head.vocab
-            b.wide = b.wide or (Memory(size), Pinned(size))
-            target = b.wide[0].pointer
-        put_head(m, m.block("states"), len(hidden), 0, target)
-        count = 4 * len(hidden) * m.head.vocab
-        if b.wide is not None and wide:
-            m.stream.to_host(b.wide[1].pointer, b.wide[0].pointer, count)
+        b.texts.use()
+        b.texts.latest = None
+        states = cuda_session.put_states(m, to_half(hidden, m.program.precision))
+        put_head(m, states, len(hidden), 0, self._room()[0].pointer if wide else None)
         found = cuda_session.fetch(m, len(hidden), None)
-        logits = None if b.wide is None or not wide else b.wide[1].array[:count].view(np.float32).reshape(len(hidden), -1).copy()
-        return step_from(found), logits
+        return step_from(found), self._fetched(len(hidden)) if wide else None
+
+    def _dense(self, hidden: np.ndarray) -> np.ndarray:
+        """All logits of states by the model's own rows, on the device."""
+        m = self.backend.model
+        self.backend.texts.use()
+        put_dense(m, cuda_session.put_states(m, to_half(hidden, m.program.precision)), len(hidden), self._room()[0].pointer)
+        return self._fetched(len(hidden))
+
+    def _room(self) -> tuple[Memory, Pinned]:
+        """For full-width logits, on the device and on the host."""
+        b, size = self.backend, 4 * self.backend.model.head.rows * self.backend.model.head.vocab
+        b.wide = b.wide or (Memory(size), Pinned(size))
+        return b.wide
+
+    def _fetched(self, states: int) -> np.ndarray:
+        """The full-width logits of some states."""
+        m, (there, here) = self.backend.model, self._room()
+        assert m.stream is not None
+        count = 4 * states * m.head.vocab
+        m.stream.to_host(here.pointer, there.pointer, count)
+        m.stream.wait()
+        return here.array[:count].view(np.float32).reshape(states, -1).copy()
 
 
 def open_program(
@@ -359,8 +224,9 @@ def open_program(
     """
     model = cuda_session.open_model(program, chunk=chunk, stream=stream, progress=progress)
     try:
-        for drawn in (False, True):
-            cuda_session.step_graph(model, 1, drawn)  # now, since its first run writes into the cache
+        for rows in range(1, program.batch + 1):
+            for drawn in (False, True):
+                cuda_session.step_graph(model, rows, drawn)  # now, since its first run writes into the cache
     except BaseException:
         model.close()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from flashhead_edge.jetson.cuda_backend import Cuda, open_program
 from flashhead_edge.jetson.cuda_plan import checkpoint_need
 from flashhead_edge.jetson.driver import DeviceFacts, device_facts
 from flashhead_edge.jetson.folder import is_exported
-from flashhead_edge.jetson.plan import Need
+from flashhead_edge.jetson.plan import Need, check_fits, free_gpu
 from flashhead_edge.jetson.tensorrt_folder import is_tensorrt
 from flashhead_edge.program.ahead import ready_program
 from flashhead_edge.program.families import describe
 from flashhead_edge.program.file import PROGRAM, Program, read_program
-from flashhead_edge.program.head import Device
-from flashhead_edge.program.kept import cached_program
+from flashhead_edge.program.head import DRAFTED_ROWS, Device
+from flashhead_edge.program.kept import cached_program, is_kept
 from flashhead_edge.program.weights import PRECISIONS
 from flashhead_edge.progress import Progress, silent
 
@@ -42,24 +43,32 @@ def open_folder(
         stream: the handle of a stream to work in, such as pycuda's; None: one of its own.
         precision: of activations, float16 or bfloat16; None: the checkpoint's, float16 where that is float32.
         context: positions of the cache; None: the model's, 4,096 at most.
-        batch: texts at once, at most.
+        batch: texts at once, at most; up to eight share one program on disk.
     Raises:
         CheckpointError: no such folder, or a damaged one. UnsupportedModelError: a family without a program.
         ExportError: a size without a kernel. SettingsError: a setting is out of range.
-        DeviceError: no GPU, or too little memory. EngineError: a kernel does not compile, or a program is another GPU's.
+        DeviceError: no GPU, or too little memory, which is looked at before a program is made.
+        EngineError: a kernel does not compile, or a program is another GPU's.
     """
     if (folder / PROGRAM).is_file():
-        return _opened(read_program(folder), stream, progress)
-    facts, settings = device_facts(), program_settings(read_json(folder / "config.json"), precision=precision, context=context, batch=batch)
+        program = read_program(folder)
+        return _opened(replace(program, batch=max(batch, program.batch)), stream, progress)
+    config, facts = read_json(folder / "config.json"), device_facts()
+    settings = program_settings(config, precision=precision, context=context, batch=batch)
     device = Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
-    program = ready_program(folder, **settings, device=device)
-    if program is None:
-        program = cached_program(folder, **settings, device=device, progress=progress)
-    return _opened(program, stream, progress)
+    found = ready_program(folder, **settings, device=device)
+    if found is None:
+        if not is_kept(folder, **settings, device=device):
+            need = checkpoint_need(folder, facts, **settings | {"batch": batch}, positions=describe(config).positions or None)
+            check_fits(need, free_gpu(facts.free_bytes), settings["context"], batch)
+        found = cached_program(folder, **settings, device=device, progress=progress)
+    return _opened(replace(found, batch=batch), stream, progress)
 
 
 def program_settings(config: Any, *, precision: str | None = None, context: int | None = None, batch: int = 1) -> dict[str, Any]:
     """What a checkpoint's program is made with, by `open_folder` as by `flashhead bundle`: precision, context, group and batch.
+
+    A program's head takes eight states in any case, so up to eight texts are no reason to make another one.
 
     Args:
         config: config.json.
@@ -67,7 +76,12 @@ def program_settings(config: Any, *, precision: str | None = None, context: int 
     Raises:
         SettingsError: the context is longer than the model's. UnsupportedModelError: a family without a program.
     """
-    return {"precision": precision or precision_of(config), "context": _context(config, context), "group": _group(config), "batch": batch}
+    return {
+        "precision": precision or precision_of(config),
+        "context": _context(config, context),
+        "group": _group(config),
+        "batch": batch if batch > DRAFTED_ROWS else 1,
+    }
 
 
 def need_of_checkpoint(folder: Path, context: int | None = None, batch: int = 1) -> Need:

@@ -20,6 +20,7 @@ FP16, BF16 = 0, 1  # fh_dtype
 ADD, MULTIPLY = 0, 1  # fh_combination
 MAIL_HEAD, MAIL_ROW = 4, 3  # advance.h
 MOST_ROWS = 32  # advance.h, head_step.h
+DENSE_STATES = 8  # dense_rows.h
 P, I, F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 
@@ -110,6 +111,7 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {  # and what each takes before the devi
     "fh_draw_settings": (P,),
     "fh_decode": (P,),
     "fh_advance": (P,),
+    "fh_dense_rows": (P, P, P, P, I, I, I, I),
 }
 
 

@@ -67,7 +67,7 @@ def need_of_plan(program: Program, plan: MemoryPlan, name: str) -> Need:
     tables = {a.name for n in program.nodes for a in [n.attributes.get("rotations")] if a is not None}  # type: ignore[union-attr]
     turned = sum(program.places[table][1] for table in tables)
     caches = plan.cache_bytes // (program.batch * program.context)
-    known = sum(size.values()) + turned + plan.cache_bytes + POSITION * program.context
+    known = sum(size.values()) + turned + plan.cache_bytes + plan.exchange_bytes + POSITION * program.context
     named = sum(size for size in (n for _, n in program.places.values()))
     return Need(
         name=name,
@@ -80,7 +80,7 @@ def need_of_plan(program: Program, plan: MemoryPlan, name: str) -> Need:
         scratch=device_bytes(plan.size) - known - (named - sum(size.values()) - turned),
         layers=(Layer(caches),),
         limit=program.context,
-        positions=turned // program.context + POSITION,
+        positions=(turned + plan.exchange_bytes) // program.context + POSITION,
         tables=apart,
         notes=("on a GPU, beyond the context that every program on it has; weights in 4 bits, coded anew where the checkpoint has them in 16",),
     )

@@ -101,6 +101,7 @@ class MemoryPlan:
     values: Mapping[str, int]  # of nodes; those that do not live together may share bytes
     weight_bytes: int  # which come first
     cache_bytes: int
+    exchange_bytes: int  # where rows of the cache change places; 0: there is one
     size: int
 
 
@@ -130,6 +131,7 @@ class Model:
     plan: MemoryPlan
     chunk: int
     fuses: bool = True  # whether steps run fused nodes, where they take their rows
+    cut: int = 0  # texts that a step's attention is cut for; 0: as many as the program has rows, so that a row's bits are the same beside any others
     base: int = DRY  # address of the range
     stream_handle: int = 0
     mail_address: int = DRY
@@ -215,6 +217,11 @@ def attention_shape(program: Program, a: Attention, rows: int, queries: int, dty
     return AttentionShape(rows, queries, a.q_heads, a.kv_heads, a.head_size, program.context, a.window, a.scale, dtype)
 
 
+def row_bytes(program: Program, a: Attention) -> int:
+    """Of a text's keys, or of its values, in one layer's cache."""
+    return 2 * a.kv_heads * program.context * a.head_size
+
+
 def value_sizes(program: Program, tokens: int) -> dict[str, int]:
     """Bytes of each value that a node writes into memory of its own."""
     return {
@@ -266,7 +273,8 @@ def memory_plan(program: Program, head: Head, limits: DeviceLimits, chunk: int, 
             plan = attention_plan(shape, limits)
             partials, items = max(partials, plan.workspace_bytes), max(items, plan.items)
     weights, weight_bytes = laid_out({name: size for name, (_, size) in program.places.items()})
-    caches = {f"cache.{i}.{part}": 2 * rows * a.kv_heads * program.context * a.head_size for i, a in enumerate(attentions) for part in ("key", "value")}
+    caches = {f"cache.{i}.{part}": rows * row_bytes(program, a) for i, a in enumerate(attentions) for part in ("key", "value")}
+    exchange = max((row_bytes(program, a) for a in attentions), default=0) if rows > 1 else 0
     kept = {name: rows * np.dtype(dtype_).itemsize for name, dtype_ in SETTINGS.items()} | {"number": 4}
     read = {"prompt": 4 * program.context, "prompt_lengths": 4 * (-(-program.context // chunk) + 1)}
     written = {
@@ -278,9 +286,10 @@ def memory_plan(program: Program, head: Head, limits: DeviceLimits, chunk: int, 
         scratch["final_logits"] = 4 * rows * head.candidates
     scratch |= {"states": 2 * states * head.hidden, "head": states * head.plans[0].row_bytes, "arrivals": 4 * items, "partials": partials}
     scratch["queries"] = 2 * tokens * max((a.q_heads * a.head_size for a in attentions), default=0)
+    scratch["exchange"] = exchange
     blocks, after = laid_out(kept | read | written | scratch | caches, weight_bytes)
     values, size = placed_values(program, tokens)
-    return MemoryPlan(weights, blocks, {name: after + at for name, at in values.items()}, weight_bytes, sum(caches.values()), after + size)
+    return MemoryPlan(weights, blocks, {name: after + at for name, at in values.items()}, weight_bytes, sum(caches.values()), exchange, after + size)
 
 
 # ---- launches: each kind of node
@@ -310,14 +319,15 @@ def _gated(m: Model, node: Node, run: Run) -> None:
 
 
 def attention_arguments(m: Model, node: Node, run: Run) -> tuple[AttentionShape, native.AttentionPlan, int, int]:
-    """Shape and plan of an attention's launch, and the addresses of its keys and values."""
+    """Shape and plan of an attention's launch, and the addresses of its keys and values. A step's plan is that of all rows, whichever of them it takes."""
     a: Mapping[str, Any] = node.attributes
     which = Attention(a["q_heads"], a["kv_heads"], a["head_size"], a["window"], a["scale"])
     shape = attention_shape(m.program, which, run.rows, run.queries, m.dtype)
+    planned = shape if run.queries > 1 else attention_shape(m.program, which, m.cut or m.program.batch, 1, m.dtype)
     layer = node.inputs[1].split(".")[1]
-    row = 2 * which.kv_heads * m.program.context * which.head_size
+    row = row_bytes(m.program, which)
     key, value = (m.block(f"cache.{layer}.{part}", run.first * row) for part in ("key", "value"))
-    return shape, attention_plan(shape, m.limits), key, value
+    return shape, attention_plan(planned, m.limits), key, value
 
 
 def _attention(m: Model, node: Node, run: Run) -> None:
@@ -401,6 +411,17 @@ def put_head(m: Model, hidden: int, rows: int, first: int, wide: int | None = No
         ))  # fmt: skip
 
 
+def dense_states(m: Model) -> int:
+    """States of which a launch gives all logits: as many as its shared memory takes."""
+    return max(1, min(native.DENSE_STATES, m.limits.shared_bytes // (4 * m.head.hidden + 128)))
+
+
+def put_dense(m: Model, hidden: int, states: int, logits: int) -> None:
+    """All logits [states, vocab] float32 of some states by the model's own rows, to an address."""
+    h, a = m.head, m.head.node.attributes
+    m.put("fh_dense_rows", m.weight(a["rows"]), m.weight(a["bias"]), hidden, logits, states, h.hidden, h.vocab, m.dtype)
+
+
 def put_draw(m: Model, rows: int, first: int) -> None:
     """A token from a step's candidates by each row's settings."""
     h = m.head
@@ -472,6 +493,8 @@ def dry_pass(m: Model) -> None:
     for rows in range(1, m.head.rows + 1):
         put_head(m, DRY, rows, 0, DRY)
         put_body(m, Run(1, rows, 0, DRY, DRY), _kinds(m, step_nodes(m, rows)))
+    for states in range(1, dense_states(m) + 1):
+        put_dense(m, DRY, states, DRY)
     kinds = _kinds(m, m.program.nodes[:-1])
     for queries in range(1, min(m.chunk, m.program.context) + 1):
         put_body(m, Run(1, queries, 0, DRY, DRY), kinds)

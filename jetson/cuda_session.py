@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import DeviceError, EngineError
 from flashhead_edge.jetson import cuda_library as native
 from flashhead_edge.jetson.cuda_kernels import ready
@@ -24,6 +25,7 @@ from flashhead_edge.jetson.cuda_program import (
     Model,
     Program,
     Run,
+    attentions_of,
     dry_pass,
     head_of,
     memory_plan,
@@ -33,6 +35,7 @@ from flashhead_edge.jetson.cuda_program import (
     put_draw,
     put_head,
     put_step,
+    row_bytes,
     slot_words,
 )
 from flashhead_edge.jetson.driver import Device, DeviceFacts, Graph, Pinned, Stream, device_facts
@@ -140,6 +143,19 @@ def send_settings(m: Model) -> None:
     m.stream.to_device(m.block("ids"), m.settings.pointer, settings_bytes(m))
 
 
+def set_draw(m: Model, row: int, s: Sampling, seed: int) -> None:
+    """Write a row's draw settings to the host's block."""
+    for name, value in (("temperature", s.temperature), ("top_p", s.top_p), ("min_p", s.min_p), ("top_k", s.top_k), ("seed", seed % 2**64)):
+        setting(m, name)[row] = value
+
+
+def set_row(m: Model, row: int, s: Sampling, token: int, length: int, step: int) -> None:
+    """Write all that a step reads of a row to the host's block: the token that is fed, positions with it, and how many were chosen before."""
+    set_draw(m, row, s, s.seed)
+    for name, value in (("ids", token), ("lengths", length), ("step", step)):
+        setting(m, name)[row] = value
+
+
 def put_prompt(m: Model, ids: Sequence[int], length: int, row: int) -> int:
     """Tokens of a row after `length` positions, in chunks: the address of the last one's state. The row's pinned ids must be free."""
     assert m.stream is not None and m.prompts is not None
@@ -156,6 +172,29 @@ def put_prompt(m: Model, ids: Sequence[int], length: int, row: int) -> int:
         queries = min(m.chunk, n - i * m.chunk)
         put_body(m, Run(1, queries, row, m.block("prompt", 4 * i * m.chunk), m.block("prompt_lengths", 4 * i)))
     return m.value(m.head.node.inputs[0]) + 2 * m.head.hidden * (queries - 1)
+
+
+def put_states(m: Model, states: np.ndarray) -> int:
+    """States [n, d] in the program's type, at most as many as the head takes, to the device: their address."""
+    assert m.stream is not None and m.results is not None
+    room = results_extent(m)[1]
+    m.results.array[room : room + states.nbytes] = np.ascontiguousarray(states).reshape(-1).view(np.uint8)
+    m.stream.to_device(m.block("states"), m.results.pointer + room, states.nbytes)
+    return m.block("states")
+
+
+def move_row(m: Model, source: int, target: int, keep: bool) -> None:
+    """A row of every cache to another one, whose own text goes the other way with `keep`, and is lost without."""
+    assert m.stream is not None
+    for layer, a in enumerate(attentions_of(m.program)):
+        size = row_bytes(m.program, a)
+        for part in ("key", "value"):
+            here, there = (m.block(f"cache.{layer}.{part}", row * size) for row in (source, target))
+            if keep:
+                m.stream.on_device(m.block("exchange"), there, size)
+            m.stream.on_device(there, here, size)
+            if keep:
+                m.stream.on_device(here, m.block("exchange"), size)
 
 
 def read_draft(m: Model, ids: Sequence[int], length: int) -> int:
@@ -254,13 +293,14 @@ def results_extent(m: Model) -> tuple[int, int]:
     return begin, m.plan.blocks["wide_temperature"] - begin
 
 
-def fetch(m: Model, rows: int, hidden: int | None, candidates: bool = True) -> dict[str, np.ndarray]:
-    """Results of the first rows, the candidates among them or not, and states [rows, d] in 16 bits from an address. Waits; the arrays are copies."""
+def fetch(m: Model, rows: int, hidden: int | None, candidates: bool = True, first: int = 0) -> dict[str, np.ndarray]:
+    """Results of some rows, the candidates among them or not, and states [rows, d] in 16 bits from an address. Waits; the arrays are copies."""
     assert m.stream is not None and m.results is not None
     begin, size = results_extent(m)
     results = [(name, kind) for name, kind in RESULTS if candidates or not name.startswith("candidate")]
     shapes = {name: (rows, *_columns(m.head, name)) for name, _ in results}
-    extents = {name: (m.plan.blocks[name] - begin, int(np.prod(shapes[name])) * np.dtype(kind).itemsize) for name, kind in results}
+    width = {name: int(np.prod(shapes[name][1:])) * np.dtype(kind).itemsize for name, kind in results}
+    extents = {name: (m.plan.blocks[name] - begin + first * width[name], rows * width[name]) for name, _ in results}
     wanted = [(0, m.plan.blocks["candidate_ids"] - begin), *(extent for name, extent in extents.items() if name.startswith("candidate"))]  # the small in one
     for start, count in wanted:
         m.stream.to_host(m.results.pointer + start, m.base + begin + start, count)
@@ -299,18 +339,6 @@ def decode(m: Model, prompts: Sequence[Sequence[int]], steps: int) -> Iterator[M
         put_head(m, state, 1, row)
         numbers.append(put_end(m, row, drawn))
     yield from mails_of(m, graph, rows, steps, numbers)
-
-
-def go_on(m: Model, length: int, steps: int) -> Iterator[Mail]:
-    """Continue row 0's text of `length` positions, for whose last state the head's step has just been made. Otherwise as `decode`."""
-    assert m.stream is not None
-    drawn = bool(setting(m, "temperature")[0] > 0)
-    graph = step_graph(m, 1, drawn) if steps > 1 else None  # which was made when nothing was in the cache
-    take_number(m)
-    setting(m, "lengths")[0] = length
-    setting(m, "step")[0] = 0
-    send_settings(m)
-    yield from mails_of(m, graph, 1, steps, [put_end(m, 0, drawn)])
 
 
 def put_end(m: Model, row: int, drawn: bool) -> int:

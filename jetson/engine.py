@@ -95,7 +95,8 @@ class ExportedEngine:
 
 
 def open_engine(
-    folder: str | Path, backend: str = "auto", threads: int | None = None, *, native: bool = True, plugin: Path | None = None, progress: Progress = silent
+    folder: str | Path, backend: str = "auto", threads: int | None = None, *, native: bool = True, plugin: Path | None = None, texts: int = 1,
+    progress: Progress = silent,
 ) -> ExportedEngine:  # fmt: skip
     """Open a folder that `flashhead export` wrote, or with the cuda backend a checkpoint, for decoding without torch.
 
@@ -104,6 +105,7 @@ def open_engine(
         threads: None is one for each physical core that this process may use.
         native: take our own operators where the folder and this installation have them.
         plugin: TensorRT's plugin library; None: the one in the cache.
+        texts: that will be made at once; the cuda backend makes its cache for so many, others take what comes.
         progress: of what the cuda backend makes when it sees a checkpoint for the first time.
     Raises:
         CheckpointError: no exported folder, or a damaged one, or parts that do not belong together.
@@ -120,7 +122,7 @@ def open_engine(
     if backend == "cuda":
         from flashhead_edge.jetson import cuda_folder
 
-        opened = cuda_folder.open_folder(folder, progress=progress)
+        opened = cuda_folder.open_folder(folder, batch=texts, progress=progress)
         config = read_json(folder / "config.json")
     elif backend == "tensorrt":
         from flashhead_edge.jetson import tensorrt_backend

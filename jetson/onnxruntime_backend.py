@@ -40,6 +40,10 @@ class OnnxRuntime:
     shared: SharedCache | None = None  # of all texts, where the body takes several at once
 
     @property
+    def most_texts(self) -> None:
+        """A cache grows with its texts."""
+
+    @property
     def settings(self) -> ExportSettings:
         self.session(self.body_part)
         return self.found[self.body_part]

@@ -134,7 +134,7 @@ class TextBody(CutByLength):
             hidden = self.shared.run([self], [ids[start:end]])
         return hidden[-1:].copy()
 
-    def feed_together(self, sessions: Sequence[TextBody], ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def feed_together(self, sessions: Sequence[TextBody], ids: Sequence[Sequence[int]]) -> list[np.ndarray | None]:
         """`feed` of each of some texts of one session in one pass. Errors as in `feed`; none of the texts has changed then."""
         for text, its in zip(sessions, ids):
             text._check(its)

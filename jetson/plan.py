@@ -105,10 +105,10 @@ def check_fits(need: Need, free: Free, context: int, batch: int = 1) -> None:
     most = need.largest_context(free.size, batch)
     if most:
         then = f"at most {most:,} positions fit: " + ("export it again with that --context" if need.fixed else "use a shorter context")
-        if need.fixed and batch > 1:
-            then += ", or with a smaller --batch"
+        if batch > 1:
+            then += ", or with a smaller --batch" if need.fixed else ", or fewer texts at once"
     else:
-        then = "no context fits: free memory, or take a smaller model"
+        then = "no context fits: free memory, or take a smaller model" + (" or fewer texts at once" if batch > 1 and not need.fixed else "")
     raise DeviceError(
         f"{need.name}: {context:,} positions at batch {batch} need about {mib(needed)} (predicted), {mib(free.size)} are free ({free.where}), "
         f"expected room for all; {then}"

@@ -97,6 +97,11 @@ class TensorRT:
     # ---- what a backend is asked
 
     @property
+    def most_texts(self) -> int:
+        """There is one cache."""
+        return 1
+
+    @property
     def settings(self) -> ExportSettings:
         return self.manifest.settings
 

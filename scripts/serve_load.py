@@ -2,6 +2,7 @@
 
     python scripts/serve_load.py figures MODEL     # time to first token, between tokens, 1 and 8 clients, beside the bare session
     python scripts/serve_load.py load MODEL --minutes 10   # clients that come and go, slow readers, malformed and oversized bodies
+    python scripts/serve_load.py load CHECKPOINT --backend cuda --minutes 1
 
 MODEL is what `flashhead serve` takes. A server is started for it and ended. One JSON document goes to stdout.
 """
@@ -95,13 +96,18 @@ async def clients(port: int, count: int, rounds: int, tokens: int) -> dict[str, 
     return shown([t for texts in found for t in texts], time.perf_counter() - began)
 
 
-def bare(model: str, threads: int, rounds: int, tokens: int) -> dict[str, float]:
+def how(options: argparse.Namespace) -> list[str]:
+    """What computes, as options of `flashhead serve`."""
+    return ["--backend", options.backend, *(["--threads", str(options.threads)] if options.backend in ("auto", "onnxruntime") else [])]
+
+
+def bare(model: str, backend: str, threads: int, rounds: int, tokens: int) -> dict[str, float]:
     """The same texts without a server, in this process."""
     from flashhead_edge.generation import prompt_ids
     from flashhead_edge.generation import stream as decode
     from flashhead_edge.jetson import open_engine
 
-    engine = open_engine(model, threads=threads)
+    engine = open_engine(model, backend, threads)
     times, spent = [], 0.0
     for i in range(-1, rounds):  # the first is not counted
         spent = time.process_time() if i == 0 else spent
@@ -116,7 +122,18 @@ def bare(model: str, threads: int, rounds: int, tokens: int) -> dict[str, float]
 
 def bare_elsewhere(options: argparse.Namespace) -> dict[str, float]:
     """`bare` in a process of its own."""
-    command = [sys.executable, __file__, "bare", options.model, "--threads", str(options.threads), "--tokens", str(options.tokens)]
+    command = [
+        sys.executable,
+        __file__,
+        "bare",
+        options.model,
+        "--backend",
+        options.backend,
+        "--threads",
+        str(options.threads),
+        "--tokens",
+        str(options.tokens),
+    ]
     found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
@@ -130,7 +147,7 @@ def cpu_seconds(pid: int) -> float:
 def figures(options: argparse.Namespace) -> dict[str, Any]:
     """Bare and served turn by turn, so that a machine that slows down slows both."""
     found: dict[str, list[Any]] = {"bare": [], "clients_1": [], "clients_8": []}
-    with server(options.model, "--threads", str(options.threads)) as (port, pid):
+    with server(options.model, *how(options)) as (port, pid):
         asyncio.run(clients(port, 1, 1, 16))
         for _ in range(options.repeats):
             found["bare"].append(bare_elsewhere(options))
@@ -249,7 +266,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
         whole = (await stream(port, body(5, stream=True)))[2]
         return {"memory_mib": [round(s / 2**20, 1) for s in sizes], "idle_after": quiet, "serves_after": whole}
 
-    with server(options.model, "--threads", str(options.threads)) as (port, pid):
+    with server(options.model, *how(options)) as (port, pid):
         found = asyncio.run(run(port, pid))
     return {**found, "seen": dict(sorted(seen.items())), "minutes": options.minutes, "clients": options.clients}
 
@@ -258,14 +275,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("figures", "load", "bare"))
     parser.add_argument("model")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
+    parser.add_argument("--backend", default="auto", choices=("auto", "onnxruntime", "tensorrt", "cuda"))
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=64)
     options = parser.parse_args()
     if options.what == "bare":
-        found: Any = bare(options.model, options.threads, 4, options.tokens)
+        found: Any = bare(options.model, options.backend, options.threads, 4, options.tokens)
     else:
         found = {"figures": figures, "load": load}[options.what](options)
     print(json.dumps(found, indent=2))

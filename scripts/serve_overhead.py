@@ -2,8 +2,10 @@
 
     python scripts/serve_overhead.py MODEL                              # ONNX Runtime: 40 pairs, one thread
     python scripts/serve_overhead.py CHECKPOINT --backend cuda --pairs 20 --tokens 128
+    python scripts/serve_overhead.py Llama-3.2-1B --backend cuda --made       # random weights in the shape of a real model
 
-MODEL is what `flashhead serve` takes. The client is a process of its own, which waits while the bare session runs. A machine that slows
+MODEL is what `flashhead serve` takes; with --made a name of flashhead_edge.bench.cuda.models, whose texts are numbers.
+The client is a process of its own, which waits while the bare session runs. A machine that slows
 down slows both halves of a pair, so what is said is the median of the pairs' ratios, with a bootstrap interval. Then 1 and 8 clients.
 Where others use the cores too, processor time says more than a clock: of the decode thread, which is what a client waits for, and of the
 whole process, whose other part runs beside it.
@@ -19,6 +21,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -31,10 +34,41 @@ from flashhead_edge.generation import prompt_ids
 from flashhead_edge.generation import stream as decode
 from flashhead_edge.jetson import open_engine
 from flashhead_edge.serve.limits import Limits
-from flashhead_edge.serve.run import model_facts, open_port, serve
+from flashhead_edge.serve.run import model_facts, open_port, serve, texts_at_once
 
 DRAWS = 10_000  # of the bootstrap
-SEVERAL = ("onnxruntime",)  # backends that hold several texts, as cli/serve.py has it
+CONTEXT = 1024  # positions of a made model
+
+
+class Numbers:
+    """A tokenizer for made models: a token's text is its number, and a text has a token for each character."""
+
+    chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    eos_token_id = None
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [1 + ord(c) % 1000 for c in text]}
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = True, *, clean_up_tokenization_spaces: bool | None = None) -> str:
+        return "".join(f"{int(t)} " for t in token_ids)
+
+    def apply_chat_template(self, conversation: Any, *, tools: Any = None, tokenize: bool = True, add_generation_prompt: bool = True) -> Any:
+        text = "".join(message["content"] for message in conversation)
+        return self(text)["input_ids"] if tokenize else text
+
+
+def made_engine(name: str, texts: int) -> Any:
+    """An engine over a made model on this machine's GPU."""
+    from flashhead_edge.bench.cuda import made_program, models
+    from flashhead_edge.jetson import ExportedEngine
+    from flashhead_edge.jetson.cuda_backend import open_program
+    from flashhead_edge.jetson.driver import device_facts
+    from flashhead_edge.program.head import Device
+
+    facts, (model, vocab, group) = device_facts(), models()[name]
+    device = Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
+    program = made_program(Path(tempfile.mkdtemp()) / name, model, vocab, device, group=group, context=CONTEXT, batch=texts)
+    return ExportedEngine(open_program(program, dict(program.settings), "made"), Numbers(), frozenset())
 
 
 def client() -> None:
@@ -117,6 +151,7 @@ def measured(engine: Any, port: int, options: argparse.Namespace) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--made", action="store_true", help="MODEL is the name of a made model, for the cuda backend")
     parser.add_argument("--backend", default="auto", choices=("auto", "onnxruntime", "tensorrt", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
     parser.add_argument("--pairs", type=int, default=40)
@@ -127,7 +162,11 @@ def main() -> None:
     if options.client:
         client()
         return
-    engine = open_engine(options.model, options.backend, options.threads)
+    limits = Limits()
+    if options.made:
+        engine = made_engine(str(options.model), limits.at_once)
+    else:
+        engine = open_engine(options.model, options.backend, options.threads, texts=limits.at_once)
     about, found = model_facts(engine, "m", options.model), {}
     listening = open_port("127.0.0.1", 0)
 
@@ -138,9 +177,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=measure)
-    limits = Limits()
-    at_once = limits.at_once if about["backend"] in SEVERAL else 1
-    serve(engine, "m", listening, key=None, limits=limits, at_once=at_once, about=about, ready=thread.start)
+    serve(engine, "m", listening, key=None, limits=limits, at_once=texts_at_once(engine, limits.at_once), about=about, ready=thread.start)
     thread.join()
     print(json.dumps({**found, "about": about}, indent=2))
 

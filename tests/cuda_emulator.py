@@ -193,6 +193,13 @@ def fh_head_widen(_: Any) -> None:
     """The step wrote all of them."""
 
 
+def fh_dense_rows(rows: int, bias: int | None, hidden: int, logits: int, n: int, d: int, vocab: int, dtype: int) -> None:
+    half = Half(dtype)
+    assert 1 <= n <= native.DENSE_STATES
+    found = half.read(hidden, n, d) @ half.read(rows, vocab, d).T
+    at(logits, np.float32, n, vocab)[:] = found if bias is None else found + half.read(bias, vocab)
+
+
 def fh_draw_settings(s: native.DrawSettings) -> None:
     for name, dtype in (("temperature", np.float32), ("top_p", np.float32), ("min_p", np.float32), ("top_k", np.int32), ("step", np.int32)):
         wide = np.float64 if dtype is np.float32 else np.int64
@@ -236,7 +243,7 @@ class HostStream:
     def to_device(self, target: int, source: int, size: int) -> None:
         ctypes.memmove(target, source, size)
 
-    to_host = to_device
+    to_host = on_device = to_device
 
     def wait(self) -> None: ...
 

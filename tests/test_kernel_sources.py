@@ -27,6 +27,7 @@ INSTANCES = {  # of the templates, one of each kind
     "attention.cu": ("fh::attention_decode<fh::Fp16, 64, false>", "fh::attention_rope_decode<fh::Bf16, 128, true>", "fh::attention_rope_write<fh::Bf16>"),
     "elementwise.cu": ("fh::rms_norm<fh::Fp16>", "fh::gated_product<fh::Bf16, true>"),
     "embedding.cu": ("fh::embedding<fh::Fp16>",),
+    "dense_rows.cu": ("fh::dense_rows<fh::Fp16, 1>", "fh::dense_rows<fh::Bf16, 8>"),
     "combine.cu": ("fh::combine<fh::Fp16, true>", "fh::combine<fh::Bf16, false>"),
 }
 STRUCTURES = {

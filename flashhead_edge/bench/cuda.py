@@ -7,7 +7,8 @@ graph, replayed: what is timed is what the device does from a token to the next,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,16 @@ def rewind(m: Any, length: int) -> None:
     m.stream.wait()
 
 
+@contextmanager
+def cut_for(m: Any, rows: int) -> Iterator[None]:
+    """Steps as a program for so many rows has them: a larger one cuts attention for all of its own."""
+    cut, m.cut = m.cut, rows
+    try:
+        yield
+    finally:
+        m.cut = cut
+
+
 def step_times(m: Any, rows: int, drawn: bool = False, without: Collection[str] = (), only: str | None = None, together: int = 1) -> np.ndarray:
     """Microseconds of a step of some rows, one figure a round.
 
@@ -151,13 +162,14 @@ def step_times(m: Any, rows: int, drawn: bool = False, without: Collection[str] 
 
     left_out = [kind for kind in (*kinds(m, rows), "Draw") if kind != only] if only else without
     rewind(m, CACHED)
-    put_step(m, rows, drawn)  # what the head reads is a state that it could meet
-    m.stream.wait()
-    put_step(m, rows, drawn, left_out)
-    m.stream.wait()
-    with m.stream.captured() as graph:
-        for _ in range(together):
-            put_step(m, rows, drawn, left_out)
+    with cut_for(m, rows):
+        put_step(m, rows, drawn)  # what the head reads is a state that it could meet
+        m.stream.wait()
+        put_step(m, rows, drawn, left_out)
+        m.stream.wait()
+        with m.stream.captured() as graph:
+            for _ in range(together):
+                put_step(m, rows, drawn, left_out)
     try:
         return step_microseconds(m, graph, replays=REPLAYS // together) / together
     finally:

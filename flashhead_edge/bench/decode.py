@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from flashhead_edge.bench.cuda import CACHED, captured, graph_times, made_program, models, replay, texts_of, turn_times
+from flashhead_edge.bench.cuda import CACHED, captured, cut_for, graph_times, made_program, models, replay, texts_of, turn_times
 from flashhead_edge.bench.cuda_dense import KINDS, MOST_ROWS, DenseHead, check_dense, put_dense_step
 from flashhead_edge.bench.energy import step_energy
 from flashhead_edge.bench.provenance import commit
@@ -125,10 +125,11 @@ def step_records(m: Any, rows: int, progress: Callable[[str], object] = lambda w
     rivals = [DenseHead(m, kind) for kind in KINDS] if rows <= MOST_ROWS else []
     graphs: dict[str, Any] = {}
     try:
-        graphs[FLASH] = captured(m, partial(put_step, m, rows, False))
-        for rival in rivals:
-            graphs[rival.name] = captured(m, partial(put_dense_step, m, rival, rows))
-        graphs[NO_HEAD] = captured(m, partial(put_step, m, rows, False, ("FlashHead",)))
+        with cut_for(m, rows):
+            graphs[FLASH] = captured(m, partial(put_step, m, rows, False))
+            for rival in rivals:
+                graphs[rival.name] = captured(m, partial(put_dense_step, m, rival, rows))
+            graphs[NO_HEAD] = captured(m, partial(put_step, m, rows, False, ("FlashHead",)))
         times = turn_times(m, graphs)
         energy = {}
         for name in (n for n in graphs if n != NO_HEAD):

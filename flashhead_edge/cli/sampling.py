@@ -70,8 +70,8 @@ def take_sampling(options: dict[str, Any], exact: bool) -> Any:
     return sampling
 
 
-def open_engine(out: Path, options: dict[str, Any], progress: Progress) -> Any:
-    """Take the options that say what computes out of `options`: a `generation.TextEngine` of a checkpoint or of an exported folder."""
+def open_engine(out: Path, options: dict[str, Any], progress: Progress, texts: int = 1) -> Any:
+    """Take the options that say what computes out of `options`: a `generation.TextEngine` of a checkpoint or an exported folder, for some texts at once."""
     from flashhead_edge.jetson import is_exported
     from flashhead_edge.jetson.tensorrt_folder import is_tensorrt
 
@@ -90,7 +90,7 @@ def open_engine(out: Path, options: dict[str, Any], progress: Progress) -> Any:
     if found != "torch":
         from flashhead_edge.jetson import open_engine as open_exported
 
-        return open_exported(out, found, threads, native=not standard, plugin=plugin, progress=progress)
+        return open_exported(out, found, threads, native=not standard, plugin=plugin, texts=texts, progress=progress)
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing and out.is_dir():
         from flashhead_edge.errors import DeviceError
@@ -104,7 +104,7 @@ def open_engine(out: Path, options: dict[str, Any], progress: Progress) -> Any:
                 f"{out} is a checkpoint, which needs {' and '.join(missing)} (pip install 'flashhead-edge[torch]') or an NVIDIA GPU ({error}); "
                 "or give a folder that flashhead export onnx wrote, which needs neither"
             ) from error
-        return open_exported(out, "cuda", progress=progress)
+        return open_exported(out, "cuda", texts=texts, progress=progress)
     from flashhead_edge.generation import load_engine
 
     return load_engine(out, device, threads, trust_remote_code=trust)

@@ -38,7 +38,7 @@ def serve(
     """
     from flashhead_edge.errors import SettingsError
     from flashhead_edge.serve.limits import Limits
-    from flashhead_edge.serve.run import is_loopback, model_facts, open_port
+    from flashhead_edge.serve.run import is_loopback, model_facts, open_port, texts_at_once
     from flashhead_edge.serve.run import serve as run
 
     key = api_key_file.read_text(encoding="utf-8").strip() if api_key_file else os.environ.get(KEY)
@@ -52,16 +52,15 @@ def serve(
     with answer_only() as stdout:
         listening = open_port(host, port)
         with shown_progress("loading") as progress:
-            engine = open_engine(out, options | {"torch_device": None, "trust_remote_code": False, "standard_operators": False}, progress)
+            engine = open_engine(out, options | {"torch_device": None, "trust_remote_code": False, "standard_operators": False}, progress, at_once)
         if engine.tokenizer is None:
             raise SettingsError(f"{out}: it has no tokenizer, expected one to serve texts; save the tokenizer there")
         about = model_facts(engine, name or out.resolve().name, out)
-        several = about.get("backend", "torch") in ("torch", "onnxruntime")  # the others have one cache
         at, number = listening.getsockname()[:2]
 
         def ready() -> None:
             stdout.write(f"http://{f'[{at}]' if ':' in at else at}:{number}\n")
             stdout.flush()
 
-        found = run(engine, about["model"], listening, key=key, limits=limits, at_once=at_once if several else 1, about=about, ready=ready)
+        found = run(engine, about["model"], listening, key=key, limits=limits, at_once=texts_at_once(engine, at_once), about=about, ready=ready)
     return 130 if found == signal.SIGINT else 0

@@ -15,6 +15,7 @@ class PromptCache:
 
     def __init__(self) -> None:
         self.body: BodySession | None = None
+        self.going: Any = None  # the body while it continues a text by itself
         self.ids: list[int] = []  # what the body holds
         self.ahead: tuple[int, Array] | None = None  # the last of them and its state, where `feed_ahead` read it and nobody has taken it yet
         self.texts = 0  # how many have begun
@@ -25,11 +26,13 @@ class PromptCache:
         A body that cannot be cut keeps its text only where the prompt goes on from all of it.
         """
         self.texts += 1
+        self.going = None
         shared = next((i for i, (a, b) in enumerate(zip(self.ids, prompt)) if a != b), min(len(self.ids), len(prompt)))
         shared = min(shared, len(prompt) - 1)  # the last state comes from a token that is fed
         self.ahead = None
         if self.body is None or not shared or (shared < len(self.ids) and not self.body.can_cut):
-            self.body, self.ids, shared = engine.body(), [], 0
+            self.body, self.ids, shared = None, [], 0  # the old one first: an engine may have room for so many
+            self.body = engine.body()
         if shared < len(self.ids):
             self.cut(len(self.ids) - shared)
         return len(prompt) - shared, self.feed(prompt[shared:])
@@ -43,7 +46,7 @@ class PromptCache:
     @property
     def feeds_together(self) -> bool:
         """Whether `feed_ahead` can take it."""
-        return isinstance(self.body, FeedsTogether)
+        return isinstance(self.going or self.body, FeedsTogether)
 
     @property
     def reads_states(self) -> bool:
@@ -63,7 +66,7 @@ class PromptCache:
     def continued(self, most: int, sampling: Sampling) -> Generator[Chosen, None, None]:
         """As `Continues` has it. Until it is closed or at its end the body is given up, as for every other call."""
         body: Any = self._open()
-        text, self.body = self.texts, None
+        text, self.body, self.going = self.texts, None, body
         with closing(body.continued(most, sampling)) as steps:
             try:
                 last: list[int] = []
@@ -75,6 +78,9 @@ class PromptCache:
                 if self.texts == text:
                     self.body = body
                 raise
+            finally:
+                if self.texts == text:
+                    self.going = None
         self.body = body
 
     @property
@@ -123,13 +129,14 @@ class PromptCache:
 
 
 def feed_ahead(caches: Sequence[PromptCache], tokens: Sequence[int]) -> None:
-    """Feed a token to each of some caches of one engine in one pass: what each would `feed` next, which then runs nothing.
+    """Feed a token to each of some caches of one engine in one pass: what each would `feed` next, or its body by itself, which then runs nothing.
 
     What fails has changed none of them.
     """
-    bodies = [cache._open() for cache in caches]
+    bodies = [cache.going or cache._open() for cache in caches]
     assert isinstance(bodies[0], FeedsTogether)
     states = bodies[0].feed_together(bodies, [[token] for token in tokens])
     for cache, token, hidden in zip(caches, tokens, states):
-        cache.ids.append(token)
-        cache.ahead = token, hidden
+        if cache.going is None:
+            cache.ids.append(token)
+            cache.ahead = token, hidden

@@ -87,8 +87,11 @@ class ReadsStates(Protocol):
 class FeedsTogether(Protocol):
     """A session that can be fed in one pass with others of its engine: the weights are read once for all of them."""
 
-    def feed_together(self, sessions: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[Array]:
-        """`feed` of each of some sessions of one engine, with the same results: hidden states, [1, d] each. What fails has changed none of them."""
+    def feed_together(self, sessions: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[Array | None]:
+        """`feed` of a token to each of some sessions of one engine, with the same results: hidden states, [1, d] each. What fails has changed none of them.
+
+        Of a session in the middle of `continued` the token is the one that it yielded last, the state is None, and the next token is yielded without a pass.
+        """
         ...
 
 

@@ -44,7 +44,7 @@ def cached_program(
     """
     path = Path(checkpoint)
     settings = {"precision": precision, "context": context, "group": group, "batch": batch, "device": asdict(device)}
-    folder = programs_folder() / program_key(path, settings)
+    folder = kept_folder(path, settings)
     if folder.exists():
         try:
             return read_program(folder)
@@ -57,6 +57,16 @@ def cached_program(
             weights, weights.config, index, precision=precision, context=context, group=group, device=device, batch=batch
         )  # fmt: skip
         return write_program(folder, built, device, {"checkpoint": str(path)} | settings, progress)
+
+
+def is_kept(checkpoint: Path, *, precision: str, context: int, group: int, batch: int, device: Device) -> bool:
+    """Whether `cached_program` has one already."""
+    return kept_folder(checkpoint, {"precision": precision, "context": context, "group": group, "batch": batch, "device": asdict(device)}).exists()
+
+
+def kept_folder(checkpoint: Path, settings: Mapping[str, Any]) -> Path:
+    """Where the program of a checkpoint is kept, for settings and a device."""
+    return programs_folder() / program_key(checkpoint, settings)
 
 
 def own_index(checkpoint: Path) -> HeadIndex:

@@ -199,6 +199,12 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
     return server.signals[0] if server.signals else 0
 
 
+def texts_at_once(engine: TextEngine, wanted: int) -> int:
+    """How many of the wanted texts an engine can be in the middle of."""
+    most = getattr(getattr(engine, "backend", None), "most_texts", None)
+    return wanted if most is None else min(wanted, most)
+
+
 def model_facts(engine: TextEngine, name: str, folder: Path) -> dict[str, Any]:
     """What the page says of a model: its size, what computes, and what its head promises where the folder says so."""
     backend: Any = getattr(engine, "backend", None)

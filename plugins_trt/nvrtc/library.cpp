@@ -14,6 +14,7 @@
 #include "attention.h"
 #include "combine.h"
 #include "decode.h"
+#include "dense_rows.h"
 #include "head_step.h"
 #include "kernels.h"
 #include "settings.h"

@@ -286,7 +286,8 @@ def test_what_does_not_fit_is_a_sentence(llama):
         next(llama.decode([[1]] * 5, 2))
     older = llama.body()
     older.feed([1, 2])
-    llama.body().feed([3])
+    others = [llama.body() for _ in range(4)]
+    others[0].feed([3])
     with pytest.raises(EngineError, match="another text has taken over the cache"):
         older.feed([4])
 

@@ -147,6 +147,26 @@ def test_a_plan_is_what_the_backend_allocates(context: int, batch: int, checkpoi
     assert need.tables == (0 if read_json(checkpoint / "config.json")["tie_word_embeddings"] else 2 * 256 * SIZES["hidden_size"])
 
 
+def test_up_to_eight_texts_share_a_program_and_are_planned_as_they_are_allocated(checkpoint: Path, gpu) -> None:
+    """What `plan --batch` says is what `serve --at-once` allocates; more texts are a program of their own."""
+    for batch in (1, 8, 9):
+        need = cuda_folder.need_of_checkpoint(checkpoint, None, batch)
+        assert open_engine(checkpoint, "cuda", texts=batch).backend.most_texts == batch == gpu[-1].batch
+        layout = cuda_program.memory_plan(gpu[-1], cuda_program.head_of(gpu[-1]), cuda_library.limits_of(FACTS), cuda_session.CHUNK, 0)
+        assert need.total(4096, batch) == device_bytes(layout.size) and need.cache(4096, batch) == layout.cache_bytes
+    assert gpu[0].folder == gpu[1].folder != gpu[2].folder
+
+
+def test_texts_that_do_not_fit_are_refused_before_a_program_is_made(checkpoint: Path, gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = cuda_folder.need_of_checkpoint(checkpoint, None, 8)
+    monkeypatch.setattr(cuda_folder, "device_facts", lambda: dataclasses.replace(FACTS, free_bytes=need.total(4096, 8) - 1))
+    with pytest.raises(DeviceError, match=r"4,096 positions at batch 8 need about \d+ MiB .*positions fit: use a shorter context, or fewer texts at once$"):
+        cuda_folder.open_folder(checkpoint, batch=8)
+    assert not gpu and not programs.programs_folder().exists()
+    cuda_folder.open_folder(checkpoint, batch=1)
+    assert len(gpu) == 1
+
+
 def test_other_contexts_and_batches_are_near(checkpoint: Path, gpu) -> None:
     """From one need to another context: launches and a unit of the device's memory apart."""
     need = cuda_folder.need_of_checkpoint(checkpoint, 1024)

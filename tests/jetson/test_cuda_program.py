@@ -13,7 +13,7 @@ from cuda_truth import CHUNK, CONTEXT, MODELS, VOCAB, Truth, small_program
 from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import CheckpointError, EngineError, SettingsError
 from flashhead_edge.generation import PromptCache, stream
-from flashhead_edge.jetson import cuda_backend, cuda_library, cuda_program, cuda_session
+from flashhead_edge.jetson import cuda_backend, cuda_library, cuda_program, cuda_session, cuda_texts
 from flashhead_edge.jetson.cuda_backend import Cuda
 from flashhead_edge.jetson.engine import ExportedEngine
 from flashhead_edge.program.nodes import Node
@@ -123,13 +123,17 @@ def test_the_mailbox_goes_round(programs):
 
 
 def test_a_head_alone_takes_states_of_any_number(programs):
-    with emulated(programs("llama")) as (m, _):
-        head = opened(m).head
-        states = np.random.default_rng(1).standard_normal((m.program.batch + 3, m.head.hidden)).astype(np.float32)
+    with emulated(programs("llama")) as (m, called):
+        b = opened(m)
+        b.wide = host_bytes(4 * m.head.rows * VOCAB), host_bytes(4 * m.head.rows * VOCAB)  # full-width logits
+        head = b.head
+        states = np.random.default_rng(1).standard_normal((m.head.rows + 3, m.head.hidden)).astype(np.float32)
         step = head.step(states)
         assert len(step.token) == len(states)
         exact = head.exact_logits(states.astype(np.float16).astype(np.float32), np.arange(VOCAB))
         assert (exact.argmax(1) == step.token).all()
+        some = head.exact_logits(states.astype(np.float16).astype(np.float32), np.arange(VOCAB)[1:])  # by the file's rows, on the host
+        assert called.count("fh_dense_rows") == 2 and np.allclose(some, exact[:, 1:], rtol=1e-5, atol=1e-4)  # sums of another order
 
 
 def test_sums_and_products_with_constants_and_values(programs):
@@ -189,10 +193,10 @@ def test_what_does_not_fit_is_a_sentence(programs):
         with pytest.raises(SettingsError, match="penalties"):
             next(b.decode([[1]], 2, Sampling(repetition_penalty=1.5)))
         older = b.body()
-        b.body()
-        with pytest.raises(EngineError, match="another text has taken over the cache"):
+        others = [b.body() for _ in range(m.program.batch)]
+        with pytest.raises(EngineError, match="another text has taken over the cache, expected at most 4 at a time"):
             older.feed([4])
-        assert not called
+        assert not called and {body.row for body in others} == set(range(4))
 
 
 def test_a_text_that_has_lost_the_cache_says_so(programs):
@@ -323,7 +327,7 @@ def test_what_the_device_cannot_choose_stays_in_the_loop(programs):
     with emulated(programs("llama")) as (m, called):
         b = opened(m)
         engine = engine_of(b)
-        b.wide = host_bytes(4 * m.program.batch * VOCAB), host_bytes(4 * m.program.batch * VOCAB)  # full-width logits
+        b.wide = host_bytes(4 * m.head.rows * VOCAB), host_bytes(4 * m.head.rows * VOCAB)  # full-width logits
         for s in (Sampling(temperature=1.5), Sampling(frequency_penalty=0.5), Sampling(allowed=(5, 6, 7)), Sampling(logit_bias={5: 1.0})):
             called.clear()
             assert len(list(stream(engine, PROMPTS[1], 4, s))) == 4 and called.count("fh_decode") == 0
@@ -341,13 +345,13 @@ def test_states_that_are_no_numbers_end_a_text_that_goes_on_by_itself(programs, 
     with emulated(programs("llama")) as (m, _):
         body = opened(m).body()
         body.feed(PROMPTS[0])
-        monkeypatch.setattr(cuda_backend, "LOOKED_AT", 3)
+        monkeypatch.setattr(cuda_texts, "LOOKED_AT", 3)
         text = body.continued(20, Sampling())
         next(text), next(text)
         real = cuda_session.fetch
 
-        def broken(m, rows, hidden):
-            found = real(m, rows, hidden)
+        def broken(m, rows, hidden, candidates):
+            found = real(m, rows, hidden, candidates)
             found["hidden_states"][:] = np.inf
             return found
 
@@ -357,7 +361,7 @@ def test_states_that_are_no_numbers_end_a_text_that_goes_on_by_itself(programs, 
 
 
 def test_a_text_that_goes_on_by_itself_and_has_lost_the_cache_says_so(programs):
-    with emulated(programs("llama")) as (m, _):
+    with emulated(dataclasses.replace(programs("llama"), batch=1)) as (m, _):
         b = opened(m)
         older = stream(engine_of(b), PROMPTS[0], 20)
         next(older)

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("starlette")
 
+from small_decoders import made_at_once
+
 from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import EngineError, SettingsError
 from flashhead_edge.jetson import open_engine
@@ -117,28 +119,6 @@ def passes(coded_model, monkeypatch):
 
     monkeypatch.setattr(SharedCache, "run", counted)
     return engine, found
-
-
-def made_at_once(engine, orders, at_once=8):
-    """The tokens of some texts that one decoder makes, and how each ended."""
-    decoder = Decoder(engine, Limits(), Metrics("tiny"), at_once)
-
-    async def run():
-        box, late = Mailbox(), time.monotonic() + 60
-        decoder.thread.start()
-        decoder.submit([Text(one, ("a", "", str(i)), box, i, late) for i, one in enumerate(orders)])
-        tokens, ended = [[] for _ in orders], [None] * len(orders)
-        while not all(ended):
-            for piece in await box.take():
-                if piece.token is not None:
-                    tokens[piece.index].append(piece.token.id)
-                ended[piece.index] = piece.error.code if piece.error else piece.ended or None
-        return tokens, ended
-
-    found = asyncio.run(run())
-    decoder.close()
-    decoder.thread.join(10)
-    return found
 
 
 @NATIVE
