@@ -1,6 +1,6 @@
 """A decode step's time, measured beside modelled (flashhead_edge.bench.step_model), and what the model says of boards that were not measured.
 
-    python scripts/step_model.py STEPS.json --bandwidth 3.02e12                          # of scripts/cuda_figures.py OUT steps; a copy's, bytes a second
+    python scripts/step_model.py STEPS.json --bandwidth 3.02e12                          # of flashhead bench decode --json; a copy's, bytes a second
     python scripts/step_model.py H200.json --bandwidth 4.1e12 --fitted-on H100.json --its-bandwidth 3.02e12
     python scripts/step_model.py STEPS.json --bandwidth 3.02e12 --boards                 # Markdown, for docs/jetson.md
 

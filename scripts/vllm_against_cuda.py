@@ -101,10 +101,11 @@ def main() -> None:
     found = json.loads((out / "vllm.json").read_text(encoding="utf-8"))
     for part in ("steps", "idle"):
         subprocess.run([sys.executable, str(figures), str(out), part, NAME], check=True, stdout=sys.stderr)
-    step = next(r for r in json.loads((out / "steps.json").read_text(encoding="utf-8"))["records"] if r["rows"] == 1)
+    steps = json.loads((out / "steps.json").read_text(encoding="utf-8"))["records"]
+    step = next(r for r in steps if r["batch"] == 1 and r["head"] == "FlashHead")
     text = json.loads((out / "idle.json").read_text(encoding="utf-8"))["records"][0]
-    found["ours"] = {"gpu_us_a_step": step["ours"], "spread": step["spread"], "tokens_per_second": text["tokens_per_second"]}
-    found["of_vllm"] = round(step["ours"] / found["vllm"]["gpu_us_a_step"], 3)
+    found["ours"] = {"gpu_us_a_step": round(step["microseconds"], 1), "spread": step["spread"], "tokens_per_second": text["tokens_per_second"]}
+    found["of_vllm"] = round(step["microseconds"] / found["vllm"]["gpu_us_a_step"], 3)
     (out / "vllm.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 

@@ -10,7 +10,11 @@ NAMES = ("Llama-3.2-1B", "Qwen3-1.7B", "Qwen3-0.6B", "Gemma-3-270M", "SmolLM2-13
 
 
 def records(fit: Fit, bandwidth: float = BANDWIDTH) -> list[dict]:
-    return [{"model": n, "rows": rows, "cached": 512, "ours": rows * fit.microseconds(step_of(n), bandwidth)} for n in NAMES for rows in (1, 4)]
+    return [
+        {"model": name, "batch": batch, "context": 512, "head": head, "microseconds": slower * fit.microseconds(step_of(name), bandwidth)}
+        for name in NAMES
+        for batch, head, slower in ((1, "FlashHead", 1.0), (1, "dense fp16", 1.4), (4, "FlashHead", 1.5))
+    ]
 
 
 def test_two_shapes_say_the_others():
