@@ -88,12 +88,15 @@ def spread(times: np.ndarray) -> list[float]:
 def steps(names: list[str], record: Record) -> None:
     """`flashhead bench decode` over the shapes: ours, the same step with dense heads and without a head, in turns; its document, records included."""
     from flashhead_edge.bench.as_records import with_records
-    from flashhead_edge.bench.decode import bench_decode
+    from flashhead_edge.bench.decode import measured
 
     command = shlex.join(["flashhead", "bench", "decode", *(word for name in names for word in ("--shape", name)), "--json"])
     begun = datetime.datetime.now(datetime.timezone.utc)
     for name in names:
-        record.records += bench_decode(None, [name], BATCHES, command, lambda message, share: print(message, flush=True))["records"]
+        free = device_facts().free_bytes
+        with opened(name, *WIDE) as (m, _):
+            found = measured(m, name, False, BATCHES, command, lambda message, share: print(message, flush=True), free)
+        record.records += [r | {"group": models()[name][2]} for r in found]
         record.path.write_text(json.dumps(with_records("decode", {"records": record.records}, command, begun), indent=1) + "\n", encoding="utf-8")
 
 

@@ -57,7 +57,7 @@ def bench_decode(folder: Path | None, shapes: Sequence[str], batches: Sequence[i
         from flashhead_edge.jetson.cuda_folder import open_folder
 
         with open_folder(folder, batch=max(batches), progress=progress) as backend:
-            return {"records": _measured(backend.model, folder.resolve().name, True, batches, command, progress, facts.free_bytes)}
+            return {"records": measured(backend.model, folder.resolve().name, True, batches, command, progress, facts.free_bytes)}
     records: list[dict[str, Any]] = []
     for name in shapes or known:
         records += _made(name, facts, batches, command, progress)
@@ -75,13 +75,17 @@ def _made(name: str, facts: Any, batches: Sequence[int], command: str, progress:
         device = Device(facts.multiprocessors, facts.shared_bytes, facts.capability)
         m = open_model(made_program(Path(work) / "program", model, vocab, device, group=group, batch=max(batches)), progress=progress)
         try:
-            return [r | {"group": group} for r in _measured(m, name, False, batches, command, progress, facts.free_bytes)]
+            return [r | {"group": group} for r in measured(m, name, False, batches, command, progress, facts.free_bytes)]
         finally:
             m.close()
 
 
-def _measured(m: Any, name: str, real: bool, batches: Sequence[int], command: str, progress: Progress, free: int) -> list[dict[str, Any]]:
-    """The records of an open model, before which so many bytes of the device were free."""
+def measured(m: Any, name: str, real: bool, batches: Sequence[int], command: str, progress: Progress, free: int) -> list[dict[str, Any]]:
+    """The records of a model that is open: all heads, batch by batch.
+
+    Args:
+        free: bytes of the device that were free before it was opened.
+    """
     from flashhead_edge.jetson.cuda_memory import device_bytes
 
     common = {
