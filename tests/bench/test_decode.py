@@ -92,7 +92,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[An
 
 
 def measured(m: Any, batches: tuple[int, ...]) -> list[dict[str, Any]]:
-    return decode._measured(m, "made", False, batches, "flashhead bench decode", lambda *_: None, 5_000)
+    return decode.measured(m, "made", False, batches, "flashhead bench decode", lambda *_: None, 5_000)
 
 
 def test_every_head_is_timed_at_every_batch_that_the_rival_takes(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
