@@ -297,7 +297,7 @@ class Graph:
 
 
 class Timer:
-    """Time between two points of a stream."""
+    """Time between two points of a stream. Its events belong to the context, before whose end it is left."""
 
     def __init__(self) -> None:
         self.events = [ctypes.c_void_p(), ctypes.c_void_p()]
@@ -314,7 +314,9 @@ class Timer:
         call("cuEventElapsedTime", ctypes.byref(found), self.events[0], self.events[1])
         return 1e3 * found.value
 
-    def __del__(self) -> None:
+    def __enter__(self) -> Timer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for event in self.events:
-            if event.value:
-                library().cuEventDestroy_v2(event)
+            library().cuEventDestroy_v2(event)

@@ -103,9 +103,9 @@ def steps(names: list[str], record: Record) -> None:
 def prefill(names: list[str], record: Record) -> None:
     """A prompt to its first token: milliseconds on the host's clock, and on the device's."""
     for name in names:
-        with opened(name, *LONG) as (m, _):
+        with opened(name, *LONG) as (m, _), Timer() as timer:
             for tokens in PROMPTS:
-                prompt, found, timer, device = [1 + at % 1000 for at in range(tokens)], [], Timer(), []
+                prompt, found, device = [1 + at % 1000 for at in range(tokens)], [], []
                 for _ in range(6):
                     timer.mark(m.stream, 0)
                     began = time.perf_counter()
@@ -126,7 +126,7 @@ def idle(names: list[str], record: Record) -> None:
 
     tokens = 384
     for name in names:
-        with opened(name, *WIDE) as (m, _):
+        with opened(name) as (m, _), Timer() as timer:
             engine = ExportedEngine(Cuda(m, export_settings(m.program, dict(m.program.settings), "made")), None, frozenset())
             prompt = [1 + at % 1000 for at in range(CACHED)]
             walls = []
@@ -134,7 +134,7 @@ def idle(names: list[str], record: Record) -> None:
                 run = stream(engine, prompt, tokens)
                 assert sum(1 for _ in run) == tokens
                 walls.append(1e6 / run.summary.tokens_per_second)
-            graph, timer, busy = step_graph(m, 1, False), Timer(), []
+            graph, busy = step_graph(m, 1, False), []
             for _ in range(4):
                 rewind(m, CACHED + 1)
                 timer.mark(m.stream, 0)
@@ -151,7 +151,7 @@ def idle(names: list[str], record: Record) -> None:
 def drafts(names: list[str], record: Record) -> None:
     """A pass over some tokens of a text and the head behind each, as speculation has it, beside a step."""
     for name in names:
-        with opened(name, *WIDE) as (m, _):
+        with opened(name, *WIDE) as (m, _), Timer() as timer:
             one = middle(step_times(m, 1))
             passes = {}
             for tokens in range(2, m.head.rows + 1):
@@ -161,7 +161,7 @@ def drafts(names: list[str], record: Record) -> None:
                 m.stream.to_device(m.block("prompt_lengths"), m.prompts.pointer + 4 * m.program.context, 4)
                 run_draft(m, tokens)
                 m.stream.wait()
-                timer, found = Timer(), []
+                found = []
                 for _ in range(5):
                     timer.mark(m.stream, 0)
                     for _ in range(50):

@@ -69,14 +69,15 @@ def main(vocab: int, hidden: int) -> None:
     with stream.captured() as graph:
         for _ in range(STEPS):
             context.run(stream, runtime.why)
-    timer, found = Timer(), []
-    for round_ in range(-1, ROUNDS):
-        timer.mark(stream, 0)
-        for _ in range(REPLAYS):
-            graph.launch(stream)
-        timer.mark(stream, 1)
-        if round_ >= 0:
-            found.append(timer.microseconds() / REPLAYS / STEPS)
+    found = []
+    with Timer() as timer:
+        for round_ in range(-1, ROUNDS):
+            timer.mark(stream, 0)
+            for _ in range(REPLAYS):
+                graph.launch(stream)
+            timer.mark(stream, 1)
+            if round_ >= 0:
+                found.append(timer.microseconds() / REPLAYS / STEPS)
     facts = device_facts()
     print(
         f"published head in plain operators, [{vocab}, {hidden}], TensorRT {trt.__version__}, {facts.name}: {np.median(found):.1f} us "

@@ -83,20 +83,21 @@ def turn_times(m: Any, graphs: Mapping[str, Any], rounds: int = ROUNDS, replays:
     """Microseconds of a replay of each graph, one figure a round: they take turns, so that what the card does meanwhile meets all of them."""
     from flashhead_edge.jetson.driver import Timer
 
-    timer, found = Timer(), {name: list[float]() for name in graphs}
+    found = {name: list[float]() for name in graphs}
     for graph in graphs.values():
         begun = time.perf_counter()
         while time.perf_counter() - begun < WARM_SECONDS:
             graph.launch(m.stream)
             m.stream.wait()
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            rewind(m, CACHED - REPLAYS // 2)  # each step makes the text one longer
-            timer.mark(m.stream, 0)
-            for _ in range(replays):
-                graph.launch(m.stream)
-            timer.mark(m.stream, 1)
-            found[name].append(timer.microseconds() / replays)
+    with Timer() as timer:
+        for _ in range(rounds):
+            for name, graph in graphs.items():
+                rewind(m, CACHED - REPLAYS // 2)  # each step makes the text one longer
+                timer.mark(m.stream, 0)
+                for _ in range(replays):
+                    graph.launch(m.stream)
+                timer.mark(m.stream, 1)
+                found[name].append(timer.microseconds() / replays)
     return {name: np.array(times) for name, times in found.items()}
 
 

@@ -122,19 +122,19 @@ def step_times(b: Any, parts: Sequence[str], batch: int) -> dict[str, np.ndarray
     b.setting("lengths", batch)[:] = CACHED
     b.begin([1] * batch)
     found: dict[str, list[float]] = {part: [] for part in parts}
-    timer = Timer()
-    for round_ in range(-1, ROUNDS):
-        for part, graph in graphs.items():
-            begun = time.perf_counter()
-            while round_ < 0 and time.perf_counter() - begun < WARM_SECONDS:
-                graph.launch(b.stream)
-                b.stream.wait()
-            timer.mark(b.stream, 0)
-            for _ in range(REPLAYS):
-                graph.launch(b.stream)
-            timer.mark(b.stream, 1)
-            if round_ >= 0:
-                found[part].append(timer.microseconds() / REPLAYS)
+    with Timer() as timer:
+        for round_ in range(-1, ROUNDS):
+            for part, graph in graphs.items():
+                begun = time.perf_counter()
+                while round_ < 0 and time.perf_counter() - begun < WARM_SECONDS:
+                    graph.launch(b.stream)
+                    b.stream.wait()
+                timer.mark(b.stream, 0)
+                for _ in range(REPLAYS):
+                    graph.launch(b.stream)
+                timer.mark(b.stream, 1)
+                if round_ >= 0:
+                    found[part].append(timer.microseconds() / REPLAYS)
     return {part: np.array(values) for part, values in found.items()}
 
 
@@ -149,14 +149,15 @@ def head_times(b: Any, batch: int) -> np.ndarray:
     with b.stream.captured() as graph:
         for _ in range(HEADS_A_GRAPH):
             context.run(b.stream, b.why)
-    timer, found = Timer(), []
-    for round_ in range(-1, ROUNDS):
-        timer.mark(b.stream, 0)
-        for _ in range(REPLAYS):
-            graph.launch(b.stream)
-        timer.mark(b.stream, 1)
-        if round_ >= 0:
-            found.append(timer.microseconds() / REPLAYS / HEADS_A_GRAPH)
+    found = []
+    with Timer() as timer:
+        for round_ in range(-1, ROUNDS):
+            timer.mark(b.stream, 0)
+            for _ in range(REPLAYS):
+                graph.launch(b.stream)
+            timer.mark(b.stream, 1)
+            if round_ >= 0:
+                found.append(timer.microseconds() / REPLAYS / HEADS_A_GRAPH)
     return np.array(found)
 
 
