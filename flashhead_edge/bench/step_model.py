@@ -1,10 +1,11 @@
-"""A model of a decode step's time on the CUDA backend: the bytes that it reads and the phases that wait for each other.
+"""A model of a decode step's time on the CUDA backend: the bytes that it reads, the codes that it decodes, the phases that wait for each other.
 
-    microseconds = stretch * bytes / bandwidth + phase * phases
+    microseconds = max(bytes / bandwidth, stretch * codes / rate) + phase * phases
 
 A phase is what cannot begin before all of another is known, to the last block: a product, a norm in front of one, the parts of an attention, an exchange
-inside the head. Products that read much are held by bandwidth, stretched by what their blocks lose at both ends; everything in a small model is held by its
-phases, whatever they compute. The two parameters are fitted on two shapes of one device and say the others.
+inside the head. Products are held by whichever is slower, memory or the instructions that decode their codes, the latter stretched by what blocks lose at
+both ends; everything in a small model is held by its phases, whatever they compute. On an H100 instructions are the slower: an H200, whose memory brings
+half as much again, takes as long. The two parameters are fitted on two shapes of one device and say the others.
 """
 
 from __future__ import annotations
@@ -37,17 +38,27 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Card:
+    """What a device has of what a step needs."""
+
+    bandwidth: float  # of a copy, bytes a second
+    multiprocessors: int
+    gigahertz: float
+
+    @property
+    def codes_a_microsecond(self) -> float:
+        return CODES_A_TICK * self.multiprocessors * self.gigahertz * 1e3
+
+
+@dataclass(frozen=True)
 class Fit:
     """Of one device."""
 
-    stretch: float  # of bytes over bandwidth
+    stretch: float  # of codes over their rate
     phase: float  # us
 
-    def microseconds(self, step: Step, bandwidth: float, multiprocessors: int | None = None, gigahertz: float = 1.0) -> float:
-        """bandwidth: of a copy, bytes a second; multiprocessors, gigahertz: where so few decode codes slower than memory brings them."""
-        read = self.stretch * step.bytes / bandwidth * 1e6
-        decoded = 0.0 if multiprocessors is None else step.codes / CODES_A_TICK / multiprocessors / gigahertz / 1e3
-        return max(read, decoded) + self.phase * step.phases
+    def microseconds(self, step: Step, card: Card) -> float:
+        return max(step.bytes / card.bandwidth * 1e6, self.stretch * step.codes / card.codes_a_microsecond) + self.phase * step.phases
 
 
 def step_of(name: str, cached: int = CACHED) -> Step:
@@ -71,23 +82,26 @@ def step_of(name: str, cached: int = CACHED) -> Step:
     )
 
 
-def fitted(measured: Sequence[tuple[Step, float]], bandwidth: float) -> Fit:
-    """By least squares of relative errors; two steps are met exactly.
+def fitted(measured: Sequence[tuple[Step, float]], card: Card) -> Fit:
+    """By least squares of relative errors, where instructions are slower than memory; two steps are met exactly.
 
     Args:
         measured: steps and what they took, us.
 
     Raises:
-        SettingsError: fewer than two, or such that the two parameters cannot be told apart.
+        SettingsError: fewer than two, or such that the two parameters cannot be told apart, or memory is the slower by them.
     """
-    rows = np.array([[step.bytes / bandwidth * 1e6 / us, step.phases / us] for step, us in measured], np.float64).reshape(-1, 2)
+    rows = np.array([[step.codes / card.codes_a_microsecond / us, step.phases / us] for step, us in measured], np.float64).reshape(-1, 2)
     if len(rows) < 2 or np.linalg.matrix_rank(rows, 1e-6) < 2:
         raise SettingsError(f"step model: {len(rows)} steps to fit, expected two or more of different shapes; measure another")
-    stretch, phase = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0]
-    return Fit(float(stretch), float(phase))
+    stretch, phase = (float(x) for x in np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0])
+    largest = max((step for step, _ in measured), key=lambda step: step.bytes)
+    if stretch * largest.codes / card.codes_a_microsecond < largest.bytes / card.bandwidth * 1e6:
+        raise SettingsError(f"step model: codes stretched {stretch:.2f} times take less than their bytes, expected more; fit on a device with more bandwidth")
+    return Fit(stretch, phase)
 
 
-def compared(records: Sequence[Any], fit_on: Sequence[str], bandwidth: float, fit: Fit | None = None) -> tuple[Fit, list[dict[str, Any]]]:
+def compared(records: Sequence[Any], fit_on: Sequence[str], card: Card, fit: Fit | None = None) -> tuple[Fit, list[dict[str, Any]]]:
     """Measured beside predicted, by `bench decode`'s records; fit: of another device, else fitted here on `fit_on`.
 
     Raises:
@@ -97,9 +111,9 @@ def compared(records: Sequence[Any], fit_on: Sequence[str], bandwidth: float, fi
     steps = {r["model"]: (step_of(r["model"], r["context"]), float(r["microseconds"])) for r in ours}
     if missing := [name for name in fit_on if name not in steps]:
         raise SettingsError(f"step model: {', '.join(missing)} is not among {', '.join(steps)}, expected the shapes to fit on; measure it")
-    fit = fit or fitted([steps[name] for name in fit_on], bandwidth)
+    fit = fit or fitted([steps[name] for name in fit_on], card)
     rows = []
     for name, (step, us) in steps.items():
-        said = fit.microseconds(step, bandwidth)
+        said = fit.microseconds(step, card)
         rows.append({"model": name, "fitted_on": name in fit_on, "measured": us, "predicted": round(said, 1), "off": round(said / us - 1, 4)})
     return fit, rows

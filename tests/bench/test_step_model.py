@@ -1,42 +1,50 @@
 """The model of a step's time: parameters come back from steps that obey it, and what cannot be fitted is refused."""
 
+from dataclasses import replace
+
 import pytest
 
-from flashhead_edge.bench.step_model import Fit, compared, fitted, step_of
+from flashhead_edge.bench.step_model import Card, Fit, compared, fitted, step_of
 from flashhead_edge.errors import SettingsError
 
-TRUE, BANDWIDTH = Fit(1.3, 1.1), 3e12
+TRUE, CARD = Fit(1.5, 1.1), Card(3e12, 132, 1.755)
+NEARLY = 5e-3  # SmolLM2's codes take 2 % less than its bytes on this card, and the fit counts codes
 NAMES = ("Llama-3.2-1B", "Qwen3-1.7B", "Qwen3-0.6B", "Gemma-3-270M", "SmolLM2-135M")
 
 
-def records(fit: Fit, bandwidth: float = BANDWIDTH) -> list[dict]:
+def records(fit: Fit, card: Card = CARD) -> list[dict]:
     return [
-        {"model": name, "batch": batch, "context": 512, "head": head, "microseconds": slower * fit.microseconds(step_of(name), bandwidth)}
+        {"model": name, "batch": batch, "context": 512, "head": head, "microseconds": slower * fit.microseconds(step_of(name), card)}
         for name in NAMES
         for batch, head, slower in ((1, "FlashHead", 1.0), (1, "dense fp16", 1.4), (4, "FlashHead", 1.5))
     ]
 
 
 def test_two_shapes_say_the_others():
-    fit, rows = compared(records(TRUE), ("Llama-3.2-1B", "SmolLM2-135M"), BANDWIDTH)
-    assert (fit.stretch, fit.phase) == pytest.approx((TRUE.stretch, TRUE.phase))
+    fit, rows = compared(records(TRUE), ("Llama-3.2-1B", "SmolLM2-135M"), CARD)
+    assert (fit.stretch, fit.phase) == pytest.approx((TRUE.stretch, TRUE.phase), rel=NEARLY)
     assert [r["model"] for r in rows] == list(NAMES)
-    assert all(abs(r["off"]) < 1e-3 for r in rows)
+    assert all(abs(r["off"]) < NEARLY for r in rows)
     assert [r["model"] for r in rows if r["fitted_on"]] == ["Llama-3.2-1B", "SmolLM2-135M"]
 
 
-def test_another_devices_fit_with_another_bandwidth():
-    fit, _ = compared(records(TRUE), NAMES[:2], BANDWIDTH)
-    _, rows = compared(records(TRUE, 4e12), (), 4e12, fit)
-    assert all(abs(r["off"]) < 1e-3 for r in rows)
-    _, wrong = compared(records(TRUE, 4e12), (), BANDWIDTH, fit)
-    assert max(r["off"] for r in wrong) > 0.1
+def test_another_device_by_the_fit_of_the_first():
+    fit, _ = compared(records(TRUE), NAMES[:2], CARD)
+    half = replace(CARD, multiprocessors=66)
+    _, rows = compared(records(TRUE, half), (), half, fit)
+    assert all(abs(r["off"]) < NEARLY for r in rows)
+    _, wrong = compared(records(TRUE, half), (), CARD, fit)
+    assert min(r["off"] for r in wrong) < -0.1
 
 
-def test_few_multiprocessors_decode_slower_than_memory_reads():
+def test_the_slower_of_memory_and_instructions_counts():
     step = step_of("Llama-3.2-1B")
-    assert TRUE.microseconds(step, BANDWIDTH, 8, 1.0) > 5 * TRUE.microseconds(step, BANDWIDTH)
-    assert TRUE.microseconds(step, 1e10, 8, 1.0) == TRUE.microseconds(step, 1e10)
+    now = TRUE.microseconds(step, CARD)
+    assert TRUE.microseconds(step, replace(CARD, bandwidth=9e12)) == now
+    assert TRUE.microseconds(step, replace(CARD, bandwidth=1e11)) == pytest.approx(step.bytes / 1e5 + 1.1 * step.phases)
+    assert TRUE.microseconds(step, replace(CARD, multiprocessors=8)) > 5 * now
+    with pytest.raises(SettingsError, match="take less than their bytes"):
+        compared(records(TRUE), ("Llama-3.2-1B", "SmolLM2-135M"), replace(CARD, bandwidth=1e11))
 
 
 def test_bytes_are_those_of_the_floor():
@@ -49,6 +57,6 @@ def test_refused():
     with pytest.raises(SettingsError, match="'Llama-9'"):
         step_of("Llama-9")
     with pytest.raises(SettingsError, match="1 steps"):
-        fitted([(step_of("Llama-3.2-1B"), 400.0)], BANDWIDTH)
+        fitted([(step_of("Llama-3.2-1B"), 400.0)], CARD)
     with pytest.raises(SettingsError, match="Qwen3-8B is not among"):
-        compared(records(TRUE), ("Qwen3-8B", "SmolLM2-135M"), BANDWIDTH)
+        compared(records(TRUE), ("Qwen3-8B", "SmolLM2-135M"), CARD)
