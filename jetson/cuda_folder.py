@@ -52,6 +52,9 @@ def open_folder(
     """
     if (folder / PROGRAM).is_file():
         program = read_program(folder)
+        for what, asked, made in (("context", context, program.context), ("precision", precision, program.precision)):
+            if asked not in (None, made):
+                raise SettingsError(f"{folder}: the {what} is {asked}, expected {made}, which the program was made for; leave it out, or open the checkpoint")
         return _opened(replace(program, batch=max(batch, program.batch)), stream, progress)
     config, facts = read_json(folder / "config.json"), device_facts()
     settings = program_settings(config, precision=precision, context=context, batch=batch)

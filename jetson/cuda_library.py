@@ -129,6 +129,9 @@ def library() -> ctypes.CDLL:
         found = ctypes.CDLL(str(path))
     except OSError as error:
         raise EngineError(f"{path}: the library cannot be loaded ({error}), expected one for this machine; {HOW}") from error
+    other = f"{path}: the library is of another version of flashhead-edge, expected this one's; install the package again"
+    if missing := [name for name in LAUNCHERS if not hasattr(found, name)]:
+        raise EngineError(f"{other} (it has no {missing[0]})")
     for name, takes in LAUNCHERS.items():
         function = getattr(found, name)
         function.argtypes, function.restype = [*takes, P, P], ctypes.c_char_p
@@ -142,7 +145,7 @@ def library() -> ctypes.CDLL:
     sizes = (ctypes.c_int * len(STRUCTURES))()
     found.fh_sizes(sizes)
     if list(sizes) != [ctypes.sizeof(s) for s in STRUCTURES]:
-        raise EngineError(f"{path}: the library is of another version of flashhead-edge, expected this one's; install the package again")
+        raise EngineError(other)
     return found
 
 

@@ -95,8 +95,8 @@ class ExportedEngine:
 
 
 def open_engine(
-    folder: str | Path, backend: str = "auto", threads: int | None = None, *, native: bool = True, plugin: Path | None = None, texts: int = 1,
-    progress: Progress = silent,
+    folder: str | Path, backend: str = "auto", threads: int | None = None, *, native: bool = True, plugin: Path | None = None, context: int | None = None,
+    texts: int = 1, progress: Progress = silent,
 ) -> ExportedEngine:  # fmt: skip
     """Open a folder that `flashhead export` wrote, or with the cuda backend a checkpoint, for decoding without torch.
 
@@ -105,16 +105,19 @@ def open_engine(
         threads: None is one for each physical core that this process may use.
         native: take our own operators where the folder and this installation have them.
         plugin: TensorRT's plugin library; None: the one in the cache.
+        context: positions of the cuda backend's cache; None: the model's, 4,096 at most. Another's cache grows, or was made with its folder.
         texts: that will be made at once; the cuda backend makes its cache for so many, others take what comes.
         progress: of what the cuda backend makes when it sees a checkpoint for the first time.
     Raises:
         CheckpointError: no exported folder, or a damaged one, or parts that do not belong together.
         EngineError: the backend is not installed, too old for the model, or not the one that engines were built with.
         DeviceError: TensorRT's engines or the cuda backend and no GPU, or too little memory.
-        SettingsError: `backend` or `threads` is out of range.
+        SettingsError: `backend`, `threads` or `context` is out of range, or a context of another backend than cuda.
     """
     if backend not in BACKENDS:
         raise SettingsError(f"generate: backend is {backend!r}, expected {', '.join(BACKENDS)}; call again with one of them")
+    if context is not None and backend != "cuda":
+        raise SettingsError(f"generate: the context is {context:,} and the backend {backend}, expected cuda, whose cache is made when it opens; leave it out")
     folder = Path(folder)
     if backend == "auto":
         backend = "tensorrt" if is_tensorrt(folder) else "onnxruntime"
@@ -122,7 +125,7 @@ def open_engine(
     if backend == "cuda":
         from flashhead_edge.jetson import cuda_folder
 
-        opened = cuda_folder.open_folder(folder, batch=texts, progress=progress)
+        opened = cuda_folder.open_folder(folder, context=context, batch=texts, progress=progress)
         config = read_json(folder / "config.json")
     elif backend == "tensorrt":
         from flashhead_edge.jetson import tensorrt_backend

@@ -54,6 +54,7 @@ def calibration_options(function: F) -> F:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout; all else goes to stderr.")
+context_option = click.option("--context", type=click.IntRange(min=2), metavar="N", help="Positions of the cache.  [default: the model's, 4,096 at most]")
 folder_argument = click.argument("out", type=click.Path(path_type=Path))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flashhead_edge.cli.common import F, answer_only, common_options, json_option, person, write_json
+from flashhead_edge.cli.common import F, answer_only, common_options, context_option, json_option, person, write_json
 from flashhead_edge.cli.display import shown_progress
 
 
@@ -100,7 +100,7 @@ def engine_options(function: F) -> F:
 )
 @click.option("--precision", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True, help="Of activations. bfloat16: TensorRT 10.")
 @click.option("--group", type=click.Choice(["32", "64", "128"]), default="32", show_default=True, help="Weights that share a scale.")
-@click.option("--context", type=click.IntRange(min=2), help="Positions of the cache.  [default: the model's, 4,096 at most]")
+@context_option
 @click.option("--batch", type=click.IntRange(1, 32), default=1, show_default=True, help="Texts at once, at most.")
 @click.option("--chunk", type=click.IntRange(min=1), help="Tokens of a prompt that are read together, at most.  [default: 256]")
 @click.option("--dense-head", is_flag=True, help="Write and build the same decoder with TensorRT's own head over the whole vocabulary too, to compare with.")

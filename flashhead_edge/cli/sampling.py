@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from flashhead_edge.cli.common import context_option
 from flashhead_edge.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,6 +48,7 @@ OPTIONS = (
     ),
     click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT's plugin library.  [default: the one that `flashhead plugin build` made]"),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one for each core]"),
+    context_option,
     click.option("--standard-operators", is_flag=True, help="Leave our own operators of an export aside: ONNX Runtime's alone, which are slower."),
     click.option("--torch-device", metavar="NAME", help="Where the model runs: cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along."),
@@ -72,42 +74,52 @@ def take_sampling(options: dict[str, Any], exact: bool) -> Any:
 
 def open_engine(out: Path, options: dict[str, Any], progress: Progress, texts: int = 1) -> Any:
     """Take the options that say what computes out of `options`: a `generation.TextEngine` of a checkpoint or an exported folder, for some texts at once."""
+    names = ("backend", "threads", "torch_device", "trust_remote_code", "standard_operators", "plugin", "context")
+    backend, threads, device, trust, standard, plugin, context = (options.pop(name) for name in names)
+    found = _backend_of(out, backend)
+    for given, flag, kind in (
+        (standard, "--standard-operators", "onnxruntime"),
+        (plugin, "--plugin", "tensorrt"),
+        (device or trust, TORCH, "torch"),
+        (context, "--context", "cuda"),
+    ):
+        if given and found != kind:
+            raise click.UsageError(f"{flag} is for the {kind} backend, and {out} runs on {found}: leave it out.")
+    if threads and found in ("tensorrt", "cuda"):
+        raise click.UsageError(f"--threads: {found} computes on the GPU, and the option is of CPU threads: leave it out.")
+    if found == "torch":
+        from flashhead_edge.generation import load_engine
+
+        return load_engine(out, device, threads, trust_remote_code=trust)
+    from flashhead_edge.jetson import open_engine as open_exported
+
+    return open_exported(out, found, threads, native=not standard, plugin=plugin, context=context, texts=texts, progress=progress)
+
+
+def _backend_of(out: Path, backend: str) -> str:
+    """What runs a folder: what was named, or what is for it; cuda takes a checkpoint where there is a GPU and no torch."""
     from flashhead_edge.jetson import is_exported
     from flashhead_edge.jetson.tensorrt_folder import is_tensorrt
 
-    backend, threads, device, trust = (options.pop(name) for name in ("backend", "threads", "torch_device", "trust_remote_code"))
-    standard, plugin = options.pop("standard_operators"), options.pop("plugin")
     found = "tensorrt" if is_tensorrt(out) else "onnxruntime" if is_exported(out) else "torch"
     if backend == "cuda" and found == "torch":
-        found = backend
+        return backend
     if backend not in ("auto", found):
         raise click.UsageError(f"{out} is not {RUN_BY[backend]}, which --backend {backend} runs: {HOW[backend]}, or leave --backend out.")
-    for given, flag, kind in ((standard, "--standard-operators", "onnxruntime"), (plugin, "--plugin", "tensorrt"), (device or trust, TORCH, "torch")):
-        if given and found != kind:
-            raise click.UsageError(f"{flag}: {out} is not {RUN_BY[kind]}, for which it is: leave it out.")
-    if threads and found in ("tensorrt", "cuda"):
-        raise click.UsageError(f"--threads: {found} computes on the GPU, and the option is of CPU threads: leave it out.")
-    if found != "torch":
-        from flashhead_edge.jetson import open_engine as open_exported
-
-        return open_exported(out, found, threads, native=not standard, plugin=plugin, texts=texts, progress=progress)
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing and out.is_dir():
-        from flashhead_edge.errors import DeviceError
-        from flashhead_edge.jetson import open_engine as open_exported
-        from flashhead_edge.jetson.driver import device_facts
+    if backend != "auto" or found != "torch" or not missing or not out.is_dir():
+        return found
+    from flashhead_edge.errors import DeviceError
+    from flashhead_edge.jetson.driver import device_facts
 
-        try:
-            device_facts()
-        except DeviceError as error:
-            raise click.ClickException(
-                f"{out} is a checkpoint, which needs {' and '.join(missing)} (pip install 'flashhead-edge[torch]') or an NVIDIA GPU ({error}); "
-                "or give a folder that flashhead export onnx wrote, which needs neither"
-            ) from error
-        return open_exported(out, "cuda", texts=texts, progress=progress)
-    from flashhead_edge.generation import load_engine
-
-    return load_engine(out, device, threads, trust_remote_code=trust)
+    try:
+        device_facts()
+    except DeviceError as error:
+        raise click.ClickException(
+            f"{out} is a checkpoint, which needs {' and '.join(missing)} (pip install 'flashhead-edge[torch]') or an NVIDIA GPU ({error}); "
+            "or give a folder that flashhead export onnx wrote, which needs neither"
+        ) from error
+    return "cuda"
 
 
 def take_grammar(engine: Any, options: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from flashhead_edge.cli.common import answer_only, common_options, folder_argument
+from flashhead_edge.cli.common import answer_only, common_options, context_option, folder_argument
 from flashhead_edge.cli.display import shown_progress
 
 KEY = "FLASHHEAD_API_KEY"
@@ -28,6 +28,7 @@ KEY = "FLASHHEAD_API_KEY"
 @click.option("--backend", type=click.Choice(["auto", "torch", "onnxruntime", "tensorrt", "cuda"]), default="auto", show_default=True, help="As in generate.")
 @click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT's plugin library.  [default: the one that `flashhead plugin build` made]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one for each core]")
+@context_option
 @common_options
 def serve(
     out: Path, host: str, port: int, name: str | None, api_key_file: Path | None, at_once: int, waiting: int, deadline: float, drain: float, **options: Any

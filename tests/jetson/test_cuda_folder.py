@@ -92,7 +92,7 @@ def test_first_start_says_what_it_makes(backend: str, checkpoint: Path, gpu, mon
     monkeypatch.setattr(sampling, "find_spec", lambda name: None)
     monkeypatch.setattr(driver, "device_facts", lambda: FACTS)
     said: list[str] = []
-    options = dict.fromkeys(("threads", "torch_device", "trust_remote_code", "standard_operators", "plugin"))
+    options = dict.fromkeys(("threads", "torch_device", "trust_remote_code", "standard_operators", "plugin", "context"))
     sampling.open_engine(checkpoint, {"backend": backend, **options}, lambda text, _: said.append(text))
     assert said[0] == "reading the head" and any(text.startswith("weights: ") for text in said)
 
@@ -124,7 +124,33 @@ def test_verbs_say_what_is_missing(checkpoint: Path, exported, flashhead, monkey
     code, out, err = flashhead("generate", exported(), "--backend", "cuda", "--prompt", "x")
     assert code == 2 and "is not a checkpoint, which --backend cuda runs: give the checkpoint" in err
     code, out, err = flashhead("generate", checkpoint, "--backend", "cuda", "--plugin", "x.so", "--prompt", "x")
-    assert code == 2 and "--plugin:" in err
+    assert code == 2 and "--plugin is for the tensorrt backend, and " in err
+
+
+def test_the_verbs_take_a_context(checkpoint: Path, gpu, flashhead) -> None:
+    """Of the cuda backend; another's cache is not made by its length."""
+    code, out, err = flashhead("generate", checkpoint, "--backend", "cuda", "--context", 48, "--max-new-tokens", 4, "--prompt", "Once")
+    assert code == 0 and out, err
+    code, out, err = flashhead("chat", checkpoint, "--backend", "cuda", "--context", 80, "--max-new-tokens", 4, stdin="Once\n/exit\n")
+    assert code == 0 and out, err
+    assert [p.context for p in gpu] == [48, 80]
+    code, out, err = flashhead("generate", checkpoint, "--backend", "cuda", "--context", 9000, "--prompt", "Once")
+    assert (code, out) == (2, "") and "cuda backend: the context is 9,000, expected 2 to the model's 8,192 positions" in err
+    for verb, more in (("generate", ("--prompt", "x")), ("chat", ()), ("serve", ())):
+        code, out, err = flashhead(verb, checkpoint, "--backend", "torch", "--context", 64, *more)
+        assert (code, out) == (2, "") and "--context is for the cuda backend, and " in err
+    with pytest.raises(SettingsError, match="the context is 64 and the backend onnxruntime, expected cuda"):
+        open_engine(checkpoint, "onnxruntime", context=64)
+
+
+def test_a_program_keeps_its_context_and_precision(checkpoint: Path, gpu) -> None:
+    cuda_folder.open_folder(checkpoint, context=64)
+    made = gpu[0].folder
+    cuda_folder.open_folder(made, context=64, precision="float16")
+    with pytest.raises(SettingsError, match="the context is 65, expected 64, which the program was made for"):
+        cuda_folder.open_folder(made, context=65)
+    with pytest.raises(SettingsError, match="the precision is bfloat16, expected float16, which the program was made for"):
+        cuda_folder.open_folder(made, precision="bfloat16")
 
 
 @pytest.mark.parametrize(("context", "batch"), [(64, 1), (4096, 1), (1000, 5)])

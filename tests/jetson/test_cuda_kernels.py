@@ -138,6 +138,10 @@ def test_an_installation_without_the_library_says_so(tmp_path: Path, monkeypatch
     (tmp_path / "_cuda.abi3.so").write_text("no library")
     with pytest.raises(EngineError, match="the library cannot be loaded"):
         cuda_library.library.__wrapped__()
+    shutil.copy(cuda_library.library()._name, tmp_path / "_cuda.abi3.so")
+    monkeypatch.setitem(cuda_library.LAUNCHERS, "fh_of_tomorrow", ())
+    with pytest.raises(EngineError, match=r"the library is of another version of flashhead-edge, .*\(it has no fh_of_tomorrow\)"):
+        cuda_library.library.__wrapped__()
 
 
 def test_a_virtual_architecture_gives_ptx_for_the_driver_to_compile() -> None:

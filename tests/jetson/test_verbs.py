@@ -29,7 +29,8 @@ def test_chat_talks(flashhead, exported):
     ("options", "text"),
     [
         (("--backend", "torch"), "is not a checkpoint, which --backend torch runs: give the checkpoint, or leave --backend out."),
-        (("--torch-device", "cpu"), "is not a checkpoint, for which it is: leave it out."),
+        (("--torch-device", "cpu"), "--torch-device or --trust-remote-code is for the torch backend, and "),
+        (("--context", "64"), "runs on onnxruntime: leave it out."),
         (("--backend", "tensorrt"), "is not a folder of flashhead export tensorrt, which --backend tensorrt runs: run flashhead export tensorrt"),
     ],
 )
