@@ -10,7 +10,7 @@ import torch
 
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.kernels import build, layers
-from flashhead_edge.kernels.layers import Facts, attention_plan, norm_threads, w4a16_fused_plan, w4a16_plan
+from flashhead_edge.kernels.layers import Facts, attention_plan, norm_threads, w4a16_fused_plan, w4a16_paired, w4a16_plan
 
 FACTS = [Facts("sm_87", 8, 163 << 10), Facts("sm_87", 16, 163 << 10), Facts("sm_90", 132, 227 << 10), Facts("sm_120", 84, 99 << 10)]
 PLANS = r"""
@@ -79,6 +79,18 @@ def test_plans_are_those_of_the_launchers(tmp_path):
         grid = w4a16_fused_plan(n, k, rows, bool(norm), bool(gated), processors)
         want.append((grid.blocks[0], grid.threads, grid.shared_bytes))
     assert found == want
+
+
+def test_plans_are_those_that_won_on_an_h100():
+    """docs/kernels.md: gate and partner side by side, and who shares a sequence's attention."""
+    h100 = FACTS[2]
+    gates = {"Llama-3.2-1B": (16384, 2048), "Qwen3-1.7B": (12288, 2048), "Qwen3-0.6B": (6144, 1024), "Gemma-3-270M": (4096, 640), "SmolLM2-135M": (3072, 576)}
+    assert [name for name, gate in gates.items() if not w4a16_paired(*gate, h100.multiprocessors)] == ["Llama-3.2-1B"]
+    gemma = {window: attention_plan(1, 1, 4, 1, 256, length, window, h100) for length, window in ((4096, 0), (4096, 512))}
+    assert [(p.splits, p.cluster) for p in gemma.values()] == [(8, 8), (4, 4)]
+    assert attention_plan(1, 1, 9, 3, 64, 4096, 0, h100).cluster == attention_plan(1, 1, 32, 8, 64, 32768, 0, h100).cluster == 8
+    long = attention_plan(1, 1, 4, 1, 256, 32768, 0, h100)
+    assert (long.splits, long.cluster) == (132, 1)
 
 
 def test_threads_of_a_norm():
