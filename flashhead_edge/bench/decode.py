@@ -23,7 +23,7 @@ import numpy as np
 from flashhead_edge.bench.cuda import CACHED, captured, cut_for, graph_times, made_program, models, replay, texts_of, turn_times
 from flashhead_edge.bench.cuda_dense import KINDS, MOST_ROWS, DenseHead, check_dense, put_dense_step
 from flashhead_edge.bench.energy import step_energy
-from flashhead_edge.bench.provenance import commit
+from flashhead_edge.bench.provenance import calibration, commit
 from flashhead_edge.bench.steps import FLASH, against, drawn, read_bytes, timed
 from flashhead_edge.costs import dense_bytes
 from flashhead_edge.errors import SettingsError
@@ -57,7 +57,8 @@ def bench_decode(folder: Path | None, shapes: Sequence[str], batches: Sequence[i
         from flashhead_edge.jetson.cuda_folder import open_folder
 
         with open_folder(folder, batch=max(batches), progress=progress) as backend:
-            return {"records": measured(backend.model, folder.resolve().name, True, batches, command, progress, facts.free_bytes)}
+            own = measured(backend.model, folder.resolve().name, True, batches, command, progress, facts.free_bytes)
+            return {"records": [r | calibration(folder) if r["head"] == FLASH else r for r in own]}
     records: list[dict[str, Any]] = []
     for name in shapes or known:
         records += _made(name, facts, batches, command, progress)

@@ -18,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ HEADS = ("dense", "int8", "int4", "published", "flash", "auto")  # what can be t
 DENSE_RIVALS = ((8, 0), (8, 32), (4, 32), (4, 128))  # bits, columns that share a scale (0: the row)
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches at which the dense and the flash head are compared
 CROSSOVER_REPLAYS = 30
-NOT_ASKED = Energy(None, None, "a draw's power is not asked")
+NOT_ASKED = Energy((), None, "a draw's power is not asked")
 DRAW = DecodeCase(0.8, 50, 0.95, 0.05)  # what a draw is timed with; the number of candidates is the shape's
 
 
@@ -84,6 +84,7 @@ class Subject:
     heads: Sequence[tuple[str, HeadIndex, int]]  # label, index, states that give its mean counts; the one that `auto` chooses for is named "fitted"
     real_weights: bool
     command: str
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # of a checkpoint: what it was held to, and what held-out text showed
 
 
 def bench_shapes(shapes: Sequence[str], batches: Sequence[int], command: str, progress: Progress = silent, *, heads: Sequence[str] = ()) -> dict[str, Any]:
@@ -142,8 +143,9 @@ def bench_checkpoint(
         raise SettingsError(f"bench head: {text} has {len(states)} tokens, expected at least 16; give a longer text")
     weight = module.weight.detach()
     subject = Subject(
-        source.name, weight, None if bias is None else bias.detach(), states.to("cuda", weight.dtype), [("fitted", index, len(states))], True, command
-    )
+        source.name, weight, None if bias is None else bias.detach(), states.to("cuda", weight.dtype), [("fitted", index, len(states))], True, command,
+        {"target_agreement": index.summary.get("target_agreement"), "agreement": index.summary.get("top1_agreement")},
+    )  # fmt: skip
     measure(subject, batches or BATCHES, heads or HEADS, out, progress)
     if store:
         dtype = str(weight.dtype).removeprefix("torch.")
@@ -392,6 +394,7 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
                 **{"speedup_over_published": 1.0 if head == "published" else over("published"), "bandwidth": bandwidth},
                 **{"spread": float(np.median(np.abs(times - median))), "counts": None if counts is None else [round(float(c), 1) for c in counts]},
                 **drawn(energy, batch),
+                **(subject.calibration if counts is not None or head == "auto" else {}),
                 **{"commit": commit(), "command": subject.command},
             }
         )

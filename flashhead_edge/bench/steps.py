@@ -19,8 +19,9 @@ def timed(us: np.ndarray) -> dict[str, Any]:
 
 def drawn(energy: Energy, rows: int) -> dict[str, Any]:
     """What a token of a step of some rows draws, and of what of the machine, or why nobody knows."""
-    joules = None if energy.joules is None else energy.joules / rows
-    return {"joules_per_token": joules, "power_scope": energy.scope, "power_unknown": energy.unknown}
+    each = [j / rows for j in energy.joules]
+    median = float(np.median(each)) if each else None
+    return {"joules_per_token": median, "joules_rounds": each, "power_scope": energy.scope, "power_unknown": energy.unknown}
 
 
 def read_bytes(fixed: float, items: Sequence[float], counts: np.ndarray) -> float:

@@ -86,7 +86,8 @@ def _measured(folder: Path, batches: Sequence[int], command: str, progress: Prog
             "model": name, "shape": [s.vocab_size, s.hidden_size], "real_weights": "made" not in document, "context": CACHED, "backend": "tensorrt",
             "backend_version": str(b.runtime.trt.__version__), "device": b.facts.name, "body": "w4a16", "group": document["group"],
             "precision": b.manifest.precision, "layers": b.manifest.layers, "dense_bytes_per_step": dense_bytes(s.vocab_size, s.hidden_size),
-            "agreement": document["agreement"].get("top1_agreement"), "commit": commit(), "command": command,
+            "agreement": document["agreement"].get("top1_agreement"), "target_agreement": document["agreement"].get("target_agreement"),
+            "commit": commit(), "command": command,
         }  # fmt: skip
         parts = [part for part in ("decoder", "decoder_dense") if part in document["engines"]]
         for batch in batches or BATCHES:
