@@ -248,7 +248,7 @@ cuda.WARM_SECONDS, decode.ROUNDS = 0.01, 2
 m = cuda_session.open_model(program, chunk=CHUNK)
 times, alone = cuda.step_times(m, 1).tolist(), cuda.step_times(m, 2, only="RmsNorm", together=4).tolist()
 tokens = [mail.token.tolist() for mail in cuda_session.decode(m, [[1, 2, 3], [7]], 3)]
-rates = [cuda.tokens_a_second(m, 2, 20) > 0, len(decode.first_token_seconds(m, 10)) == 2]
+rates = [cuda.texts_of(m, 2, 20)[0] > 0, len(decode.first_token_seconds(m, 10)) == 2]
 m.close()
 said = [times, alone, tokens, rates, left()]
 """)
