@@ -217,6 +217,7 @@ def decode_document() -> dict[str, Any]:
                 each = [] if joules is None else [joules, 0.98 * joules, 1.1 * joules]
                 records[-1] |= {"joules_per_token": joules, "joules_rounds": each, "power_scope": scope, "power_unknown": unknown, "bytes_per_step": read}
             if head == "FlashHead":
+                records[-1] |= {"tokens_per_second": 2_377.0, "tokens_per_second_spread": [2_370.0, 2_390.0], "tokens_per_second_texts": 3}
                 records[-1] |= {"first_token_seconds": 0.004, "first_token_spread": [0.0039, 0.0042], "prompt": 512, "real_bytes": 1_340_100_000}
     return {"records": records}
 
@@ -352,7 +353,8 @@ def test_a_decode_step_stands_beside_the_dense_head_in_16_bits_of_its_batch() ->
     assert ours["joules_per_token"] == {"median": 0.05, "low": pytest.approx(0.049), "high": pytest.approx(0.055), "spread": "range", "samples": 3}
     assert ours["baseline"]["joules_per_token"]["median"] == 0.09 and rival["joules_per_token"] is None
     assert ours["observed"]["power_scope"] == "the GPU alone, by NVML" and ours["first_token_seconds"]["low"] == 0.0039
-    assert rival["bytes_per_step"] == 263e6 and rival["baseline"]["bytes_per_step"] == 525e6
+    assert ours["tokens_per_second"] == {"median": 2_377.0, "low": 2_370.0, "high": 2_390.0, "spread": "range", "samples": 3}
+    assert rival["tokens_per_second"] is None and rival["bytes_per_step"] == 263e6 and rival["baseline"]["bytes_per_step"] == 525e6
     assert left_out == [
         "bench decode: FlashHead on Llama-3.2-1B, batch 16: no dense head in the same run, so that it is no record",
         "bench decode: joules a token are not in its records: it was not told",

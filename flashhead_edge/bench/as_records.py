@@ -213,7 +213,7 @@ def step_records(bench: str, own: Own, facts: Own, bases: Sequence[str], missing
                 **calibrated(r),
                 settings={"activations": r["precision"]} | {n: r[n] for n in ("group", "layers") if r.get(n) is not None},
                 observed={n: r[n] for n in SEEN if r.get(n) is not None},
-                tokens_per_second=figure(r.get("tokens_per_second")),
+                tokens_per_second=_rate(r),
                 first_token_seconds=figure(first) if ends is None else figure(first, ends[0], ends[1], "range"),
                 peak_bytes=r.get("real_bytes"),
                 times_as_fast=paired(*rounds) if all(rounds) else quotient(theirs["microseconds"], ours["microseconds"]),
@@ -222,6 +222,11 @@ def step_records(bench: str, own: Own, facts: Own, bases: Sequence[str], missing
             )
         )
     return found, _no_dense(bench, alone, missing) + _no_power(bench, own["records"])
+
+
+def _rate(r: Own) -> Any:
+    low, high = r.get("tokens_per_second_spread") or (None, None)
+    return figure(r.get("tokens_per_second"), low, high, None if low is None else "range", r.get("tokens_per_second_texts"))
 
 
 def _step_measures(r: Own) -> dict[str, Any]:

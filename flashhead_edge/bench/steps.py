@@ -10,11 +10,25 @@ import numpy as np
 from flashhead_edge.bench.energy import Energy
 
 FLASH = "FlashHead"
+TEXTS = 3  # that are decoded one after the other, each with its own tokens a second
 
 
 def timed(us: np.ndarray) -> dict[str, Any]:
     """Times of a step, one figure a round."""
     return {"microseconds": float(np.median(us)), "spread": [float(us.min()), float(us.max())], "microseconds_rounds": us.tolist()}
+
+
+def decoded(texts: Sequence[tuple[float, np.ndarray]], fixed: float, items: Sequence[float]) -> dict[str, Any]:
+    """Tokens a second of some texts, and the bytes that the head reads at their steps.
+
+    Args:
+        texts: of each its tokens a second and the counts of its steps; fixed, items: as for `read_bytes`.
+    """
+    rates = [rate for rate, _ in texts]
+    return {
+        "tokens_per_second": float(np.median(rates)), "tokens_per_second_spread": [min(rates), max(rates)], "tokens_per_second_texts": len(rates),
+        "bytes_per_step": read_bytes(fixed, items, np.concatenate([counts for _, counts in texts])),
+    }  # fmt: skip
 
 
 def drawn(energy: Energy, rows: int) -> dict[str, Any]:
