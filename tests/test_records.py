@@ -357,7 +357,7 @@ def test_a_decode_step_stands_beside_the_dense_head_in_16_bits_of_its_batch() ->
     assert rival["tokens_per_second"] is None and rival["bytes_per_step"] == 263e6 and rival["baseline"]["bytes_per_step"] == 525e6
     assert left_out == [
         "bench decode: FlashHead on Llama-3.2-1B, batch 16: no dense head in the same run, so that it is no record",
-        "bench decode: joules a token are not in its records: it was not told",
+        "bench decode: dense int8, one scale a row: no joules a token: it was not told",
     ]
 
 

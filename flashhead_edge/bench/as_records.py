@@ -128,8 +128,11 @@ def _no_dense(bench: str, names: Sequence[str], what: str) -> list[str]:
 
 
 def _no_power(bench: str, records: Sequence[Own]) -> list[str]:
-    reasons = dict.fromkeys(r["power_unknown"] for r in records if r.get("power_unknown") and not r["head"].startswith("draw"))
-    return [f"bench {bench}: joules a token are not in its records: {reason}" for reason in reasons]
+    heads: dict[str, dict[str, None]] = {}
+    for r in records:
+        if r.get("power_unknown") and not r["head"].startswith("draw"):  # which is no record either
+            heads.setdefault(r["power_unknown"], {})[FLASH.get(str(r["head"]), str(r["head"]))] = None
+    return [f"bench {bench}: {', '.join(names)}: no joules a token: {reason}" for reason, names in heads.items()]
 
 
 def head_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
@@ -291,7 +294,7 @@ def vllm_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
                     note=GPU_TIME,
                 )
             )
-    unasked = ["bench vllm: joules a token are not in its records: it does not ask for the power"] if found else []
+    unasked = ["bench vllm: no joules a token: it does not ask for the power"] if found else []
     return found, _no_dense("vllm", alone, "dense head") + unasked
 
 
