@@ -128,7 +128,7 @@ def test_a_whole_run_over_a_tiny_model(tiny_shape: str, tmp_path: Path, monkeypa
     def energy(run: Any, gpu: bool) -> Energy:
         assert not gpu
         asked.append(run(3))
-        return Energy(0.25, "the board")
+        return Energy((0.25,), "the board")
 
     monkeypatch.setattr(bench, "step_energy", energy)
     model = write_exportable(tmp_path / "model", hidden_size=64, num_attention_heads=4)  # k_quant takes no rows of one block

@@ -15,6 +15,7 @@ import report_document
 from small_records import made, many, predicted
 
 from flashhead_edge.bench.as_records import CONVERTERS, as_records, machine, with_records
+from flashhead_edge.bench.provenance import calibration
 from flashhead_edge.errors import FlashHeadError, SettingsError
 from flashhead_edge.records.compare import compare
 from flashhead_edge.records.folder import KEY, Entry, read_records, write_records
@@ -213,8 +214,10 @@ def decode_document() -> dict[str, Any]:
             records.append(common | {"head": head, "batch": batch, "microseconds": us, "spread": [us - 1, us + 3], "microseconds_rounds": [us, us - 1, us + 3]})
             if head != "no head":
                 scope, unknown = (None, "it was not told") if joules is None else ("the GPU alone, by NVML", None)
-                records[-1] |= {"joules_per_token": joules, "power_scope": scope, "power_unknown": unknown, "bytes_per_step": read}
+                each = [] if joules is None else [joules, 0.98 * joules, 1.1 * joules]
+                records[-1] |= {"joules_per_token": joules, "joules_rounds": each, "power_scope": scope, "power_unknown": unknown, "bytes_per_step": read}
             if head == "FlashHead":
+                records[-1] |= {"tokens_per_second": 2_377.0, "tokens_per_second_spread": [2_370.0, 2_390.0], "tokens_per_second_texts": 3}
                 records[-1] |= {"first_token_seconds": 0.004, "first_token_spread": [0.0039, 0.0042], "prompt": 512, "real_bytes": 1_340_100_000}
     return {"records": records}
 
@@ -302,6 +305,32 @@ def test_what_has_no_baseline_is_named_not_recorded(bench: str, own: dict[str, A
     assert words in sentence
 
 
+def test_a_checkpoint_s_records_say_what_its_head_was_held_to() -> None:
+    said = {"target_agreement": 0.995, "agreement": 0.9975}
+    for bench, own in (("decode", decode_document()), ("tensorrt", tensorrt_document()), ("head", head_document())):
+        own["records"] = [r | {"real_weights": True} | (said if r["head"] in ("FlashHead", "fitted") else {}) for r in own["records"]]
+        found = {r["head"]: (r["target_agreement"], r["calibrated_agreement"]) for r in as_records(bench, own, "x", MOMENT)[0]}
+        assert found.pop("FlashHead") == (0.995, 0.9975) and set(found.values()) <= {(None, None)}, bench
+    own = report_document.document(2)
+    own["calibration"] = {"target_agreement": 0.995, "top1_agreement": 0.9981}
+    (ours, *rivals) = as_records("evaluate", own, "x", MOMENT)[0]
+    assert ours["calibrated_agreement"] == 0.9981 and rivals[0]["calibrated_agreement"] is None
+    own = onnx_document()
+    for r in own["records"]:
+        if (r["part"], r["head"]) == ("head", "FlashHead"):
+            r["settings"] = {"agreement": {"target_agreement": 0.98, "top1_agreement": 0.99}}
+    heads = [r for r in as_records("onnx", own, "x", MOMENT)[0] if r["head"] == "FlashHead" and r["part"] == "head"]
+    assert {(r["target_agreement"], r["calibrated_agreement"]) for r in heads} == {(0.98, 0.99)}
+
+
+def test_a_checkpoint_tells_its_calibration_without_torch(tmp_path: Path) -> None:
+    assert calibration(tmp_path) == {}
+    (tmp_path / "config.json").write_text(json.dumps({"flash_head": {"summary": {"target_agreement": 0.995, "top1_agreement": 0.999}}}))
+    assert calibration(tmp_path) == {"target_agreement": 0.995, "agreement": 0.999}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert calibration(tmp_path) == {}
+
+
 @pytest.mark.parametrize(
     ("limits", "said"),
     [([700_000], "limit 700 W"), ([350_000, 350_000], "limit 350 W"), ([700_000, 350_000], None), ([None], None), ([], None)],
@@ -321,12 +350,14 @@ def test_a_decode_step_stands_beside_the_dense_head_in_16_bits_of_its_batch() ->
     assert ours["times_as_fast"] == {"median": pytest.approx(565 / 420), "low": pytest.approx(568 / 423), "high": pytest.approx(564 / 419), "spread": "range",
                                      "samples": 3}  # fmt: skip
     assert (ours["part"], ours["precision"], ours["context"], ours["peak_bytes"]) == ("step", "w4a16", 512, 1_340_100_000)
-    assert ours["joules_per_token"]["median"] == 0.05 and ours["baseline"]["joules_per_token"]["median"] == 0.09 and rival["joules_per_token"] is None
+    assert ours["joules_per_token"] == {"median": 0.05, "low": pytest.approx(0.049), "high": pytest.approx(0.055), "spread": "range", "samples": 3}
+    assert ours["baseline"]["joules_per_token"]["median"] == 0.09 and rival["joules_per_token"] is None
     assert ours["observed"]["power_scope"] == "the GPU alone, by NVML" and ours["first_token_seconds"]["low"] == 0.0039
-    assert rival["bytes_per_step"] == 263e6 and rival["baseline"]["bytes_per_step"] == 525e6
+    assert ours["tokens_per_second"] == {"median": 2_377.0, "low": 2_370.0, "high": 2_390.0, "spread": "range", "samples": 3}
+    assert rival["tokens_per_second"] is None and rival["bytes_per_step"] == 263e6 and rival["baseline"]["bytes_per_step"] == 525e6
     assert left_out == [
         "bench decode: FlashHead on Llama-3.2-1B, batch 16: no dense head in the same run, so that it is no record",
-        "bench decode: joules a token are not in its records: it was not told",
+        "bench decode: dense int8, one scale a row: no joules a token: it was not told",
     ]
 
 

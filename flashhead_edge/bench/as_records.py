@@ -81,6 +81,12 @@ def times(own: Own, samples: int | None = None) -> Any:
     return figure(us, samples=samples) if spread is None else figure(us, max(0.0, us - spread), us + spread, "mad", samples)
 
 
+def joules(own: Own) -> Any:
+    """What a token draws: the median of the windows between their ends."""
+    each = own.get("joules_rounds") or ()
+    return figure(own["joules_per_token"], min(each), max(each), "range", len(each)) if each else figure(own.get("joules_per_token"))
+
+
 def quotient(top: Any, bottom: Any) -> Any:
     """How many times `top` is `bottom`: of medians, and at worst and best of their spreads; None where one is not known."""
     if top is None or bottom is None or not bottom["median"]:
@@ -109,14 +115,24 @@ def common(own: Own, facts: Own, part: str, head: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def calibrated(own: Own) -> dict[str, Any]:
+    """What a checkpoint's head was held to and what its calibration showed, where it is one's."""
+    if not own["head"].startswith("FlashHead") and own["head"] not in FLASH:
+        return {}
+    return {"target_agreement": own.get("target_agreement"), "calibrated_agreement": own.get("agreement")}
+
+
 def _no_dense(bench: str, names: Sequence[str], what: str) -> list[str]:
     names = list(dict.fromkeys(names))
     return [f"bench {bench}: {', '.join(names)}: no {what} in the same run, so that it is no record"] if names else []
 
 
 def _no_power(bench: str, records: Sequence[Own]) -> list[str]:
-    reasons = dict.fromkeys(r["power_unknown"] for r in records if r.get("power_unknown") and not r["head"].startswith("draw"))
-    return [f"bench {bench}: joules a token are not in its records: {reason}" for reason in reasons]
+    heads: dict[str, dict[str, None]] = {}
+    for r in records:
+        if r.get("power_unknown") and not r["head"].startswith("draw"):  # which is no record either
+            heads.setdefault(r["power_unknown"], {})[FLASH.get(str(r["head"]), str(r["head"]))] = None
+    return [f"bench {bench}: {', '.join(names)}: no joules a token: {reason}" for reason, names in heads.items()]
 
 
 def head_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]:
@@ -139,9 +155,10 @@ def head_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
             record(
                 **common(r, facts, "head", FLASH.get(r["head"], r["head"])) | {"device": own["device"]},
                 precision=base["head"].removeprefix("dense "),
+                **calibrated(r),
                 observed={**seen, **r.get("settings", {}), **_power_scope(r)},
                 microseconds=ours,
-                joules_per_token=figure(r.get("joules_per_token")),
+                joules_per_token=joules(r),
                 bytes_per_step=r["bytes_per_step"],
                 times_as_fast=quotient(theirs, ours),
                 baseline=baseline(
@@ -150,7 +167,7 @@ def head_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
                     base.get("backend"),
                     base.get("backend_version"),
                     microseconds=theirs,
-                    joules_per_token=figure(base.get("joules_per_token")),
+                    joules_per_token=joules(base),
                     bytes_per_step=base["bytes_per_step"],
                 ),
             )
@@ -196,10 +213,10 @@ def step_records(bench: str, own: Own, facts: Own, bases: Sequence[str], missing
             record(
                 **common(r, facts, "step", r["head"]),
                 precision=r["body"],
-                calibrated_agreement=r.get("agreement"),
+                **calibrated(r),
                 settings={"activations": r["precision"]} | {n: r[n] for n in ("group", "layers") if r.get(n) is not None},
                 observed={n: r[n] for n in SEEN if r.get(n) is not None},
-                tokens_per_second=figure(r.get("tokens_per_second")),
+                tokens_per_second=_rate(r),
                 first_token_seconds=figure(first) if ends is None else figure(first, ends[0], ends[1], "range"),
                 peak_bytes=r.get("real_bytes"),
                 times_as_fast=paired(*rounds) if all(rounds) else quotient(theirs["microseconds"], ours["microseconds"]),
@@ -210,10 +227,15 @@ def step_records(bench: str, own: Own, facts: Own, bases: Sequence[str], missing
     return found, _no_dense(bench, alone, missing) + _no_power(bench, own["records"])
 
 
+def _rate(r: Own) -> Any:
+    low, high = r.get("tokens_per_second_spread") or (None, None)
+    return figure(r.get("tokens_per_second"), low, high, None if low is None else "range", r.get("tokens_per_second_texts"))
+
+
 def _step_measures(r: Own) -> dict[str, Any]:
     return {
         "microseconds": times(r, len(r.get("microseconds_rounds") or ()) or None),
-        "joules_per_token": figure(r.get("joules_per_token")),
+        "joules_per_token": joules(r),
         "bytes_per_step": r.get("bytes_per_step"),
     }
 
@@ -272,7 +294,7 @@ def vllm_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
                     note=GPU_TIME,
                 )
             )
-    unasked = ["bench vllm: joules a token are not in its records: it does not ask for the power"] if found else []
+    unasked = ["bench vllm: no joules a token: it does not ask for the power"] if found else []
     return found, _no_dense("vllm", alone, "dense head") + unasked
 
 
@@ -295,11 +317,12 @@ def onnx_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[str]]
         ours, theirs = _onnx_measures(r), _onnx_measures(base)
         rounds = [of.get("microseconds_rounds") for of in (base, r)]
         fast = paired(*rounds) if all(rounds) else quotient(theirs["microseconds"], ours["microseconds"])
-        names = ("body", "group", "prompt", "tokens")
+        names, said = ("body", "group", "prompt", "tokens"), r["settings"].get("agreement") or {}
         found.append(
             record(
                 **common(r, facts, part, r["head"]) | {"device": own["device"]},
                 precision={"head": "fp32"}.get(part, "int4"),
+                **calibrated({"head": r["head"], "agreement": said.get("top1_agreement"), "target_agreement": said.get("target_agreement")}),
                 tokens=r["settings"].get("tokens"),
                 settings={n: r["settings"][n] for n in names if n in r["settings"]},
                 observed={n: r["settings"][n] for n in ("equal_tokens",) if n in r["settings"]} | _power_scope(r),
@@ -320,7 +343,7 @@ def _onnx_measures(of: Own) -> dict[str, Any]:
         "microseconds": us,
         "tokens_per_second": None if of["part"] == "head" else figure(of["tokens_per_second"], ends[0], ends[1], us["spread"], us["samples"]),
         "first_token_seconds": figure(of.get("first_token_seconds")),
-        "joules_per_token": figure(of.get("joules_per_token")),
+        "joules_per_token": joules(of),
         **{name: of.get(name) for name in ("bytes_per_step", "peak_bytes", "top1_agreement", "top1_agreement_interval")},
     }
 
@@ -341,7 +364,7 @@ def evaluate_records(own: Own, facts: Own) -> tuple[list[dict[str, Any]], list[s
                     **said | {"head": "FlashHead" if ours else str(one["name"]), "dense_bytes_per_step": one["dense_bytes_per_step"]},
                     settings=settings,
                     target_agreement=target if ours else None,
-                    calibrated_agreement=(own.get("calibration") or {}).get("held_out_agreement") if ours else None,
+                    calibrated_agreement=(own.get("calibration") or {}).get("top1_agreement") if ours else None,
                     **measures,
                     baseline=baseline(
                         facts["run"], "dense", own.get("backend"), own.get("backend_version"), bytes_per_step=one["dense_bytes_per_step"], top1_agreement=1.0

@@ -23,8 +23,8 @@ import numpy as np
 from flashhead_edge.bench.cuda import CACHED, captured, cut_for, graph_times, made_program, models, replay, texts_of, turn_times
 from flashhead_edge.bench.cuda_dense import KINDS, MOST_ROWS, DenseHead, check_dense, put_dense_step
 from flashhead_edge.bench.energy import step_energy
-from flashhead_edge.bench.provenance import commit
-from flashhead_edge.bench.steps import FLASH, against, drawn, read_bytes, timed
+from flashhead_edge.bench.provenance import calibration, commit
+from flashhead_edge.bench.steps import FLASH, TEXTS, against, decoded, drawn, timed
 from flashhead_edge.costs import dense_bytes
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.progress import Progress, silent
@@ -57,7 +57,8 @@ def bench_decode(folder: Path | None, shapes: Sequence[str], batches: Sequence[i
         from flashhead_edge.jetson.cuda_folder import open_folder
 
         with open_folder(folder, batch=max(batches), progress=progress) as backend:
-            return {"records": measured(backend.model, folder.resolve().name, True, batches, command, progress, facts.free_bytes)}
+            own = measured(backend.model, folder.resolve().name, True, batches, command, progress, facts.free_bytes)
+            return {"records": [r | calibration(folder) if r["head"] == FLASH else r for r in own]}
     records: list[dict[str, Any]] = []
     for name in shapes or known:
         records += _made(name, facts, batches, command, progress)
@@ -143,13 +144,12 @@ def step_records(m: Any, rows: int, progress: Callable[[str], object] = lambda w
     finally:
         for held in (*graphs.values(), *rivals):
             held.close()
-    rate, counts = texts_of(m, rows)
+    texts = [texts_of(m, rows) for _ in range(TEXTS)]
     s = m.program.settings
     found = {name: {"head": name} | timed(us) for name, us in times.items()}
     for name, one in energy.items():
         found[name] |= drawn(one, rows)
-    read = read_bytes(s["fixed_bytes"], s["item_bytes"], counts)
-    found[FLASH] |= {"bytes_per_step": read, "tokens_per_second": rate, "graph_nodes": step_graph(m, rows, False).nodes}
+    found[FLASH] |= decoded(texts, s["fixed_bytes"], s["item_bytes"]) | {"graph_nodes": step_graph(m, rows, False).nodes}
     for rival in rivals:
         found[rival.name] |= {"bytes_per_step": rival.bytes, "head_microseconds": float(np.median(alone[rival.name]))}
     if rivals:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ HEADS = ("dense", "int8", "int4", "published", "flash", "auto")  # what can be t
 DENSE_RIVALS = ((8, 0), (8, 32), (4, 32), (4, 128))  # bits, columns that share a scale (0: the row)
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches at which the dense and the flash head are compared
 CROSSOVER_REPLAYS = 30
-NOT_ASKED = Energy(None, None, "a draw's power is not asked")
+POWERED = ("dense bf16", "dense fp16", "published", "fitted")  # two seconds each; the others' bytes and times say enough
+NOT_ASKED = Energy((), None, f"asked of {', '.join(POWERED)} alone")
 DRAW = DecodeCase(0.8, 50, 0.95, 0.05)  # what a draw is timed with; the number of candidates is the shape's
 
 
@@ -84,6 +85,7 @@ class Subject:
     heads: Sequence[tuple[str, HeadIndex, int]]  # label, index, states that give its mean counts; the one that `auto` chooses for is named "fitted"
     real_weights: bool
     command: str
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # of a checkpoint: what it was held to, and what held-out text showed
 
 
 def bench_shapes(shapes: Sequence[str], batches: Sequence[int], command: str, progress: Progress = silent, *, heads: Sequence[str] = ()) -> dict[str, Any]:
@@ -142,8 +144,9 @@ def bench_checkpoint(
         raise SettingsError(f"bench head: {text} has {len(states)} tokens, expected at least 16; give a longer text")
     weight = module.weight.detach()
     subject = Subject(
-        source.name, weight, None if bias is None else bias.detach(), states.to("cuda", weight.dtype), [("fitted", index, len(states))], True, command
-    )
+        source.name, weight, None if bias is None else bias.detach(), states.to("cuda", weight.dtype), [("fitted", index, len(states))], True, command,
+        {"target_agreement": index.summary.get("target_agreement"), "agreement": index.summary.get("top1_agreement")},
+    )  # fmt: skip
     measure(subject, batches or BATCHES, heads or HEADS, out, progress)
     if store:
         dtype = str(weight.dtype).removeprefix("torch.")
@@ -256,11 +259,12 @@ def times_of(steps: Sequence[Step], states: Tensor, batch: int, replays: int = R
     return timed(bound, replays, refill)
 
 
-def times_and_power(steps: Sequence[Step], states: Tensor, batch: int) -> tuple[np.ndarray, Energy]:
-    """The same times, and what a step draws."""
+def times_and_power(steps: Sequence[Step], states: Tensor, batch: int, head: str) -> tuple[np.ndarray, Energy]:
+    """The same times, and what a step draws, of `POWERED` heads."""
     bound, refill = _over(steps, states, batch)
     graph, count = graph_of(bound)
-    return timed_graph(graph, count, REPLAYS, refill), step_energy(functools.partial(replayed, graph, count))
+    times = timed_graph(graph, count, REPLAYS, refill)
+    return times, step_energy(functools.partial(replayed, graph, count)) if head in POWERED else NOT_ASKED
 
 
 def _over(steps: Sequence[Step], states: Tensor, batch: int) -> tuple[list[Callable[[], object]], Callable[[int], object]]:
@@ -392,13 +396,14 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
                 **{"speedup_over_published": 1.0 if head == "published" else over("published"), "bandwidth": bandwidth},
                 **{"spread": float(np.median(np.abs(times - median))), "counts": None if counts is None else [round(float(c), 1) for c in counts]},
                 **drawn(energy, batch),
+                **(subject.calibration if counts is not None or head == "auto" else {}),
                 **{"commit": commit(), "command": subject.command},
             }
         )
 
     for batch in batches if "dense" in heads else ():
         progress(f"{subject.name}: {dense_name}", None)
-        record(dense_name, batch, times_and_power(dense_steps(subject, v), states, batch), dense_bytes(v, d))
+        record(dense_name, batch, times_and_power(dense_steps(subject, v), states, batch, dense_name), dense_bytes(v, d))
     for bits, group in DENSE_RIVALS:
         if f"int{bits}" not in heads or (group and d % group):
             continue
@@ -408,7 +413,7 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
         check_dense(coded, decoded(to_torch(rows, "cuda")), states[:CHECKED])
         for batch in batches:
             name = f"dense int{bits}, " + (f"groups of {group}" if group else "one scale a row")
-            record(name, batch, times_and_power(coded_steps(coded), states, batch), coded.bytes_per_step * -(-batch // MOST_ROWS), codes="random")
+            record(name, batch, times_and_power(coded_steps(coded), states, batch, name), coded.bytes_per_step * -(-batch // MOST_ROWS), codes="random")
         del coded
     for label, one, counted in subject.heads:
         if ("published" if label == "published" else "flash") not in heads and not (label == "fitted" and "auto" in heads):
@@ -420,7 +425,7 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
         for batch in batches if label == "published" or "flash" in heads else ():
             check_batch(head, states[:batch])
             read = step_bytes(one, counts, batch)
-            record(label, batch, times_and_power(steps_of(head, read), states, batch), read, counts)
+            record(label, batch, times_and_power(steps_of(head, read), states, batch, label), read, counts)
         if label == "fitted":
             out["counts"].append(expected_counts(subject, one, counts))
         if label == "fitted" and "auto" in heads:
@@ -434,13 +439,19 @@ def measure(subject: Subject, batches: Sequence[int], heads: Sequence[str], out:
             for batch in batches:
                 is_dense = auto.takes_dense(batch)
                 read = dense_bytes(v, d) if is_dense else step_bytes(one, counts, batch)
-                record("auto", batch, times_and_power(steps_of(auto, read), states, batch), read, takes="dense" if is_dense else "flash")
+                record("auto", batch, times_and_power(steps_of(auto, read), states, batch, "auto"), read, takes="dense" if is_dense else "flash")
         if label == "fitted" and "flash" in heads:
             time_draw(head, counts, batches, record)
             check_logits(head, states[:CHECKED])
             for batch in batches:
                 read = step_bytes(one, counts, batch) + batch * 4 * v
-                record("fitted, full-width logits", batch, times_and_power(steps_of(head, read, CudaHead.wide_logits), states, batch), read, counts)
+                record(
+                    "fitted, full-width logits",
+                    batch,
+                    times_and_power(steps_of(head, read, CudaHead.wide_logits), states, batch, "fitted, full-width logits"),
+                    read,
+                    counts,
+                )
         del head
         torch.cuda.empty_cache()
     out["records"] += records

@@ -1,4 +1,4 @@
-"""Where a record comes from: the commit and the command that made it, and on which processor."""
+"""Where a record comes from: the commit and the command that made it, on which processor, of which calibration."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from flashhead_edge.checkpoint.jsonfiles import read_json
 
 
 def commit() -> str | None:
@@ -30,3 +33,14 @@ def processor() -> str:
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return f"{model[1].strip() if model else platform.processor() or platform.machine()}, {cores} cores"
+
+
+def calibration(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's head was held to and what held-out text showed, `target_agreement` and `agreement`: empty for a folder without one.
+
+    Raises:
+        CheckpointError: config.json is damaged.
+    """
+    ours = read_json(folder / "config.json").get("flash_head") if (folder / "config.json").is_file() else None
+    summary = ours.get("summary") or {} if isinstance(ours, dict) else {}
+    return {"target_agreement": summary.get("target_agreement"), "agreement": summary.get("top1_agreement")} if summary else {}

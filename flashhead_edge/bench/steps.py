@@ -10,6 +10,7 @@ import numpy as np
 from flashhead_edge.bench.energy import Energy
 
 FLASH = "FlashHead"
+TEXTS = 3  # that are decoded one after the other, each with its own tokens a second
 
 
 def timed(us: np.ndarray) -> dict[str, Any]:
@@ -17,10 +18,24 @@ def timed(us: np.ndarray) -> dict[str, Any]:
     return {"microseconds": float(np.median(us)), "spread": [float(us.min()), float(us.max())], "microseconds_rounds": us.tolist()}
 
 
+def decoded(texts: Sequence[tuple[float, np.ndarray]], fixed: float, items: Sequence[float]) -> dict[str, Any]:
+    """Tokens a second of some texts, and the bytes that the head reads at their steps.
+
+    Args:
+        texts: of each its tokens a second and the counts of its steps; fixed, items: as for `read_bytes`.
+    """
+    rates = [rate for rate, _ in texts]
+    return {
+        "tokens_per_second": float(np.median(rates)), "tokens_per_second_spread": [min(rates), max(rates)], "tokens_per_second_texts": len(rates),
+        "bytes_per_step": read_bytes(fixed, items, np.concatenate([counts for _, counts in texts])),
+    }  # fmt: skip
+
+
 def drawn(energy: Energy, rows: int) -> dict[str, Any]:
     """What a token of a step of some rows draws, and of what of the machine, or why nobody knows."""
-    joules = None if energy.joules is None else energy.joules / rows
-    return {"joules_per_token": joules, "power_scope": energy.scope, "power_unknown": energy.unknown}
+    each = [j / rows for j in energy.joules]
+    median = float(np.median(each)) if each else None
+    return {"joules_per_token": median, "joules_rounds": each, "power_scope": energy.scope, "power_unknown": energy.unknown}
 
 
 def read_bytes(fixed: float, items: Sequence[float], counts: np.ndarray) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 
 from flashhead_edge.bench.energy import step_energy
 from flashhead_edge.bench.provenance import commit
-from flashhead_edge.bench.steps import FLASH, against, drawn, read_bytes, timed
+from flashhead_edge.bench.steps import FLASH, TEXTS, against, decoded, drawn, timed
 from flashhead_edge.costs import dense_bytes
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.progress import Progress, silent
@@ -86,7 +86,8 @@ def _measured(folder: Path, batches: Sequence[int], command: str, progress: Prog
             "model": name, "shape": [s.vocab_size, s.hidden_size], "real_weights": "made" not in document, "context": CACHED, "backend": "tensorrt",
             "backend_version": str(b.runtime.trt.__version__), "device": b.facts.name, "body": "w4a16", "group": document["group"],
             "precision": b.manifest.precision, "layers": b.manifest.layers, "dense_bytes_per_step": dense_bytes(s.vocab_size, s.hidden_size),
-            "agreement": document["agreement"].get("top1_agreement"), "commit": commit(), "command": command,
+            "agreement": document["agreement"].get("top1_agreement"), "target_agreement": document["agreement"].get("target_agreement"),
+            "commit": commit(), "command": command,
         }  # fmt: skip
         parts = [part for part in ("decoder", "decoder_dense") if part in document["engines"]]
         for batch in batches or BATCHES:
@@ -97,14 +98,14 @@ def _measured(folder: Path, batches: Sequence[int], command: str, progress: Prog
             times = step_times(b, parts, batch)
             progress(f"{name}: power, batch {batch}", None)
             energy = {part: step_energy(partial(replay, b, part, batch)) for part in parts}
-            rate, counts = texts_of(b, batch)
+            texts = [texts_of(b, batch) for _ in range(TEXTS)]
             records.append(common | timed(head) | {"head": "FlashHead alone", "batch": batch, "engine_bytes": document["engines"]["head"]["bytes"]})
             for part in parts:
                 engine, nodes = document["engines"][part], b.decode_graph(batch, False, part).graph.nodes
                 record = common | timed(times[part]) | drawn(energy[part], batch) | {"head": HEADS[part], "batch": batch, "graph_nodes": nodes}
                 record |= {"engine_bytes": engine["bytes"], "build_seconds": engine["seconds"], "peak_host_bytes": document["peak_host_bytes"]}
                 if part == "decoder":
-                    record |= {"tokens_per_second": rate, "bytes_per_step": read_bytes(s.fixed_bytes, s.item_bytes, counts)}
+                    record |= decoded(texts, s.fixed_bytes, s.item_bytes)
                     if len(parts) == 2:
                         dense, flash, alone = (float(np.median(t)) for t in (times["decoder_dense"], times["decoder"], head))
                         record |= against(times["decoder"], times["decoder_dense"], dense - flash + alone)

@@ -149,12 +149,10 @@ def _plain(value: Any) -> Any:
     return value if not isinstance(value, Mapping) else value.get("median", value.get("value"))
 
 
-def _energy(record: Mapping[str, Any]) -> str:
-    """Joules of a token, and of the baseline's, where they are known."""
-    mine, base = record["joules_per_token"], (record["baseline"] or {}).get("joules_per_token")
-    if mine is None:
-        return ""
-    return f"{mine['median']:.3g} J a token" + ("" if base is None else f", baseline {base['median']:.3g}")
+def _energy(measures: Mapping[str, Any] | None) -> str:
+    """`0.065 J a token`, or nothing where it is not known."""
+    found = (measures or {}).get("joules_per_token")
+    return "" if found is None else f"{found['median']:.3g} J a token"
 
 
 def _without_nulls(value: Any) -> Any:
@@ -192,7 +190,7 @@ def _plots() -> str:
     options = "".join(f'<option value="{k}">{t}</option>' for k, t in MEASURES.items())
     chosen = f'<p class="bar-line"><label>Shown <select id="measure">{options}</select></label></p>'
     swatches = (("base", "baseline of the same run"), ("ours", "this head"), ("hatched", "predicted"))
-    key = " ".join(f'<span class="swatch {kind}"></span> {what}' for kind, what in swatches)
+    key = " ".join(f'<span class="key"><span class="swatch {kind}"></span> {what}</span>' for kind, what in swatches)
     charts = (
         ("Beside the baseline", chosen, "bars", "Bars of each head beside its baseline",
          f"{key}. Whiskers: least and most of the rounds, or the median absolute deviation; none where the spread is not known."),
@@ -234,14 +232,16 @@ def _row(e: Entry) -> str:
     part = PARTS[r["part"]] if r["quality"] is None else f"{r['quality']['task']}: {r['quality']['metric']}"
     part += f", {r['settings']['text']}" if isinstance(r["settings"].get("text"), str) else ""
 
-    def figure(pair: tuple[str, str], more: str = "") -> str:
-        return f'<a href="#r-{e.id}">{escape(pair[0])}</a>' + "".join(f"<small>{escape(small)}</small>" for small in (pair[1], more) if small)
+    rival = r["baseline"]["head"] if r["baseline"] else ""
+
+    def figure(pair: tuple[str, str], *more: str) -> str:
+        return f'<a href="#r-{e.id}">{escape(pair[0])}</a>' + "".join(f"<small>{escape(small)}</small>" for small in (pair[1], *more) if small)
 
     threads = "" if r["threads"] is None else f"{r['threads']} thread{'' if r['threads'] == 1 else 's'}"
     how = "".join(f"<small>{escape(small)}</small>" for small in (threads, r["power_mode"] or "") if small)
     cells = [
         escape(part), escape(r["head"]), escape(r["precision"] or DASH), DASH if r["batch"] is None else str(r["batch"]), escape(r["device"]) + how,
-        escape(f"{r['backend']} {r['backend_version'] or ''}".strip()), figure(shown(name, base), r["baseline"]["head"] if r["baseline"] else ""),
+        escape(f"{r['backend']} {r['backend_version'] or ''}".strip()), figure(shown(name, base), rival, _energy(r["baseline"])),
         figure(shown(name, ours), _energy(r)), figure(fast(r["times_as_fast"])), agrees,
         DASH if read is None else f"{percent(read)}<small>{megabytes(r['bytes_per_step'])}</small>", escape((r["date"] or DASH)[:10]),
     ]  # fmt: skip

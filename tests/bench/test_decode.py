@@ -72,7 +72,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[An
 
     def energy(run: Any) -> Energy:
         asked.append(run(3))
-        return Energy(JOULES, "the GPU alone, by NVML")
+        return Energy((JOULES, 2 * JOULES, JOULES / 2), "the GPU alone, by NVML")
 
     Rival.MADE.clear()
     for room, name, value in (

@@ -80,7 +80,7 @@ def test_a_row_says_what_its_record_says() -> None:
     powered = made("run-4", power_mode="MAXN_SUPER", joules_per_token=figure(0.05)) | {"threads": 2}
     powered["baseline"]["joules_per_token"] = figure(0.091)
     row = read(explorer_page(entries(powered))).rows[1]
-    assert row[5] == "NVIDIA H100 80GB HBM32 threadsMAXN_SUPER" and row[8].endswith("25.50.05 J a token, baseline 0.091")
+    assert row[5] == "NVIDIA H100 80GB HBM32 threadsMAXN_SUPER" and row[8].endswith("25.50.05 J a token") and row[7].endswith("dense bf160.091 J a token")
     asked = {"task": "gsm8k", "metric": "equal answers", "value": 0.93, "interval": [0.9, 0.95], "samples": 100, "higher_is_better": True}
     asked |= {"harness": None, "domain": None, "note": None}
     rows = read(explorer_page(entries(one, text, made("run-3", part="quality", quality=asked), predicted()))).rows[1:]
