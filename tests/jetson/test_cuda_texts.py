@@ -119,6 +119,8 @@ def test_a_texts_row_is_free_when_nobody_holds_it(program):
             body.feed([1, 2])
         sixth = b.body()  # in the place of whom nobody has fed for longest
         assert sixth.row == 0 and bodies[0].row == -1
+        seventh = b.body()  # one that has just begun is not the one
+        assert sixth.row == 0 and seventh.row == 1
         with pytest.raises(EngineError, match="expected at most 4 at a time"):
             bodies[0].feed([1])
 
