@@ -11,6 +11,7 @@ from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
 from flashhead_edge.jetson.board import board_named
 from flashhead_edge.jetson.cuda_backend import Cuda, open_program
+from flashhead_edge.jetson.cuda_library import MOST_ROWS
 from flashhead_edge.jetson.cuda_plan import checkpoint_need
 from flashhead_edge.jetson.driver import DeviceFacts, device_facts
 from flashhead_edge.jetson.folder import is_exported
@@ -83,7 +84,7 @@ def program_settings(config: Any, *, precision: str | None = None, context: int 
         "precision": precision or precision_of(config),
         "context": _context(config, context),
         "group": _group(config),
-        "batch": batch if batch > DRAFTED_ROWS else 1,
+        "batch": batch if _texts(batch) > DRAFTED_ROWS else 1,
     }
 
 
@@ -105,9 +106,16 @@ def need_of_checkpoint(folder: Path, context: int | None = None, batch: int = 1)
         board = board_named("agx-orin-64gb")  # whose launches a plan without a GPU counts
         facts = DeviceFacts(board.title, board.capability, board.multiprocessors, board.shared_bytes, 0, 0, None, f"{board.cuda}")
     return checkpoint_need(
-        folder, facts, precision=precision_of(config), context=_context(config, context), group=_group(config), batch=batch,
+        folder, facts, precision=precision_of(config), context=_context(config, context), group=_group(config), batch=_texts(batch),
         positions=describe(config).positions or None,
     )  # fmt: skip
+
+
+def _texts(batch: int) -> int:
+    """Texts at once."""
+    if not 1 <= batch <= MOST_ROWS:
+        raise SettingsError(f"cuda backend: {batch} texts at once, expected 1 to {MOST_ROWS}; ask for fewer")
+    return batch
 
 
 def _context(config: Any, context: int | None) -> int:

@@ -59,7 +59,7 @@ class Texts:
         self.flight: Flight | None = None
         self.latest: CudaBody | None = None  # for whose last state the head's step is the last thing that was written into its row of the results
         self.turn = 0  # how often a text has begun
-        self.clock = 0  # of what was fed
+        self.clock = 0  # of texts that began and of what was fed
 
     def use(self) -> None:
         """Make the device the calling thread's.
@@ -79,8 +79,9 @@ class Texts:
         return None if held is None else held()
 
     def body(self) -> CudaBody:
-        """A new text: in a free row, else in that of the text which was fed longest ago and is given up."""
+        """A new text: in a free row, else in that of the text which began or was fed longest ago, and is given up."""
         self.turn += 1
+        self.clock += 1
         holders = [self.holder(row) for row in range(len(self.rows))]
 
         def rank(row: int) -> tuple[bool, bool, int]:
@@ -91,6 +92,7 @@ class Texts:
         if (loser := holders[row]) is not None:
             loser.row = -1
         body = CudaBody(self, row)
+        body.used = self.clock
         self.rows[row] = weakref.ref(body)
         return body
 

@@ -351,7 +351,9 @@ def in_drafts(run: Run, prompt: Sequence[int], most: int, reason: str, cache: Pr
 def next_token(run: Run, hidden: Array) -> int:
     """The token after hidden state [1, d], by the run's settings and its grammar.
 
-    Plain greedy takes the step's token. Everything else chooses among the step's candidates, the tokens that the
+    Plain greedy takes the step's token. Draws with top-k, top-p or min-p and nothing else are made among the step's
+    candidates, as a device that draws by itself makes them: full-width scores would cost more than the step.
+    Everything else chooses among the step's candidates, the tokens that the
     settings lift (a positive bias), and the EXTRA tokens of the largest full-width scores after penalties and noise:
     those could win once candidates are penalised, forbidden or noise is added. All of them are scored exactly. Few
     allowed tokens are scored alone; so are many, where none of them is a candidate.
@@ -366,6 +368,9 @@ def next_token(run: Run, hidden: Array) -> int:
         token = int(run.step(hidden).token[0])
         if mask is None or mask[token]:
             return token
+    if s.truncates and mask is None and not s.changes_logits and run.alternatives is None:
+        found = run.step(hidden)
+        return int(choose(to_numpy(found.ids), to_numpy(found.logits), s, [run.chosen], None, None, engine.scale, engine.softcap)[0])
     found, full = run.step_with_logits(hidden)
     known = to_numpy(found.ids)[0]
     known = known[known >= 0]

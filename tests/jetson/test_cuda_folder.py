@@ -183,6 +183,14 @@ def test_up_to_eight_texts_share_a_program_and_are_planned_as_they_are_allocated
     assert gpu[0].folder == gpu[1].folder != gpu[2].folder
 
 
+def test_more_texts_than_a_step_takes_are_refused_before_anything_is_read(checkpoint: Path, gpu, flashhead) -> None:
+    for asked in (lambda: cuda_folder.open_folder(checkpoint, batch=33), lambda: cuda_folder.need_of_checkpoint(checkpoint, None, 33)):
+        with pytest.raises(SettingsError, match="cuda backend: 33 texts at once, expected 1 to 32; ask for fewer"):
+            asked()
+    code, out, err = flashhead("plan", checkpoint, "--backend", "cuda", "--batch", "64")
+    assert (code, out) == (2, "") and "64 texts at once, expected 1 to 32" in err and not gpu
+
+
 def test_texts_that_do_not_fit_are_refused_before_a_program_is_made(checkpoint: Path, gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     need = cuda_folder.need_of_checkpoint(checkpoint, None, 8)
     monkeypatch.setattr(cuda_folder, "device_facts", lambda: dataclasses.replace(FACTS, free_bytes=need.total(4096, 8) - 1))

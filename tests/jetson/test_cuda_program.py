@@ -335,6 +335,17 @@ def test_what_the_device_cannot_choose_stays_in_the_loop(programs):
         assert not stream_notes(engine, Sampling())
 
 
+def test_a_cut_draw_is_the_devices_and_asks_for_no_logits_of_other_tokens(programs, monkeypatch):
+    """The loop of an engine that does not go on by itself draws what the device draws."""
+    with emulated(programs("llama")) as (m, _):
+        engine = engine_of(opened(m))  # without room for full-width logits, which would ask for a GPU
+        for s in (Sampling(temperature=1.25, top_p=0.875, seed=3), Sampling(temperature=0.75, top_k=5, min_p=0.01, seed=4)):
+            want = [t.id for t in stream(engine, PROMPTS[1], 12, s)]
+            with monkeypatch.context() as patch:
+                patch.setattr(cuda_texts.CudaBody, "continues", lambda self, sampling: False)
+                assert [t.id for t in stream(engine, PROMPTS[1], 12, s)] == want
+
+
 def stream_notes(engine: ExportedEngine, s: Sampling) -> str:
     run = stream(engine, PROMPTS[1], 2, s)
     list(run)

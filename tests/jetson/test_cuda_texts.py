@@ -14,9 +14,10 @@ from small_readers import Reader, alone, come_and_go, together
 from flashhead_edge.decoding import Sampling
 from flashhead_edge.errors import CheckpointError, EngineError
 from flashhead_edge.generation import PromptCache, stream
-from flashhead_edge.jetson import cuda_backend, cuda_library, cuda_program, cuda_texts
+from flashhead_edge.jetson import cuda_ahead, cuda_backend, cuda_kernels, cuda_library, cuda_program, cuda_session, cuda_texts
 from flashhead_edge.jetson.cuda_backend import Cuda
 from flashhead_edge.jetson.engine import ExportedEngine
+from flashhead_edge.program.head import Device
 
 try:
     cuda_library.library()
@@ -118,6 +119,8 @@ def test_a_texts_row_is_free_when_nobody_holds_it(program):
             body.feed([1, 2])
         sixth = b.body()  # in the place of whom nobody has fed for longest
         assert sixth.row == 0 and bodies[0].row == -1
+        seventh = b.body()  # one that has just begun is not the one
+        assert sixth.row == 0 and seventh.row == 1
         with pytest.raises(EngineError, match="expected at most 4 at a time"):
             bodies[0].feed([1])
 
@@ -183,3 +186,14 @@ def test_a_step_is_cut_for_all_rows_whichever_of_them_it_takes(program):
         assert {cut(rows, 1) for rows in (1, 2, 3)} == {whole}
         m.cut = 1
         assert cut(4, 1) == cut(1, 1) != whole
+
+
+@pytest.mark.parametrize(("multiprocessors", "capability"), [(16, 87), (20, 110)])
+def test_kernels_made_ahead_are_enough_for_any_number_of_texts(multiprocessors, capability, tmp_path):
+    """A board without a compiler serves as many texts as its program's head takes."""
+    made = small_program(tmp_path / "board", "llama", Device(multiprocessors, 163 << 10, capability), batch=1)
+    made = dataclasses.replace(made, context=2048)  # of which a text alone may have several blocks share the cache
+    ahead = set(cuda_ahead.launched_there(made))
+    for texts in range(1, 9):
+        model = cuda_session.planned_model(dataclasses.replace(made, batch=texts), cuda_ahead.facts_of(made.device))
+        assert set(cuda_kernels.launched_by(lambda model=model: cuda_program.dry_pass(model))) <= ahead, texts
