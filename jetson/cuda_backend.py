@@ -155,6 +155,10 @@ class CudaHead:
         if len(tokens) == self.backend.model.head.vocab and np.array_equal(tokens, np.arange(len(tokens))):
             most = dense_states(self.backend.model)
             return np.concatenate([self._dense(hidden[at : at + most]) for at in range(0, len(hidden), most)])
+        return self.host_logits(hidden, tokens)
+
+    def host_logits(self, hidden: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """`exact_logits` on the host, however many."""
         rows, bias = self.backend.rows or self._open_rows()
         return logits_by_rows(hidden, tokens, rows, bias, self.backend.model.program.precision)
 

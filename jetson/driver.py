@@ -154,6 +154,7 @@ class Memory:
 
     def __init__(self, size: int) -> None:
         pointer = ctypes.c_uint64()
+        self.pointer = 0
         call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(1, size)))
         self.pointer, self.size = int(pointer.value), size
         call("cuMemsetD8_v2", ctypes.c_uint64(self.pointer), ctypes.c_ubyte(0), ctypes.c_size_t(max(1, size)))

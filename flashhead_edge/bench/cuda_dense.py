@@ -7,6 +7,7 @@ time does not depend on what they hold.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,35 @@ from flashhead_edge.bench.cuda import CACHED, rewind
 from flashhead_edge.errors import DeviceError, SettingsError
 
 KINDS = ("16 bits", "8 bits")
-ROWS = (1, 2, 4, 8)  # states that kernels of 16 bits are compiled for
-MOST_ROWS = ROWS[-1]
+ROWS, CODED_ROWS = (1, 2, 4, 8), (8, 16, 32)  # states that kernels of 16 bits are compiled for, and of 8
 THREADS, BLOCKS = 256, 4  # of a block; a multiprocessor
 SHARED = 200 << 10  # that the states of a multiprocessor's blocks may have together
 ROOM = 512  # bytes of either kernel's workspace
+
+
+def most_rows(m: Any) -> int:
+    """States that both kinds take on an open program's device, whose blocks must hold them in shared memory; 0 where one is too many."""
+    fitting = (n for n in reversed(ROWS) if max(shared_bytes(kind, n, m.head.hidden) for kind in KINDS) <= m.limits.shared_bytes)
+    return next(fitting, 0)
+
+
+def shared_bytes(kind: str, rows: int, hidden: int) -> int:
+    """Shared memory of a block of either kind's kernel."""
+    if kind == KINDS[0]:
+        return 4 * _wide(ROWS, rows) * hidden
+    return _wide(CODED_ROWS, rows) * 2 * (_columns(hidden) + 32)
+
+
+def _wide(known: Sequence[int], rows: int) -> int:
+    """The states of the kernel that takes so many."""
+    found = next((n for n in known if n >= rows), 0)
+    if not found:
+        raise SettingsError(f"dense head: {rows} rows, expected {known[-1]} at most; time a smaller batch")
+    return found
+
+
+def _columns(hidden: int) -> int:
+    return -(-hidden // 64) * 64  # dense_head.h: 8 bits, a scale a row
 
 
 class DenseHead:
@@ -46,7 +71,7 @@ class DenseHead:
         call("cuModuleLoadData", ctypes.byref(self.module), self.code)
         self.workspace = Memory(ROOM)
         self.tiles = -(-m.head.vocab // 16)
-        self.columns = -(-m.head.hidden // 64) * 64  # dense_head.h: 8 bits, a scale a row
+        self.columns = _columns(m.head.hidden)
         self.codes = self.scales = None
         if kind == KINDS[1]:
             self.codes, self.scales = Memory(self.tiles * 16 * self.columns), Memory(2 * 16 * self.tiles)
@@ -73,16 +98,14 @@ class DenseHead:
         m, head = self.m, self.m.head
         hidden, token, bf16 = m.value(head.node.inputs[0]), m.block("token"), int(m.program.precision == "bfloat16")
         if self.codes is not None and self.scales is not None:
-            wide = next(n for n in (8, 16, 32) if n >= rows)
+            wide = _wide(CODED_ROWS, rows)
             numbers = (rows, head.hidden, head.vocab, bf16)
             pointers = (self.codes.pointer, self.scales.pointer, hidden, self.workspace.pointer, token, self.workspace.pointer + ROOM // 2 + 64)
-            self._launch(f"flashhead_dense_int8_row_{wide}", m.limits.multiprocessors, 512, wide * 2 * (self.columns + 32), pointers, numbers)
+            self._launch(f"flashhead_dense_int8_row_{wide}", m.limits.multiprocessors, 512, shared_bytes(self.kind, rows, head.hidden), pointers, numbers)
             return
-        wide = next((n for n in ROWS if n >= rows), 0)
-        if not wide:
-            raise SettingsError(f"dense head: {rows} rows, expected {MOST_ROWS} at most in 16 bits; time a smaller batch")
+        wide = _wide(ROWS, rows)
         weights = m.weight(head.node.attributes["rows"])
-        shared = 4 * wide * head.hidden
+        shared = shared_bytes(self.kind, rows, head.hidden)
         blocks = m.limits.multiprocessors * min(BLOCKS, max(1, SHARED // shared))
         name = f"dense_{'bf16' if bf16 else 'fp16'}_{wide}"
         self._launch(name, blocks, THREADS, shared, (weights, hidden, self.workspace.pointer), (head.hidden, head.vocab))
@@ -132,8 +155,7 @@ def check_dense(m: Any) -> None:
         token = int(fetch(m, 1, None)["token"][0])
     finally:
         dense.close()
-    parts = np.array_split(np.arange(m.head.vocab), 2)  # of some tokens numpy computes them, of all a kernel does, which is no judge of another
-    logits = np.concatenate([b.head.exact_logits(hidden, part)[0] for part in parts])
+    logits = b.head.host_logits(hidden, np.arange(m.head.vocab))[0]
     if logits[token] < logits.max() - 1e-3 * np.abs(logits).max():  # 16-bit products summed in float32, in another order than numpy's
         raise DeviceError(
             f"dense head: it names token {token} with a logit of {logits[token]:.4f}, expected {int(logits.argmax())} with {logits.max():.4f}; "

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from flashhead_edge.bench.cuda import CACHED, captured, cut_for, graph_times, made_program, models, replay, texts_of, turn_times
-from flashhead_edge.bench.cuda_dense import KINDS, MOST_ROWS, DenseHead, check_dense, put_dense_step
+from flashhead_edge.bench.cuda import CACHED, REPLAYS, captured, cut_for, graph_times, made_program, models, replay, texts_of, turn_times
+from flashhead_edge.bench.cuda_dense import KINDS, DenseHead, check_dense, most_rows, put_dense_step
 from flashhead_edge.bench.energy import step_energy
 from flashhead_edge.bench.provenance import calibration, commit
 from flashhead_edge.bench.steps import FLASH, TEXTS, against, decoded, drawn, timed
@@ -44,8 +44,8 @@ def bench_decode(folder: Path | None, shapes: Sequence[str], batches: Sequence[i
     Returns:
         One JSON document: `records`, one a model, batch and head (`step_records`); ours also has the first token's seconds and the memory.
     Raises:
-        SettingsError: a shape is not known. DeviceError: no GPU, too little memory, or a dense rival that names a wrong token. What opening a checkpoint
-            raises.
+        SettingsError: a shape is not known, or the model holds too little text. DeviceError: no GPU, too little memory, or a dense rival that names a
+            wrong token. What opening a checkpoint raises.
     """
     from flashhead_edge.jetson.driver import device_facts
 
@@ -89,6 +89,11 @@ def measured(m: Any, name: str, real: bool, batches: Sequence[int], command: str
     """
     from flashhead_edge.jetson.cuda_memory import device_bytes
 
+    if m.program.context < CACHED + REPLAYS // 2:
+        raise SettingsError(
+            f"bench decode: the cache of {name} holds {m.program.context:,} positions, expected {CACHED + REPLAYS // 2:,}, since steps around the "
+            f"{CACHED}th are timed; time a model of a longer context"
+        )
     common = {
         "model": name, "real_weights": real, "shape": [m.head.vocab, m.head.hidden], "device": m.facts.name, "backend": "cuda",
         "backend_version": m.facts.cuda_version, "body": "w4a16", "precision": m.program.precision, "context": CACHED, "positions": m.program.context,
@@ -103,7 +108,8 @@ def measured(m: Any, name: str, real: bool, batches: Sequence[int], command: str
         "first_token_spread": [float(first.min()), float(first.max())],
     }  # fmt: skip
     progress(f"{name}: the dense head's token", None)
-    check_dense(m)
+    if most_rows(m):
+        check_dense(m)
     records: list[dict[str, Any]] = []
     for rows in batches:
         progress(f"{name}: timing, batch {rows}", None)
@@ -122,12 +128,13 @@ def step_records(m: Any, rows: int, progress: Callable[[str], object] = lambda w
 
     Returns:
         A record each: `head`, `timed`; of a head `drawn` and `bytes_per_step`; of ours `tokens_per_second`, `graph_nodes` and how it stands `against` the
-        head in 16 bits; of a dense one its launches' own `head_microseconds`. Of more rows than the rival in 16 bits takes, ours and none.
+        head in 16 bits; of a dense one its launches' own `head_microseconds`. Of more rows than the dense ones take (`cuda_dense.most_rows`), ours
+        and none.
     """
     from flashhead_edge.jetson.cuda_program import put_step
     from flashhead_edge.jetson.cuda_session import step_graph
 
-    rivals = [DenseHead(m, kind) for kind in KINDS] if rows <= MOST_ROWS else []
+    rivals = [DenseHead(m, kind) for kind in KINDS] if rows <= most_rows(m) else []
     graphs: dict[str, Any] = {}
     try:
         with cut_for(m, rows):

@@ -16,7 +16,7 @@ from cuda_truth import MODELS, small_program
 
 from flashhead_edge.bench import cuda, cuda_dense, decode
 from flashhead_edge.bench.energy import Energy
-from flashhead_edge.errors import DeviceError, EngineError
+from flashhead_edge.errors import DeviceError, EngineError, SettingsError
 from flashhead_edge.jetson import cuda_library, cuda_session, driver
 from flashhead_edge.program.weights import widened
 
@@ -55,6 +55,12 @@ class Rival:
 class Clock:
     """The host's clock where a GPU's events stand."""
 
+    def __enter__(self) -> Clock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
     def mark(self, stream: Any, which: int) -> None:
         self.at = getattr(self, "at", {}) | {which: time.perf_counter()}
 
@@ -77,7 +83,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[An
     Rival.MADE.clear()
     for room, name, value in (
         (cuda, "CACHED", 16), (cuda, "REPLAYS", 2), (cuda, "WARM_SECONDS", 0.0), (cuda, "captured", captured), (decode, "captured", captured),
-        (cuda_dense, "CACHED", 16), (decode, "CACHED", 16),
+        (cuda_dense, "CACHED", 16), (decode, "CACHED", 16), (decode, "REPLAYS", 2),
         (decode, "PROMPT", 12), (decode, "DenseHead", Rival), (cuda_dense, "DenseHead", Rival),
         (decode, "step_energy", energy),
         (decode, "turn_times", partial(cuda.turn_times, rounds=3, replays=2)), (decode, "graph_times", partial(cuda.graph_times, rounds=2, replays=2)),
@@ -97,7 +103,7 @@ def measured(m: Any, batches: tuple[int, ...]) -> list[dict[str, Any]]:
 
 def test_every_head_is_timed_at_every_batch_that_the_rival_takes(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     m, asked = opened
-    monkeypatch.setattr(decode, "MOST_ROWS", 2)  # as of the real rival's eight
+    monkeypatch.setattr(decode, "most_rows", lambda m: 2)  # as of the real rival's eight
     records = measured(m, (1, 2, 4))
     heads = ["FlashHead", "dense fp16", "dense int8, one scale a row", "no head"]
     assert [(r["batch"], r["head"]) for r in records] == [(b, h) for b in (1, 2) for h in heads] + [(4, "FlashHead"), (4, "no head")]
@@ -119,4 +125,22 @@ def test_every_head_is_timed_at_every_batch_that_the_rival_takes(opened: Any, mo
 def test_a_rival_that_names_a_wrong_token_is_not_timed(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rival, "off", 1)
     with pytest.raises(DeviceError, match=r"dense head: it names token \d+ with a logit of .*, expected \d+ with"):
+        measured(opened[0], (1,))
+
+
+def test_dense_heads_whose_states_do_not_fit_a_block_are_left_out(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """99 KB of shared memory, as capability 8.6 has them, hold eight states of 2,048 numbers and four of 4,096; of 32,768 not one."""
+
+    def of(hidden: int, shared: int) -> Any:
+        return SimpleNamespace(head=SimpleNamespace(hidden=hidden), limits=SimpleNamespace(shared_bytes=shared))
+
+    assert [cuda_dense.most_rows(of(d, 99 << 10)) for d in (576, 2_048, 4_096, 32_768)] == [8, 8, 4, 0]
+    assert cuda_dense.most_rows(of(4_096, 227 << 10)) == 8
+    monkeypatch.setattr(decode, "most_rows", lambda m: 0)
+    assert [r["head"] for r in measured(opened[0], (1,))] == ["FlashHead", "no head"] and not Rival.MADE
+
+
+def test_a_cache_that_ends_before_the_timed_steps_is_refused(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "CACHED", 192)
+    with pytest.raises(SettingsError, match="the cache of made holds 192 positions, expected 193, since steps around the 192th are timed"):
         measured(opened[0], (1,))

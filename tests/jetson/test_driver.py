@@ -111,14 +111,17 @@ said = [seen, left()]
 
 
 def test_no_memory_is_a_sentence_that_says_what_helps(run) -> None:
-    said, left = run("""
+    said, left, beside = run("""
+import sys
+beside = []
+sys.unraisablehook = lambda found: beside.append(str(found.exc_value))  # what a half-made object's end would put on stderr
 with Device():
     made.made_fail(b"cuMemAlloc_v2", 2)
     said = [error(Memory, 1 << 40)]
-said.append(left())
+said += [left(), beside]
 """)
     assert said == "GPU: cuMemAlloc_v2 gives CUDA_ERROR_OUT_OF_MEMORY, expected success; free memory of the GPU, or use a smaller context or batch"
-    assert left == [0, 0, 0, 0, 0]
+    assert left == [0, 0, 0, 0, 0] and beside == []
 
 
 def test_a_capture_is_thread_local_and_whole(run) -> None:
