@@ -55,6 +55,11 @@ class Rival:
 class Clock:
     """The host's clock where a GPU's events stand."""
 
+    def __enter__(self) -> Clock:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
     def mark(self, stream: Any, which: int) -> None:
         self.at = getattr(self, "at", {}) | {which: time.perf_counter()}
 
