@@ -58,8 +58,7 @@ class Clock:
     def __enter__(self) -> Clock:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def __exit__(self, *_: object) -> None: ...
 
     def mark(self, stream: Any, which: int) -> None:
         self.at = getattr(self, "at", {}) | {which: time.perf_counter()}

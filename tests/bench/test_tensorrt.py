@@ -49,6 +49,11 @@ class Timer:
     def __init__(self) -> None:
         self.at = {0: 0.0, 1: 0.0}
 
+    def __enter__(self) -> Timer:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
     def mark(self, stream: Stream, which: int) -> None:
         self.at[which] = stream.now
 
