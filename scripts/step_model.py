@@ -1,6 +1,6 @@
 """A decode step's time, measured beside modelled (flashhead_edge.bench.step_model), and what the model says of boards that were not measured.
 
-    python scripts/step_model.py STEPS.json                             # of flashhead bench decode --json, on an H100
+    python scripts/step_model.py docs/benchmarks/decode-h100.json       # or what flashhead bench decode --json wrote on an H100
     python scripts/step_model.py H200.json --device H200 --fitted-on H100.json
     python scripts/step_model.py STEPS.json --boards                    # Markdown, for docs/jetson.md
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from flashhead_edge.bench.cuda import models
 from flashhead_edge.bench.step_model import Card, Fit, compared, step_of
+from flashhead_edge.records.folder import KEY
 
 FITTED_ON = ("Llama-3.2-1B", "SmolLM2-135M")  # the most bytes a phase, and the fewest
 CARDS = {  # a copy's bandwidth as measured; clocks as specified
@@ -50,7 +51,9 @@ def boards(fit: Fit) -> None:
 
 
 def records(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))["records"]
+    """Of a file of records, or of a bench's own document."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return document.get(KEY, document)["records"]
 
 
 def main() -> None:

@@ -102,13 +102,13 @@ def fitted(measured: Sequence[tuple[Step, float]], card: Card) -> Fit:
 
 
 def compared(records: Sequence[Any], fit_on: Sequence[str], card: Card, fit: Fit | None = None) -> tuple[Fit, list[dict[str, Any]]]:
-    """Measured beside predicted, by `bench decode`'s records; fit: of another device, else fitted here on `fit_on`.
+    """Measured beside predicted, by records of `bench decode` (flashhead_edge.records); fit: of another device, else fitted here on `fit_on`.
 
     Raises:
         SettingsError: a shape to fit on was not measured.
     """
     ours = [r for r in records if r["batch"] == 1 and r["head"] == "FlashHead"]
-    steps = {r["model"]: (step_of(r["model"], r["context"]), float(r["microseconds"])) for r in ours}
+    steps = {r["model"]: (step_of(r["model"], r["context"]), float(r["microseconds"]["median"])) for r in ours}
     if missing := [name for name in fit_on if name not in steps]:
         raise SettingsError(f"step model: {', '.join(missing)} is not among {', '.join(steps)}, expected the shapes to fit on; measure it")
     fit = fit or fitted([steps[name] for name in fit_on], card)
