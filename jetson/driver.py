@@ -59,6 +59,8 @@ def call(function: str, *arguments: Any) -> None:
         DeviceError: it fails.
     """
     driver = library()
+    if not hasattr(driver, function):
+        raise DeviceError(f"GPU: the driver has no {function}, expected one for CUDA 12 or newer; install a newer driver")
     code = getattr(driver, function)(*arguments)
     if code:
         hint = "free memory of the GPU, or use a smaller context or batch" if code == OUT_OF_MEMORY else "look that nothing failed before, and at nvidia-smi"

@@ -412,6 +412,25 @@ def test_a_template_that_refuses_is_one_sentence():
         generate(engine_of(small_model("llama"), tokenizer=tokenizer), "w4", 8)
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 'x' * 10**13 }}", "MemoryError"),
+        ("{% for i in range(10**8) %}x{% endfor %}", "Range too big. The sandbox blocks ranges larger than MAX_RANGE .100000."),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded.*"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages | length + 'one' }}", "unsupported operand type.*"),
+        ("{% include '/etc/passwd' %}", "no loader for this environment specified"),
+    ],
+)
+def test_a_template_that_fails_is_one_sentence(template, said):
+    """A model's template is foreign code: whatever it raises, nobody is told of a defect of ours."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(SettingsError, match=rf"the chat template fails on the messages \({said}\), expected one that writes them; restore"):
+        generate(engine_of(small_model("llama"), tokenizer=tokenizer), "w4", 8)
+
+
 def test_the_loop_loads_no_torch():
     """In a fresh process: what a machine without torch imports."""
     code = "import sys, flashhead_edge.generation, flashhead_edge.jetson.engine, flashhead_edge.jetson.onnxruntime_backend\n"

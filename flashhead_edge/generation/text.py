@@ -8,6 +8,9 @@ from typing import Any
 from flashhead_edge.errors import SettingsError, first_line
 from flashhead_edge.generation.protocols import TextEngine, Tokenizer
 
+# What code of a template raises beside jinja2's own errors: a model's template is foreign code, and its faults are not ours.
+TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+
 
 class Detokenizer:
     """Text of a growing list of tokens, piece by piece; a character whose bytes are not all there yet waits."""
@@ -109,6 +112,10 @@ def prompt_ids(
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **more)
         except TemplateError as error:
             raise SettingsError(f"generate: the chat template refuses the messages ({first_line(error)}), expected what it is made for; change them") from error
+        except TEMPLATE_FAULTS as error:
+            raise SettingsError(
+                f"generate: the chat template fails on the messages ({first_line(error)}), expected one that writes them; restore the model's template"
+            ) from error
         return list(tokenizer(_checked(text), add_special_tokens=False)["input_ids"])
     return list(tokenizer(_checked(prompt))["input_ids"])
 

@@ -110,6 +110,11 @@ said = [seen, left()]
     assert seen.endswith("graph in 4711") and left == [0, 0, 0, 0, 0]
 
 
+def test_a_driver_without_a_function_is_a_sentence(run) -> None:
+    (said,) = run("said = [error(driver.call, 'cuOfTomorrow')]")
+    assert said == "GPU: the driver has no cuOfTomorrow, expected one for CUDA 12 or newer; install a newer driver"
+
+
 def test_no_memory_is_a_sentence_that_says_what_helps(run) -> None:
     said, left, beside = run("""
 import sys
