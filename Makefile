@@ -1,5 +1,5 @@
 # setup: a virtual environment with everything a CPU needs   demo: the product on a real model, end to end
-# test:  the test suite                                      lint: ruff and mypy
+# test:  the test suite, in two processes (WORKERS=N)       lint: ruff and mypy
 # docs: the tables and figures of docs/benchmarks/ in docs/benchmarks.md, docs/quality.md and README.md, and docs/rooms.svg
 # kernels: the CUDA kernels as a library, by nvcc, in build/kernels
 # plugin: the TensorRT plugins over them, in build/plugin; TENSORRT_INCLUDE=DIR names TensorRT's headers where the system has none
@@ -7,6 +7,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINT ?= $(if $(shell command -v nvidia-smi),,-c requirements/cpu.txt)
+WORKERS ?= 2
 BIN := $(VENV)/bin
 ALIVE := $(PYTHON) scripts/alive.py
 
@@ -22,7 +23,7 @@ demo: setup
 	@BIN=$(abspath $(BIN)) bash scripts/demo.sh
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-vllm: .venv-vllm/installed
 	OMP_WAIT_POLICY=PASSIVE .venv-vllm/bin/python -m pytest tests/vllm_engine
