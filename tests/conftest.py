@@ -13,9 +13,9 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers of a test must not warn on stderr
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once, everywhere
-if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores have one each: threads of both would wait for each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `flashhead` has it
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores have one each: two threads in both make small models seven times slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it, and all that they start: tests of Ctrl-C need it back
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
