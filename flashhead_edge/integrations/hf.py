@@ -187,6 +187,9 @@ def output_head(model: PreTrainedModel) -> nn.Module:
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.device.type == "meta":
         found = type(module).__name__ if weight is None else f"{type(module).__name__} with a {weight.dtype} weight on {weight.device}"
         raise UnsupportedModelError(f"{name}: the output head is a {found}, expected a matrix of floats in memory; load the model with its head unquantised")
+    if type(weight) not in (Tensor, nn.Parameter):  # torchao's codes, for one, say that they are floats
+        found = f"{type(module).__name__} whose weight is a {type(weight).__name__}"
+        raise UnsupportedModelError(f"{name}: the output head is a {found}, expected a plain matrix of floats; load the model with its head unquantised")
     return module
 
 

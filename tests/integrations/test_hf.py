@@ -259,6 +259,19 @@ def test_a_quantised_or_absent_matrix_is_refused():
         FlashHead(index).attach(model)
 
 
+def test_a_matrix_of_another_class_is_refused():
+    """torchao's weights are tensors of classes of their own, which call themselves bfloat16 and hold codes."""
+
+    class Codes(torch.Tensor):
+        pass
+
+    model = small_model("llama")
+    index = everything_open(model.lm_head.weight)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().as_subclass(Codes), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"the output head is a Linear whose weight is a Codes, expected a plain matrix of floats"):
+        FlashHead(index).attach(model)
+
+
 def test_a_head_without_rows_says_so():
     index = everything_open(torch.randn(VOCAB, 32))
     with pytest.raises(SettingsError, match="no model is attached and the index came from no folder"):
