@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_edge.records.folder import Entry, Found
+from flashhead_edge.records.form import PRIMARY
 from flashhead_edge.report.html import write_page
 from flashhead_edge.report.words import DASH, interval, megabytes, percent, short
 
@@ -86,10 +87,7 @@ def _place(e: Entry) -> tuple[bool, bool, bool]:
 def primary(record: Mapping[str, Any]) -> tuple[str, Any, Any]:
     """The measure that a record is read by: its name, its figure and the baseline's (None where there is none)."""
     base = record["baseline"] or {}
-    names = {
-        "head": ("microseconds", "tokens_per_second"), "step": ("microseconds", "tokens_per_second"), "text": ("tokens_per_second", "microseconds"),
-        "agreement": ("top1_agreement",), "quality": ("quality",),
-    }[record["part"]]  # fmt: skip
+    names = PRIMARY[record["part"]]
     name = next((n for n in names if record[n] is not None), names[0])
     return name, record[name], base.get(name)
 
