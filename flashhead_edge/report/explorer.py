@@ -42,7 +42,7 @@ class Filter:
 COLUMNS = (
     Column("model", "model"), Column("part", "measured"), Column("head", "head"), Column("precision", "precision"), Column("batch", "batch"),
     Column("device", "device"), Column("backend", "backend"), Column("base", "baseline"), Column("ours", "this head"), Column("fast", "times as fast"),
-    Column("agreement", "agreement"), Column("bytes", "of dense bytes"), Column("date", "date"),
+    Column("agreement", "agreement"), Column("bytes", "of dense bytes"),
 )  # fmt: skip
 FILTERS = (
     Filter("model", "Model"), Filter("device", "Device"), Filter("precision", "Precision"), Filter("batch", "Batch"), Filter("backend", "Backend"),
@@ -217,7 +217,7 @@ def _plots() -> str:
     key = " ".join(f'<span class="key"><span class="swatch {kind}"></span> {what}</span>' for kind, what in swatches)
     charts = (
         ("Beside the baseline", chosen, "bars", "Bars of each head beside its baseline",
-         f"{key}. Whiskers: least and most of the rounds, or the median absolute deviation; none where the spread is not known."),
+         f"{key} Whiskers: least and most of the rounds, or the median absolute deviation; none where the spread is not known."),
         ("Agreement against bytes", "", "by-bytes", "Agreement by share of the dense head's bytes",
          "Up and to the left is better. A line joins the measured heads of one model, text, device and batch that no other one of these beats in both. "
          "Open marks: predicted, or the agreement is that of the calibration."),
@@ -268,9 +268,9 @@ def _row(e: Entry) -> str:
         DASH if r["batch"] is None else str(r["batch"]), _text(r["device"]) + how,
         _text(f"{r['backend']} {r['backend_version'] or ''}".strip()), figure(shown(name, base), rival, _energy(r["baseline"])),
         figure(shown(name, ours), _energy(r)), figure(fast(r["times_as_fast"])), agrees,
-        DASH if read is None else figure((percent(read), megabytes(r["bytes_per_step"]))), _text((r["date"] or DASH)[:10]),
+        DASH if read is None else figure((percent(read), megabytes(r["bytes_per_step"]))),
     ]  # fmt: skip
     said = _text(r["command"] or "not known")
     tds = "".join(f"<td>{c}</td>" for c in cells)
-    call = f"<details><summary>command</summary><code>{said}</code> <small>{_text(e.file)}</small></details>"
+    call = f"<details><summary>command</summary><code>{said}</code> <small>{_text(e.file)}</small></details><small>{_text((r['date'] or DASH)[:10])}</small>"
     return f'<tr id="r-{e.id}"{" class=predicted" if predicted else ""}><th scope="row">{model}</th>{tds}<td>{call}</td></tr>'
