@@ -191,10 +191,10 @@ def test_suite_keeps_records_says_what_it_skips_and_goes_on(benches: Path) -> No
 def test_suite_refuses_a_folder_of_other_inputs_or_another_commit(benches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = benches / "out"
     suite.run_suite(out, suite.Inputs())
-    with pytest.raises(SettingsError, match=r"it holds a suite of inputs .*name a new folder"):
+    with pytest.raises(SettingsError, match=r"it holds a suite of quick false, expected true, .*name a new folder"):
         suite.run_suite(out, suite.Inputs(quick=True))
     monkeypatch.setattr(suite, "commit", lambda: "another")
-    with pytest.raises(SettingsError, match=r"it holds a suite of commit .*, expected another"):
+    with pytest.raises(SettingsError, match=r"it holds a suite of commit .*, expected \"another\""):
         suite.run_suite(out, suite.Inputs())
     (out / suite.STATE).write_text("{")
     with pytest.raises(SettingsError, match="it is no JSON"):
