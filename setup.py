@@ -16,6 +16,7 @@ from glob import glob
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOMS = {"flashhead_edge.export": "export", "flashhead_edge.jetson": "jetson"}
@@ -58,6 +59,22 @@ CUDA = Extension(
     extra_link_args=["-pthread", "-ldl", "-Wl,-z,defs", "-Wl,--version-script=plugins_trt/nvrtc/exports.map"],
     optional=True,
 )
+
+
+class BuildPy(build_py):
+    """As setuptools', and the commit of the tree in a file, where there is one: records of an installed package say it."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        try:
+            found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
+        except FileNotFoundError:
+            found = ""
+        if found and os.path.exists(".git"):  # not of a repository around an unpacked archive
+            with open(os.path.join(self.build_lib, "flashhead_edge", "commit.txt"), "w", encoding="ascii") as file:
+                file.write(found + "\n")
 
 
 class BuildExt(build_ext):
@@ -103,7 +120,7 @@ setup(
     packages=[*packages, *SOURCES],
     package_dir=ROOMS | SOURCES,
     ext_modules=[NATIVE, *([CUDA] if sys.platform == "linux" else [])],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
     exclude_package_data={"flashhead_edge.jetson": ["native/*"]},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -286,7 +286,7 @@ def test_document(document: dict[str, Any], texts: list[Path]) -> None:
     for key in RECORD + ASKED:
         assert key in document, key
     assert (document["shape"], document["head"], document["command"]) == ([256, 32], "fitted", "flashhead evaluate")
-    assert document["precision"] == "float32"
+    assert document["precision"] == "fp32"
     assert [t["text"] for t in document["texts"]] == ["one.txt", "zwei.txt"]
     assert [t["positions"] for t in document["texts"]] == [600, 4 * len("Zwölf Boxkämpfer jagen Viktor über den großen Sylter Deich. ".encode())]
     assert document["positions"] == sum(t["positions"] for t in document["texts"])

@@ -39,7 +39,7 @@ def test_schema_is_a_schema_and_names_the_fields_of_the_code() -> None:
         made(),
         predicted(),
         made(spread=0.0),
-        made(top1_agreement=None, settings={"deep": [{"x": None}]}),
+        made(top1_agreement=None, top1_agreement_interval=None, settings={"deep": [{"x": None}]}),
         made(settings={"median": 1}, observed={"median": "x"}),
     ],
 )
@@ -68,6 +68,16 @@ def without(name: str) -> dict[str, Any]:
         (made(microseconds=figure(-1.0)), "microseconds"),
         (made(date="yesterday"), "date: 'yesterday'"),
         (made(head=""), "head: '' should be non-empty"),
+        (made(date="9999-99-99"), "date: 9999-99-99 is no day of a calendar"),
+        (made(real_weights=None), "real_weights: None is not of type 'boolean'"),
+        (made(top1_agreement_interval=[0.9996, 0.994]), "top1_agreement is 0.9955, outside of its interval 0.9996 to 0.994"),
+        (made(top1_agreement=None), "top1_agreement is None, outside of its interval"),
+        (made(baseline=baseline("run-1", "dense bf16")), "record and baseline have no microseconds or tokens_per_second both"),
+        (made(baseline=baseline("run-1", "dense bf16", bytes_per_step=5e8)), "record and baseline have no microseconds or tokens_per_second both"),
+        (made(part="agreement"), "record and baseline have no top1_agreement both"),
+        (predicted(tokens_per_second=figure(100.0, 90.0, 110.0)), "tokens_per_second"),
+        (predicted(microseconds=figure(136.0, 5.0, 200.0)), "microseconds"),
+        (predicted(baseline=baseline("rule", "dense bf16", microseconds=figure(6_440.0, 6_000.0, 7_000.0, "range", 5))), "baseline"),
         (predicted(source=None), "source: None is not of type 'string'"),
         (predicted(microseconds=figure(136.0, 130.0, 140.0, "range", 5)), "microseconds"),
         ([], "[] is not of type 'object'"),
@@ -119,8 +129,11 @@ def test_files_and_folders_are_read_whatever_their_depth(tmp_path: Path) -> None
         ('{"schema": true, "records": []}', "it is no file of records"),
         ('{"records": []}', "it is no file of records"),
         ('{"schema": 2, "records": []}', "its form is 2, expected at most 1; install a newer flashhead-edge"),
-        ('{"schema": 1, "records": {}}', "form 1 without a list of records"),
-        ('{"schema": 0, "records": []}', "form 0 without a list of records"),
+        ('{"schema": 1, "records": {}}', "records: {} is not of type 'array'"),
+        ('{"schema": 0, "records": []}', "its form is 0, expected 1; restore the file"),
+        ('{"schema": 1, "records": [], "foo": "x"}', "'foo' was unexpected"),
+        ('{"schema": 1, "records": [], "left_out": 5}', "left_out: 5 is not of type 'array'"),
+        ('{"schema": 1, "records": [], "records": []}', "the name 'records' stands twice in one object"),
         (json.dumps(document([made(batch=0), *[{"kind": "measured"}] * 5])), "record 1: batch: 0 is less"),
     ],
 )
@@ -140,7 +153,9 @@ def test_what_is_there_twice_counts_once_and_contradictions_count_not_at_all(tmp
     found = read_records([tmp_path])
     assert [e.record["run"] for e in found.entries] == ["run-1"]
     (sentence,) = found.refused
-    assert sentence.startswith("a.json, b.json: 2 records of FlashHead on Llama-3.2-1B in run run-2 contradict each other")
+    assert sentence.startswith(
+        "a.json, b.json: 2 records of FlashHead on Llama-3.2-1B (head, bf16, batch 1; cuda, NVIDIA H100 80GB HBM3) in run run-2 contradict"
+    )
 
 
 def test_paths_without_records_are_refused(tmp_path: Path) -> None:
@@ -165,6 +180,11 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
         write_records(out, [made("run-2")])
     assert out.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_files_say_of_what_is_no_record_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(document([made()], ["bench x: a draw: no dense head in the same run, so that it is no record"])))
+    assert read_records([tmp_path]).unrecorded == ("a.json: bench x: a draw: no dense head in the same run, so that it is no record",)
 
 
 # benches
@@ -237,6 +257,7 @@ def vllm_document() -> dict[str, Any]:
 def onnx_document() -> dict[str, Any]:
     own = bench_onnx_document.document()
     for i, r in enumerate(own["records"]):
+        r["real_weights"] = r.get("real_weights") or False
         r["microseconds_rounds"] = [r["microseconds"] * x for x in (0.9, 1.0, 1.1 + 0.01 * i)]
     return own
 
@@ -426,4 +447,6 @@ def test_only_equal_subjects_are_compared() -> None:
     after = side(made("run-2", settings={"head": {"margin": 2}, "group": 32}), made("run-2", device="another"))
     found = compare(before, after)
     assert {c.record["settings"].get("group") for c in found.changes} == {32}  # what calibration chose is no part of the subject
-    assert (found.only_before, found.only_after) == (2, 1)
+    assert len(found.only_before) == 2
+    assert found.only_before[1] == "FlashHead on Llama-3.2-1B (head, bf16, batch 4; cuda, NVIDIA H100 80GB HBM3)"
+    assert found.only_after == ("FlashHead on Llama-3.2-1B (head, bf16, batch 1; cuda, another)",)

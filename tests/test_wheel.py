@@ -79,6 +79,22 @@ def test_without_a_compiler_the_wheel_is_built_without_the_operators(source: Pat
     assert run(environment(tmp_path / "venv", built), "-c", IMPORT, cwd=tmp_path)
 
 
+@pytest.mark.skipif(os.name == "nt" or shutil.which("git") is None, reason="needs git, and a compiler whose name can be set")
+def test_an_installed_package_knows_the_commit_that_it_was_built_of(source: Path, tmp_path: Path) -> None:
+    """Its records say it, also where the environment lies in another repository."""
+    copy = shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.so"))
+    for command in (("init", "-q"), ("add", "-A"), ("-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "x")):
+        run("git", *command, cwd=copy)
+    wanted = run("git", "rev-parse", "--short", "HEAD", cwd=copy).strip()
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, copy, cwd=copy, CC="no-such-compiler")
+    other = tmp_path / "other"
+    other.mkdir()
+    run("git", "init", "-q", cwd=other)
+    (built,) = tmp_path.glob("*.whl")
+    found = run(environment(other / "venv", built), "-c", "from flashhead_edge.bench.provenance import commit; print(commit())", cwd=other).strip()
+    assert found.startswith(wanted) or found.removesuffix("-dirty") == wanted
+
+
 def environment(folder: Path, *arguments: object) -> Path:
     """A fresh virtual environment with one thing installed into it, without its dependencies; its python.
 
@@ -105,6 +121,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path, source: Path) ->
         want |= {f"flashhead_edge/{p.relative_to(source).as_posix()}" for p in (source / room).rglob("*.py")}
     assert {n for n in names if n.endswith(".py")} == want
     assert "flashhead_edge/py.typed" in names
+    assert "flashhead_edge/commit.txt" not in names  # of a tree without git
     rooms = {"sources": "kernels", "plugins": "plugins", "nvrtc": "nvrtc"}
     folders = {name: source / "plugins_trt" / room for name, room in rooms.items()}
     sources = {f"flashhead_edge/kernels/{name}/{p.relative_to(f).as_posix()}" for name, f in folders.items() for p in f.rglob("*") if p.is_file()}

@@ -12,14 +12,23 @@ from typing import Any
 
 from flashhead_edge.checkpoint.jsonfiles import read_json
 
+BUILT = Path(__file__).parent.parent / "commit.txt"  # what setup.py writes into a wheel
+
 
 def commit() -> str | None:
-    """The commit of the working tree, `-dirty` where it was changed; None outside of one."""
+    """The commit of the working tree, `-dirty` where it was changed; of an installed package the one that it was built of; None where neither is known."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=False).stdout.strip()
+
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        found = git("describe", "--always", "--dirty") if git("ls-files", here.name) else ""  # an environment may lie in somebody else's repository
     except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
+        found = ""
+    if not found and BUILT.is_file():
+        found = BUILT.read_text(encoding="ascii").strip()
+    return found or None
 
 
 def command(module: str) -> str:

@@ -48,7 +48,7 @@ def _task(task: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[s
         answers = {named("equal answers", k): s for k, s in (part["equal_answers"] or {}).items()}
         for metric, s in {**texts, **answers}.items():
             said = quality(name, metric, s["share"], s["of"], interval=s["interval"], harness=harness)
-            yield record(**fields, quality=said, baseline=baseline(run, "dense"))
+            yield record(**fields, quality=said, baseline=baseline(run, "dense", quality=_own(said, 1.0)))
         note = None if part["kind"] == "generate_until" else ASIDE
         for m in part["metrics"]:
             if m["dense"] is None or m["flash"] is None:
@@ -60,9 +60,14 @@ def _task(task: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[s
     if scored is not None:
         exact, loss = scored["exact_rows"], scored["loss"]["all"]
         said = quality(task["task"], "loss above the dense head's, nats a token", loss, scored["tokens"], harness=harness, note=ASIDE)
-        yield record(**common, quality=said, baseline=baseline(run, "dense"))
+        yield record(**common, quality=said, baseline=baseline(run, "dense", quality=_own(said, 0.0)))
         said = quality(task["task"], "scored tokens with an exact row", exact["share"], exact["of"], interval=exact["interval"], harness=harness, note=ASIDE)
-        yield record(**common, quality=said, baseline=baseline(run, "dense"))
+        yield record(**common, quality=said, baseline=baseline(run, "dense", quality=_own(said, 1.0)))
+
+
+def _own(said: Mapping[str, Any], value: float) -> dict[str, Any]:
+    """What the dense head has of a measure that compares with itself: nothing was asked for it."""
+    return {**said, "value": value, "interval": None}
 
 
 def _text(text: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -77,8 +82,9 @@ def _text(text: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[s
         "top1_agreement": share,
         "top1_agreement_interval": ends,
     }
-    dense = baseline(run, "dense", bytes_per_step=text["dense_bytes_per_step"])
-    yield record(**fields, **measures, quality=quality("text", "agreement", share, n, interval=ends, domain=domain), baseline=dense)
+    said = quality("text", "agreement", share, n, interval=ends, domain=domain)
+    dense = baseline(run, "dense", bytes_per_step=text["dense_bytes_per_step"], top1_agreement=1.0, quality=_own(said, 1.0))
+    yield record(**fields, **measures, quality=said, baseline=dense)
     if text["perplexity"] is not None:
         both = [quality("text", "perplexity of a token", text[name], n, domain=domain, note=ASIDE) for name in ("perplexity", "perplexity_dense")]
         yield record(**fields, quality=both[0], baseline=baseline(run, "dense", quality=both[1]))
@@ -86,7 +92,12 @@ def _text(text: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[s
     if free is not None:
         same, prompts = round(free["whole"] * free["prompts"]), free["prompts"]
         said = quality("text", "equal greedy texts", same / prompts, prompts, interval=list(wilson(same, prompts)), domain=domain)
-        yield record(**{**fields, "settings": {**settings, "prompts": prompts}}, tokens=free["tokens"], quality=said, baseline=baseline(run, "dense"))
+        yield record(
+            **{**fields, "settings": {**settings, "prompts": prompts}},
+            tokens=free["tokens"],
+            quality=said,
+            baseline=baseline(run, "dense", quality=_own(said, 1.0)),
+        )
 
 
 def named(metric: str, filtered: str) -> str:

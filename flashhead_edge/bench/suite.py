@@ -88,8 +88,9 @@ def run_suite(out: Path, inputs: Inputs, progress: Progress = silent, said: Call
     able = [task for task in tasks if reasons[task.name] is None]
     for task in tasks:
         if (why := reasons[task.name]) is not None:
-            said(f"skipped {task.name}: {why}")
             outcomes.append(Outcome(task.name, "skipped", why, 0, 0.0))
+    for why in dict.fromkeys(o.why for o in outcomes):
+        said(f"skipped {', '.join(o.task for o in outcomes if o.why == why)}: {why}")
     pace, spent = 1.0, 0.0  # of this machine, beside the one where the tasks were tried
     guessed = 0.0
     for i, task in enumerate(able):
@@ -243,7 +244,8 @@ def _begin(out: Path, inputs: Inputs) -> None:
     """Make the folder, or look that what was begun in it is what is asked for now."""
     now = {
         "version": __version__, "commit": commit(), "machine": _machine(), "form": VERSION,
-        "inputs": {name: None if value is None else str(value) for name, value in vars(inputs).items()},
+        **{name: None if value is None else str(value) for name, value in vars(inputs).items() if name not in ("quick", "asked")},
+        "task": list(inputs.asked), "quick": inputs.quick,
     }  # fmt: skip
     state = out / STATE
     try:
@@ -260,7 +262,8 @@ def _begin(out: Path, inputs: Inputs) -> None:
         raise SettingsError(f"{state}: it is no JSON, expected what an earlier suite wrote; name a new folder, or remove the file") from error
     for name, value in now.items():
         if (found := before.get(name) if isinstance(before, dict) else None) != value:
-            raise SettingsError(f"{out}: it holds a suite of {name} {found}, expected {value}, so that its records are of one kind; name a new folder")
+            was, asked = (json.dumps(one, ensure_ascii=False) for one in (found, value))
+            raise SettingsError(f"{out}: it holds a suite of {name} {was}, expected {asked}, so that its records are of one kind; name a new folder")
 
 
 def _machine() -> str:

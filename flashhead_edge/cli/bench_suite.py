@@ -65,21 +65,26 @@ def suite(
 @click.option(
     "--tolerance", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Share of a time or of bytes that is no loss, beyond the spread."
 )
+@click.option("--all", "whole", is_flag=True, help="Exit code 1 also where AFTER lacks a subject of BEFORE: what is gone may have been lost.")
 @click.option("--relative", is_flag=True, help="Compare times with their own baselines first: for machines that differ from day to day.")
 @json_option
 @common_options
 @click.pass_context
-def compare(context: click.Context, before: Path, after: Path, tolerance: float, relative: bool, as_json: bool) -> None:
+def compare(context: click.Context, before: Path, after: Path, tolerance: float, whole: bool, relative: bool, as_json: bool) -> None:
     """Compare the records of AFTER with those of BEFORE: ratios with the interval that both spreads allow.
 
-    A loss is a ratio whose whole interval lies below 1, and which is lower than the tolerance allows. Exit codes: 0 no loss, 1 a loss, 2 nothing to compare.
+    A loss is a ratio whose whole interval lies below 1, and which is lower than the tolerance allows. Exit codes: 0 no loss, 1 a loss, or a file or record
+    of AFTER that cannot be read, 2 nothing to compare.
     """
+    if not 0 <= tolerance <= 1:  # a number that is none passes a range
+        raise click.UsageError(f"--tolerance: {tolerance}, expected a share from 0 to 1.")
     with answer_only() as stdout:
         from dataclasses import asdict
 
         from flashhead_edge.errors import SettingsError
         from flashhead_edge.records.compare import compare as compared
         from flashhead_edge.records.folder import read_records
+        from flashhead_edge.records.form import SUBJECT
         from flashhead_edge.report.comparing import show_comparison, verdict
 
         sides = [read_records([path]) for path in (before, after)]
@@ -93,7 +98,9 @@ def compare(context: click.Context, before: Path, after: Path, tolerance: float,
             )
         show_comparison(found, tolerance, person(stdout, as_json))
         if as_json:
-            changes = [asdict(c) | {"verdict": verdict(c, tolerance)} for c in found.changes]
+            named = (*SUBJECT, "kind", "settings", "target_agreement", "quality")  # which record it is; all of it stands in AFTER
+            changes = [asdict(c) | {"record": {n: c.record[n] for n in named}, "verdict": verdict(c, tolerance)} for c in found.changes]
             left_out = [*sides[0].refused, *sides[1].refused]
             write_json({"changes": changes, "only_before": found.only_before, "only_after": found.only_after, "left_out": left_out}, stdout)
-    context.exit(1 if any(c.lost(tolerance) for c in found.changes) else 0)
+    lost = any(c.lost(tolerance) for c in found.changes) or bool(sides[1].refused) or (whole and bool(found.only_before))
+    context.exit(1 if lost else 0)

@@ -25,15 +25,18 @@ def report(records: tuple[Path, ...], output: Path, as_json: bool) -> None:
         from flashhead_edge.errors import SettingsError
         from flashhead_edge.records.folder import read_records
         from flashhead_edge.report.explorer import write_explorer
+        from flashhead_edge.report.words import counted
 
         with shown_progress("reading records"):
             found = read_records(records)
-        for sentence in found.refused:
+        alone = len(found.refused) == 1 and not found.entries  # which the error says
+        for sentence in () if alone else found.refused:
             click.echo(f"left out: {sentence}", err=True)
         if not found.entries:
-            why = found.refused[0] if len(found.refused) == 1 else f"{len(found.refused)} files or records were left out"
+            why = found.refused[0] if alone else f"{len(found.refused)} files or records were left out"
             raise SettingsError(f"report: no record to show, expected one at least ({why}); measure with flashhead bench suite, or give other files")
         write_explorer(found, output)
-        person(stdout, as_json).print(f"{output}: {len(found.entries):,} records, {len(found.refused):,} left out", markup=False)
+        person(stdout, as_json).print(f"{output}: {counted(len(found.entries), 'record')}, {len(found.refused):,} left out", markup=False)
         if as_json:
-            write_json({"page": str(output), "records": len(found.entries), "left_out": list(found.refused)}, stdout)
+            answer = {"page": str(output), "records": len(found.entries), "left_out": list(found.refused), "unrecorded": list(found.unrecorded)}
+            write_json(answer, stdout)

@@ -131,7 +131,8 @@ def evaluate_checkpoint(
 
 def body_precision(config: Mapping[str, Any]) -> str:
     """What a model's linear layers are stored in: how they were quantised, or their type; float32 where config.json does not say."""
-    return str((config.get("quantization_config") or {}).get("quant_method") or config.get("dtype") or config.get("torch_dtype") or "float32")
+    stored = str((config.get("quantization_config") or {}).get("quant_method") or config.get("dtype") or config.get("torch_dtype") or "float32")
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(stored, stored)
 
 
 def untimed_record(model: str, shape: tuple[int, int], context: int, head: str, ran: dict[str, Any], command: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashhead_edge.records.folder import Entry
-from flashhead_edge.records.form import subject
+from flashhead_edge.records.form import subject, title
 
 SMALLER_IS_BETTER = ("microseconds", "first_token_seconds", "joules_per_token", "bytes_per_step", "peak_bytes")
 LARGER_IS_BETTER = ("tokens_per_second", "top1_agreement")
@@ -43,8 +43,8 @@ class Comparison:
     """Changes in the order of the newer folder, and the subjects that only one folder has."""
 
     changes: tuple[Change, ...]
-    only_before: int
-    only_after: int
+    only_before: tuple[str, ...]  # by title
+    only_after: tuple[str, ...]
 
 
 def compare(before: Sequence[Entry], after: Sequence[Entry], relative: bool = False) -> Comparison:
@@ -55,7 +55,8 @@ def compare(before: Sequence[Entry], after: Sequence[Entry], relative: bool = Fa
     """
     sides = [_by_subject(entries) for entries in (before, after)]
     changes = [c for key, mine in sides[1].items() if key in sides[0] for c in _changes(sides[0][key], mine, relative)]
-    return Comparison(tuple(changes), len(sides[0].keys() - sides[1].keys()), len(sides[1].keys() - sides[0].keys()))
+    only = [tuple(title(records[0]) for key, records in one.items() if key not in other) for one, other in (sides, reversed(sides))]
+    return Comparison(tuple(changes), only[0], only[1])
 
 
 def _by_subject(entries: Sequence[Entry]) -> dict[str, list[Mapping[str, Any]]]:

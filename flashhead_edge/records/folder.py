@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_edge.errors import FlashHeadError, SettingsError
-from flashhead_edge.records.form import VERSION, check_record, document, identity, subject
+from flashhead_edge.records.form import VERSION, check_document, check_record, document, identity, subject, title
 
 KEY = "benchmark"  # of a bench's own document: under it lies its file of records
 MOST_BYTES = 64 << 20  # of a file: a hundred thousand records
@@ -30,10 +30,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Found:
-    """What was read: records, and a sentence for each file or record that was left out."""
+    """What was read: records, a sentence for each file or record that was left out, and those of the files on what was measured and is no record."""
 
     entries: tuple[Entry, ...]
     refused: tuple[str, ...]
+    unrecorded: tuple[str, ...] = ()
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -68,12 +69,14 @@ def read_records(paths: Sequence[Path]) -> Found:
     """
     found: list[Entry] = []
     refused: list[str] = []
+    unrecorded: list[str] = []
     for path, name in _files(paths):
         try:
-            records = _read(path, name)
+            records, without = _read(path, name)
         except SettingsError as error:
             refused.append(str(error))
             continue
+        unrecorded += [f"{name}: {sentence}" for sentence in without]
         wrong: list[str] = []
         for i, one in enumerate(records):
             try:
@@ -84,7 +87,7 @@ def read_records(paths: Sequence[Path]) -> Found:
                 found.append(Entry(one, identity(one), name))
         refused += wrong[:NAMED] + ([f"{name}: {len(wrong) - NAMED} more of its records were left out"] if len(wrong) > NAMED else [])
     kept, contradicting = _without_contradictions(found)
-    return Found(tuple(kept), (*refused, *contradicting))
+    return Found(tuple(kept), (*refused, *contradicting), tuple(dict.fromkeys(unrecorded)))
 
 
 def _files(paths: Sequence[Path]) -> list[tuple[Path, str]]:
@@ -103,8 +106,8 @@ def _files(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     return [(p, name if names.count(name) == 1 else str(p)) for p, name in found]
 
 
-def _read(path: Path, name: str) -> list[Any]:
-    """The records of a file, not checked one by one yet.
+def _read(path: Path, name: str) -> tuple[list[Any], list[str]]:
+    """The records of a file, not checked one by one yet, and what it says of what is none.
 
     Raises:
         SettingsError: it is no JSON, of a newer form, or holds no records.
@@ -112,7 +115,7 @@ def _read(path: Path, name: str) -> list[Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise SettingsError(f"{name}: {path.stat().st_size:,} bytes, expected at most {MOST_BYTES:,}; split the file")
-        whole = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
+        whole = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, SettingsError):
             raise
@@ -126,9 +129,18 @@ def _read(path: Path, name: str) -> list[Any]:
         raise SettingsError(f'{name}: it is no file of records, expected {{"schema": {VERSION}, "records": [...]}}; name another file or remove it')
     if whole["schema"] > VERSION:
         raise SettingsError(f"{name}: its form is {whole['schema']}, expected at most {VERSION}; install a newer flashhead-edge")
-    if whole["schema"] != VERSION or not isinstance(whole.get("records"), list):
-        raise SettingsError(f'{name}: form {whole["schema"]} without a list of records, expected {{"schema": {VERSION}, "records": [...]}}; restore the file')
-    return list(whole["records"])
+    if whole["schema"] != VERSION:
+        raise SettingsError(f"{name}: its form is {whole['schema']}, expected {VERSION}; restore the file")
+    check_document(whole, name)
+    return list(whole["records"]), list(whole.get("left_out", ()))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)[:40]!r} stands twice in one object")
+    return found
 
 
 def _no_constant(text: str) -> float:
@@ -162,5 +174,5 @@ def _without_contradictions(entries: Sequence[Entry]) -> tuple[list[Entry], list
             continue
         where = ", ".join(sorted({e.file for e in group}))
         one = group[0].record
-        refused.append(f"{where}: {len(group)} records of {one['head']} on {one['model']} in run {run} contradict each other, expected one; keep the right one")
+        refused.append(f"{where}: {len(group)} records of {title(one)} in run {run} contradict each other, expected one; keep the right one")
     return kept, refused

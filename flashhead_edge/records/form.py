@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import json
@@ -26,6 +27,10 @@ FIELDS: dict[str, Any] = {
     **MEASURES,
     **dict.fromkeys(("times_as_fast", "baseline", "date", "commit", "command", "source", "note")),
 }
+PRIMARY: dict[str, tuple[str, ...]] = {  # by part: what a record is read by, the first that it has
+    "head": ("microseconds", "tokens_per_second"), "step": ("microseconds", "tokens_per_second"), "text": ("tokens_per_second", "microseconds"),
+    "agreement": ("top1_agreement",), "quality": ("quality",),
+}  # fmt: skip
 SUBJECT = ("bench", "part", "model", "shape", "real_weights", "precision", "head", "backend", "device", "power_mode", "threads", "batch", "context", "tokens")
 
 
@@ -75,6 +80,23 @@ def subject(record: Mapping[str, Any]) -> str:
     )
 
 
+def described(record: Mapping[str, Any]) -> str:
+    """What tells a record from others of its model and head, for a person: part, precision, batch, context, text, target, run."""
+    asked, text, target = record.get("quality") or {}, record["settings"].get("text"), record.get("target_agreement")
+    words = (
+        record["part"] if not asked else f"{asked['task']}: {asked['metric']}", record.get("precision"), record.get("batch") and f"batch {record['batch']}",
+        record.get("context") is not None and f"{record['context']} cached", record.get("tokens") and f"{record['tokens']} tokens",
+        record.get("threads") and f"{record['threads']} thread{'' if record['threads'] == 1 else 's'}", isinstance(text, str) and text,
+        target is not None and f"target {100 * target:g} %",
+    )  # fmt: skip
+    return ", ".join(str(word) for word in words if word)
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """A record's subject for a person: head, model, what tells it from others, backend and device."""
+    return f"{record['head']} on {record['model']} ({described(record)}; {record['backend']}, {record['device']})"
+
+
 def identity(record: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that name a record: the same for the same content."""
     return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:12]
@@ -101,8 +123,30 @@ def _validator() -> Any:
     return Draft202012Validator({"$ref": "#/$defs/record", "$defs": whole["$defs"]})
 
 
+@functools.cache
+def _file_validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    whole = schema()
+    return Draft202012Validator({**whole, "properties": {**whole["properties"], "records": {"type": "array"}}})
+
+
+def check_document(found: Any, where: str) -> None:
+    """Check a file of records against the schema, its records apart.
+
+    Raises:
+        SettingsError: it breaks a rule. ModuleNotFoundError: jsonschema is not installed.
+    """
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_file_validator().iter_errors(found))
+    if error is not None:
+        raise SettingsError(f"{where}: {_place(error.absolute_path)}{_words(error.message)}, expected the form of record.schema.json; correct or remove it")
+
+
 def check_record(found: Any, where: str) -> None:
-    """Check one record against the schema, and what a schema cannot say: that its baseline is of its own run.
+    """Check one record against the schema, and what a schema cannot say: that its baseline is of its own run and has what the record is read by, that
+    medians and shares lie between their ends, that its date is one.
 
     Args:
         where: what an error calls the record, such as `runs/a.json, record 3`.
@@ -127,11 +171,33 @@ def check_record(found: Any, where: str) -> None:
         raise SettingsError(
             f"{where}: its baseline is of run {_words(base['run'])}, expected its own run {_words(found['run'])}; compare what was measured in one run"
         )
+    if base is not None and not any(found[name] is not None and base[name] is not None for name in PRIMARY[found["part"]]):
+        raise SettingsError(
+            f"{where}: record and baseline have no {' or '.join(PRIMARY[found['part']])} both, expected it of both, of one run; measure the baseline too"
+        )
+    if found["date"] is not None:
+        _check_date(found["date"], where)
+    for side in (found, base or {}):
+        _check_interval("top1_agreement", side.get("top1_agreement"), side.get("top1_agreement_interval"), where)
+        asked = side.get("quality") or {}
+        _check_interval("quality", asked.get("value"), asked.get("interval"), where)
     for name, value in [*found.items(), *(base or {}).items()]:
         if name in (*MEASURES, "times_as_fast") and isinstance(value, Mapping) and "median" in value:
             low, high = value["low"], value["high"]
             if (low is not None and low > value["median"]) or (high is not None and high < value["median"]):
                 raise SettingsError(f"{where}: {name} has its median {value['median']} outside of {low} to {high}, expected it inside; correct the record")
+
+
+def _check_date(text: str, where: str) -> None:
+    try:
+        datetime.datetime.fromisoformat(text.removesuffix("Z"))
+    except ValueError as error:
+        raise SettingsError(f"{where}: date: {text} is no day of a calendar ({error}), expected one; correct the record") from error
+
+
+def _check_interval(name: str, value: float | None, ends: Sequence[float] | None, where: str) -> None:
+    if ends is not None and (value is None or not ends[0] <= value <= ends[1]):
+        raise SettingsError(f"{where}: {name} is {value}, outside of its interval {ends[0]} to {ends[1]}, expected it inside; correct the record")
 
 
 def _place(path: Sequence[str | int]) -> str:

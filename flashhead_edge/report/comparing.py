@@ -7,9 +7,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flashhead_edge.records.compare import Change, Comparison
-from flashhead_edge.report.words import DASH
+from flashhead_edge.records.form import described
+from flashhead_edge.report.words import DASH, counted
 
-COLUMNS = ("model", "part", "head", "batch", "device, backend", "measure", "before", "after", "ratio", "spreads allow", "baseline", "")
+COLUMNS = ("model, head", "of", "device, backend", "measure", "before", "after", "ratio", "spreads allow", "baseline", "")
+NAMED = 20  # subjects of one side alone
 
 
 def verdict(change: Change, tolerance: float) -> str:
@@ -20,23 +22,28 @@ def verdict(change: Change, tolerance: float) -> str:
 
 
 def show_comparison(found: Comparison, tolerance: float, console: Console) -> None:
-    """A row a measure; the ratio is above 1 where the newer side is better."""
+    """A row for each measure that was lost or gained, the lost first, and the rest counted; the ratio is above 1 where the newer side is better."""
+    moved = [c for c in found.changes if verdict(c, tolerance) != "same"]
     table = Table(title="after against before: above 1 is better", title_justify="left")
     for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i in (0, 1, 2, 4, 5) else "right")
-    for c in found.changes:
+        table.add_column(name, justify="left" if i < 4 else "right", overflow="fold")
+    for c in sorted(moved, key=lambda c: (not c.lost(tolerance), c.ratio)):
         r, said = c.record, verdict(c, tolerance)
-        threads = f", {r['threads']} thread{'' if r['threads'] == 1 else 's'}" if r["threads"] else ""
         cells = [
-            r["model"], r["part"], r["head"], DASH if r["batch"] is None else str(r["batch"]), f"{r['device']}, {r['backend']}{threads}", _measure(c),
-            f"{c.before:,.5g}", f"{c.after:,.5g}", f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}" if c.spread_known else DASH,
-            DASH if c.baseline is None else f"{c.baseline:.3f}", said,
+            f"{r['model']}, {r['head']}", described(r), f"{r['device']}, {r['backend']}", _measure(c), f"{c.before:,.5g}", f"{c.after:,.5g}", f"{c.ratio:.3f}",
+            f"{c.low:.3f} to {c.high:.3f}" if c.spread_known else DASH, DASH if c.baseline is None else f"{c.baseline:.3f}", said,
         ]  # fmt: skip
         table.add_row(*(Text(str(cell)) for cell in cells), style={"lost": "bold red", "gained": "green"}.get(said))
-    console.print(table)
-    lost = sum(c.lost(tolerance) for c in found.changes)
-    rest = f"{found.only_before} subjects only before, {found.only_after} only after"
-    console.print(Text(f"{len(found.changes)} measures, {lost} lost beyond the spread and {100 * tolerance:g} %; {rest}"))
+    if moved:
+        console.print(table)
+    for where, titles in (("before", found.only_before), ("after", found.only_after)):
+        for one in titles[:NAMED]:
+            console.print(Text(f"only {where}: {one}"))
+        if len(titles) > NAMED:
+            console.print(Text(f"only {where}: {len(titles) - NAMED} more"))
+    lost, same = sum(c.lost(tolerance) for c in found.changes), len(found.changes) - len(moved)
+    rest = f"{counted(len(found.only_before), 'subject')} only before, {len(found.only_after)} only after"
+    console.print(Text(f"{counted(len(found.changes), 'measure')}, {lost} lost beyond the spread and {100 * tolerance:g} %, {same} the same; {rest}"))
 
 
 def _measure(change: Change) -> str:

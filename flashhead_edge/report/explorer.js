@@ -2,7 +2,7 @@
 // The rows are in the page already, escaped by the program that wrote it. They are filtered, put in order and shown a hundred at a time;
 // strings of records reach the document as text alone, and the plots through `plain`.
 (() => {
-  const PAGE = 100, BARS = 16, MARKS = 160, FLOOR = 2e-5;
+  const PAGE = 100, BARS = 16, MARKS = 160, LINES = 8, FLOOR = 2e-5;
   const NUMBERS = new Set(["batch", "base", "ours", "fast", "agreement", "bytes"]);
   const $ = id => document.getElementById(id);
   const table = $("records"), body = table.tBodies[0], filters = [...document.querySelectorAll("#filters select")];
@@ -14,7 +14,7 @@
 
   const value = (row, key) => {
     if (key === "fast") return row.record.times_as_fast?.median;
-    if (["base", "ours", "bytes", "agreement", "weights"].includes(key)) return row[key];
+    if (["base", "ours", "bytes", "agreement", "weights", "part", "text"].includes(key)) return row[key];
     return row.record[key];
   };
   const text = (row, key) => { const found = value(row, key); return found === undefined || found === null ? "not known" : String(found); };
@@ -125,7 +125,7 @@
   });
 
   // plots
-  const plain = s => String(s).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); // plotly reads tags in its texts
+  const plain = s => String(s).replace(/[\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, "\ufffd").replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); // plotly reads tags in its texts
   const cut = (s, most) => s.length > most ? s.slice(0, most - 1) + "…" : s;
   const theme = () => {
     const style = getComputedStyle(document.documentElement), of = name => style.getPropertyValue(name).trim();
@@ -153,7 +153,8 @@
   };
   const PARTS = { head: "head alone", step: "whole step", text: "whole texts" };
   const about = row => [row.record.model, PARTS[row.record.part], row.record.head, row.record.batch && `batch ${row.record.batch}`, row.record.precision, row.record.backend,
-    row.record.threads && `${row.record.threads} thread${row.record.threads > 1 ? "s" : ""}`, row.record.device].filter(Boolean).join(", ");
+    row.record.threads && `${row.record.threads} thread${row.record.threads > 1 ? "s" : ""}`, row.text,
+    row.record.target_agreement && `target ${+(100 * row.record.target_agreement).toPrecision(6)} %`, row.record.device].filter(Boolean).join(", ");
 
   let asked = false; // until somebody chooses a figure, it is the one that most of what is shown has
   const commonest = () => Object.keys(MEASURES).filter(name => name !== "times_as_fast")
@@ -201,8 +202,17 @@
   const drawFrontier = (t, id, title, pick, ones) => {
     const points = visible.map(row => ({ row, x: pick(row), miss: row.agreement == null ? null : Math.max(1 - row.agreement, FLOOR) }))
       .filter(p => p.x > 0 && p.miss !== null);
-    const best = [];
-    for (const p of points.filter(p => p.row.record.kind !== "predicted").sort((a, b) => a.x - b.x || a.miss - b.miss)) if (!best.length || p.miss < best.at(-1).miss) best.push(p);
+    const groups = new Map(); // heads are compared where all but the head is the same
+    for (const p of points) {
+      const r = p.row.record, key = JSON.stringify([r.kind, r.model, p.row.text, r.device, r.backend, r.batch, r.threads]);
+      if (r.kind !== "predicted") groups.has(key) ? groups.get(key).push(p) : groups.set(key, [p]);
+    }
+    const lines = [...groups.values()].map(group => {
+      const best = [];
+      for (const p of group.sort((a, b) => a.x - b.x || a.miss - b.miss)) if (!best.length || p.miss < best.at(-1).miss) best.push(p);
+      return best;
+    }).filter(best => best.length > 1);
+    const drawn = lines.slice(0, LINES), best = drawn.flat();
     const kept = points.length > MARKS ? [...new Set([...best, ...points.slice(0, MARKS)])] : points;
     const heads = [...new Set(kept.map(p => p.row.record.head))];
     const traces = heads.map((head, i) => {
@@ -216,7 +226,8 @@
         hovertext: own.map(p => plain(`${about(p.row)}: ${+(100 * p.row.agreement).toFixed(3)} % at ${+p.x.toPrecision(3)}`)), hoverinfo: "text",
       };
     });
-    traces.push({ type: "scatter", mode: "lines", x: best.map(p => p.x), y: best.map(p => p.miss), line: { color: t.soft, dash: "dot", width: 1.5 }, hoverinfo: "skip",
+    const broken = pick => drawn.flatMap(line => [...line.map(pick), null]); // one trace: a null between two lines
+    traces.push({ type: "scatter", mode: "lines", x: broken(p => p.x), y: broken(p => p.miss), line: { color: t.soft, dash: "dot", width: 1.5 }, hoverinfo: "skip",
       showlegend: false });
     const low = points.length ? Math.min(...points.map(p => p.miss)) : 1e-3, high = points.length ? Math.max(...points.map(p => p.miss)) : 0.1;
     $(id).hidden = false;
@@ -231,8 +242,9 @@
     }), CONFIG);
     $(id).hidden = kept.length === 0;
     listen(id, kept.map(p => p.row.id));
-    const without = visible.length - points.length, few = kept.length < points.length ? ` Marks: the frontier and the first ${MARKS} of ${points.length.toLocaleString("en")}.` : "";
-    $(id + "-note").textContent = (without ? `${without.toLocaleString("en")} of the records shown lack one of the two figures.` : "") + few;
+    const without = visible.length - points.length, few = kept.length < points.length ? ` Marks: the lines' and the first ${MARKS} of ${points.length.toLocaleString("en")}.` : "";
+    const more = lines.length > LINES ? ` Lines of the first ${LINES} of ${lines.length.toLocaleString("en")} groups: filter for others.` : "";
+    $(id + "-note").textContent = (without ? `${without.toLocaleString("en")} of the records shown lack one of the two figures.` : "") + few + more;
   };
   // One plot a frame, the bars first: none keeps the page from answering for long. An order alone changes no frontier.
   const FRONTIERS = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_edge.records.folder import Entry, Found
+from flashhead_edge.records.form import PRIMARY
 from flashhead_edge.report.html import write_page
 from flashhead_edge.report.words import DASH, interval, megabytes, percent, short
 
 NO_NETWORK = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 PARTS = {"head": "a step of the head", "step": "a whole decode step", "text": "whole texts", "agreement": "agreement", "quality": "quality"}
 PREDICTED = "predicted"
+TURNS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,11 @@ class Filter:
 COLUMNS = (
     Column("model", "model"), Column("part", "measured"), Column("head", "head"), Column("precision", "precision"), Column("batch", "batch"),
     Column("device", "device"), Column("backend", "backend"), Column("base", "baseline"), Column("ours", "this head"), Column("fast", "times as fast"),
-    Column("agreement", "agreement"), Column("bytes", "of dense bytes"), Column("date", "date"),
+    Column("agreement", "agreement"), Column("bytes", "of dense bytes"),
 )  # fmt: skip
 FILTERS = (
     Filter("model", "Model"), Filter("device", "Device"), Filter("precision", "Precision"), Filter("batch", "Batch"), Filter("backend", "Backend"),
-    Filter("part", "Measured"), Filter("head", "Head"), Filter("weights", "Weights"), Filter("kind", "Kind"),
+    Filter("part", "Measured"), Filter("text", "Text"), Filter("head", "Head"), Filter("weights", "Weights"), Filter("kind", "Kind"),
 )  # fmt: skip
 
 
@@ -70,7 +73,7 @@ def explorer_page(found: Found) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{NO_NETWORK}">\n<link rel="icon" href="data:,">\n<title>FlashHead benchmarks</title>\n'
         f"<style>\n{style}{own}</style>\n</head>\n<body>\n<main>\n<h1>FlashHead benchmarks</h1>\n<p class='soft'>{about}</p>\n"
-        f"{_refused(found.refused)}{_controls()}{_plots()}{_table(entries)}\n</main>\n"
+        f"{_refused(found.refused)}{_controls()}{_plots()}{_table(entries)}{_unrecorded(found.unrecorded)}\n</main>\n"
         '<dialog id="record" aria-labelledby="record-title"><form method="dialog"><h2 id="record-title"></h2><button autofocus>Close</button></form>'
         "<p id='record-file'></p><h3>Command</h3><pre id='record-command'></pre><h3>Record</h3><pre id='record-json'></pre></dialog>\n"
         f"<script>{get_plotlyjs()}</script>\n<script type='application/json' id='data'>{data}</script>\n<script>\n{script}</script>\n</body>\n</html>\n"
@@ -86,10 +89,7 @@ def _place(e: Entry) -> tuple[bool, bool, bool]:
 def primary(record: Mapping[str, Any]) -> tuple[str, Any, Any]:
     """The measure that a record is read by: its name, its figure and the baseline's (None where there is none)."""
     base = record["baseline"] or {}
-    names = {
-        "head": ("microseconds", "tokens_per_second"), "step": ("microseconds", "tokens_per_second"), "text": ("tokens_per_second", "microseconds"),
-        "agreement": ("top1_agreement",), "quality": ("quality",),
-    }[record["part"]]  # fmt: skip
+    names = PRIMARY[record["part"]]
     name = next((n for n in names if record[n] is not None), names[0])
     return name, record[name], base.get(name)
 
@@ -140,9 +140,21 @@ def _row_data(e: Entry) -> dict[str, Any]:
     """A row for the script: what it sorts and filters by, and the record without its nulls."""
     r, (name, ours, base) = e.record, primary(e.record)
     return {
-        "id": e.id, "file": e.file, "measure": name, "weights": weights(r), "ours": _plain(ours), "base": _plain(base), "bytes": bytes_share(r),
+        "id": e.id, "file": e.file, "measure": name, "weights": weights(r), "part": part_of(r), "text": text_of(r),
+        "ours": _plain(ours), "base": _plain(base), "bytes": bytes_share(r),
         "agreement": agreement(r)[0], "record": _without_nulls(r),
     }  # fmt: skip
+
+
+def part_of(record: Mapping[str, Any]) -> str:
+    """What was measured, as the table says it."""
+    return PARTS[record["part"]] if record["quality"] is None else f"{record['quality']['task']}: {record['quality']['metric']}"
+
+
+def text_of(record: Mapping[str, Any]) -> str | None:
+    """The text that it was measured on, where it has one."""
+    text = record["settings"].get("text")
+    return text if isinstance(text, str) else None
 
 
 def _plain(value: Any) -> Any:
@@ -159,6 +171,11 @@ def _without_nulls(value: Any) -> Any:
     return {k: _without_nulls(v) for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
 
 
+def _text(text: str) -> str:
+    """Text as HTML, whose characters that turn a line's direction are shown instead of obeyed."""
+    return escape(TURNS.sub("\ufffd", text))
+
+
 def _inside_script(text: str) -> str:
     """JSON that no HTML parser reads as anything else."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -167,9 +184,16 @@ def _inside_script(text: str) -> str:
 def _refused(sentences: Sequence[str]) -> str:
     if not sentences:
         return ""
-    items = "".join(f"<li>{escape(s)}</li>" for s in sentences)
+    items = "".join(f"<li>{_text(s)}</li>" for s in sentences)
     what = "1 file or record was" if len(sentences) == 1 else f"{len(sentences):,} files or records were"
     return f"<section class='verdict missed' id='refused'><h2>{what} left out</h2><ul class='plain'>{items}</ul></section>"
+
+
+def _unrecorded(sentences: Sequence[str]) -> str:
+    if not sentences:
+        return ""
+    items = "".join(f"<li>{_text(s)}</li>" for s in sentences)
+    return f"<section id='unrecorded'><h2>Measured, and no record</h2><ul class='plain'>{items}</ul></section>"
 
 
 def _controls() -> str:
@@ -193,9 +217,9 @@ def _plots() -> str:
     key = " ".join(f'<span class="key"><span class="swatch {kind}"></span> {what}</span>' for kind, what in swatches)
     charts = (
         ("Beside the baseline", chosen, "bars", "Bars of each head beside its baseline",
-         f"{key}. Whiskers: least and most of the rounds, or the median absolute deviation; none where the spread is not known."),
+         f"{key} Whiskers: least and most of the rounds, or the median absolute deviation; none where the spread is not known."),
         ("Agreement against bytes", "", "by-bytes", "Agreement by share of the dense head's bytes",
-         "Up and to the left is better. The line joins the measured heads that no other one beats in both. "
+         "Up and to the left is better. A line joins the measured heads of one model, text, device and batch that no other one of these beats in both. "
          "Open marks: predicted, or the agreement is that of the calibration."),
         ("Agreement against time", "", "by-time", "Agreement by share of the baseline's time", "Time of the head, of its own baseline’s. Left of 1 is faster."),
     )  # fmt: skip
@@ -216,7 +240,7 @@ def _table(entries: Sequence[Entry]) -> str:
         '<div class="scroll" tabindex="0" role="region" aria-label="Records"><table id="records"><thead><tr>'
         f'{head}</tr></thead><tbody>\n{body}\n</tbody></table></div><p class="scripted" hidden><button type="button" id="more">Show more</button></p>'
         '<p class="note-line">A record that says “random” timed random weights in a real model’s shape. Agreement in brackets is that of the calibration. '
-        "Nothing is shown that has no baseline of its own run; what is not known is a dash.</p></section>"
+        "Nothing is shown that has no baseline of its own run, with the same figure; what is not known is a dash.</p></section>"
     )
 
 
@@ -225,27 +249,28 @@ def _row(e: Entry) -> str:
     share, calibrated = agreement(r)
     read = bytes_share(r)
     predicted = r["kind"] == PREDICTED
-    model = escape(r["model"]) + (' <small class="tag">random</small>' if r["real_weights"] is False else "")
+    model = _text(r["model"]) + (' <small class="tag">random</small>' if r["real_weights"] is False else "")
     model += f' <small class="tag predicted">{PREDICTED}</small>' if predicted else ""
-    agrees = percent(share) if not calibrated else f"({percent(share)})"
-    agrees += "" if r["top1_agreement_interval"] is None else f" <small>{interval(r['top1_agreement_interval'])}</small>"
-    part = PARTS[r["part"]] if r["quality"] is None else f"{r['quality']['task']}: {r['quality']['metric']}"
-    part += f", {r['settings']['text']}" if isinstance(r["settings"].get("text"), str) else ""
-
+    ends = "" if r["top1_agreement_interval"] is None else interval(r["top1_agreement_interval"])
+    cached = "" if r["context"] is None else f"{r['context']:,} cached"
+    about = "".join(f"<small>{_text(small)}</small>" for small in (text_of(r) or "", cached, "" if r["tokens"] is None else f"{r['tokens']:,} tokens") if small)
+    target = "" if r["target_agreement"] is None else f"<small>target {100 * r['target_agreement']:g} %</small>"
     rival = r["baseline"]["head"] if r["baseline"] else ""
 
     def figure(pair: tuple[str, str], *more: str) -> str:
-        return f'<a href="#r-{e.id}">{escape(pair[0])}</a>' + "".join(f"<small>{escape(small)}</small>" for small in (pair[1], *more) if small)
+        return f'<a href="#r-{e.id}">{_text(pair[0])}</a>' + "".join(f"<small>{_text(small)}</small>" for small in (pair[1], *more) if small)
 
     threads = "" if r["threads"] is None else f"{r['threads']} thread{'' if r['threads'] == 1 else 's'}"
-    how = "".join(f"<small>{escape(small)}</small>" for small in (threads, r["power_mode"] or "") if small)
+    how = "".join(f"<small>{_text(small)}</small>" for small in (threads, r["power_mode"] or "") if small)
+    agrees = DASH if share is None else figure((f"({percent(share)})" if calibrated else percent(share), ends))
     cells = [
-        escape(part), escape(r["head"]), escape(r["precision"] or DASH), DASH if r["batch"] is None else str(r["batch"]), escape(r["device"]) + how,
-        escape(f"{r['backend']} {r['backend_version'] or ''}".strip()), figure(shown(name, base), rival, _energy(r["baseline"])),
+        _text(part_of(r)) + about, _text(r["head"]) + target, _text(r["precision"] or DASH),
+        DASH if r["batch"] is None else str(r["batch"]), _text(r["device"]) + how,
+        _text(f"{r['backend']} {r['backend_version'] or ''}".strip()), figure(shown(name, base), rival, _energy(r["baseline"])),
         figure(shown(name, ours), _energy(r)), figure(fast(r["times_as_fast"])), agrees,
-        DASH if read is None else f"{percent(read)}<small>{megabytes(r['bytes_per_step'])}</small>", escape((r["date"] or DASH)[:10]),
+        DASH if read is None else figure((percent(read), megabytes(r["bytes_per_step"]))),
     ]  # fmt: skip
-    said = escape(r["command"] or "not known")
+    said = _text(r["command"] or "not known")
     tds = "".join(f"<td>{c}</td>" for c in cells)
-    call = f"<details><summary>command</summary><code>{said}</code> <small>{escape(e.file)}</small></details>"
+    call = f"<details><summary>command</summary><code>{said}</code> <small>{_text(e.file)}</small></details><small>{_text((r['date'] or DASH)[:10])}</small>"
     return f'<tr id="r-{e.id}"{" class=predicted" if predicted else ""}><th scope="row">{model}</th>{tds}<td>{call}</td></tr>'

@@ -191,7 +191,7 @@ def test_kept_records_are_a_table(documents: dict[str, Any]) -> None:
     assert len(rows) == 2 + len(records)
     (texts,) = [row for row in rows if "| equal texts |" in row]
     same = parts(documents["bad"])["gsm8k"]["equal_texts"]["same"]
-    assert texts.startswith("| gsm8k | equal texts | 3 | – | ") and f"{100 * same / 3:.2f} %" in texts and texts.endswith("kept.json |")
+    assert texts.startswith("| gsm8k | equal texts | 3 | 100.00 % | ") and f"{100 * same / 3:.2f} %" in texts and texts.endswith("kept.json |")
     (words,) = [row for row in rows if "word_perplexity" in row]
     found = next(m for m in parts(documents["bad"])["wikitext"]["metrics"] if m["metric"] == "word_perplexity")
     assert f"| {found['dense']:,.4f} | {found['flash']:,.4f} |" in words

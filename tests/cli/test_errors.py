@@ -125,12 +125,12 @@ def test_a_full_disk_behind_stdout_is_said(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_is_no_defect() -> None:
-    """flashhead doctor --json | true: nothing is said, and the exit code is not 0."""
+    """flashhead doctor --json | true: nothing is said, and the exit code is SIGPIPE's, which no failure has."""
     run = [sys.executable, "-m", "flashhead_edge", "doctor", "--json"]
     with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()
         assert process.stderr is not None
         said = process.stderr.read()
-    assert process.returncode == 1
+    assert process.returncode == 141
     assert all(line.endswith("looking") for line in said.splitlines())  # progress, and nothing of an error

@@ -78,6 +78,52 @@ def test_compare_ends_with_1_on_a_loss_beyond_the_spread(inside: Callable[..., A
     assert inside("bench", "compare", tmp_path / "b.json", tmp_path / "a.json").returncode == 0  # a gain
 
 
+def test_compare_fails_where_a_file_of_after_is_broken_or_all_is_asked_for(inside: Callable[..., Any], tmp_path: Path) -> None:
+    """A bench that has vanished is no proof that nothing was lost."""
+    write_records(tmp_path / "a/x.json", [made(), made(batch=4)])
+    write_records(tmp_path / "a/y.json", [made(model="Qwen3-1.7B")])
+    write_records(tmp_path / "b/x.json", [made("run-2"), made("run-2", batch=4)])
+    sides = tmp_path / "a", tmp_path / "b"
+    result = inside("bench", "compare", *sides, "--json")
+    assert result.returncode == 0
+    assert one_document(result.stdout)["only_before"] == ["FlashHead on Qwen3-1.7B (head, bf16, batch 1; cuda, NVIDIA H100 80GB HBM3)"]
+    assert "only before: FlashHead on Qwen3-1.7B" in result.stderr
+    assert inside("bench", "compare", *sides, "--all").returncode == 1
+    (tmp_path / "b/y.json").write_text("{")
+    result = inside("bench", "compare", *sides)
+    assert result.returncode == 1 and "left out: y.json: it cannot be read" in result.stderr
+
+
+def test_compare_shows_what_moved_and_says_what_it_is_about(inside: Callable[..., Any], tmp_path: Path) -> None:
+    def text(run: str, name: str, us: float) -> dict[str, Any]:
+        return made(run, settings={"text": name}, us=us)
+
+    write_records(tmp_path / "a.json", [text("run-1", "GSM8K", 50.0), text("run-1", "German", 50.0)])
+    write_records(tmp_path / "b.json", [text("run-2", "GSM8K", 50.0), text("run-2", "German", 25.0)])
+    write_records(tmp_path / "c.json", [text("run-3", "GSM8K", 90.0)])
+    found = inside("bench", "compare", tmp_path / "a.json", tmp_path / "b.json").stdout
+    assert "German" in found and "GSM8K" not in found and "5 the same" in found
+    result = inside("bench", "compare", tmp_path / "a.json", tmp_path / "c.json", "--json")
+    assert result.returncode == 1
+    (lost,) = [c for c in one_document(result.stdout)["changes"] if c["verdict"] == "lost"]
+    assert lost["record"]["settings"] == {"text": "GSM8K"} and "command" not in lost["record"]
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
+def test_compare_takes_no_tolerance_that_nothing_can_fail(inside: Callable[..., Any], tmp_path: Path, tolerance: str) -> None:
+    write_records(tmp_path / "a.json", [made()])
+    assert inside("bench", "compare", tmp_path / "a.json", tmp_path / "a.json", "--tolerance", tolerance).returncode == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+def test_a_reader_that_goes_is_no_loss(root: Path, tmp_path: Path) -> None:
+    write_records(tmp_path / "a.json", many(300))
+    command = f"{sys.executable} -m flashhead_edge bench compare a.json a.json --json | true; echo ${{PIPESTATUS[0]}}"
+    there = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, env=there)
+    assert done.stdout.split() == ["141"], done.stderr
+
+
 def test_compare_without_a_common_subject_is_wrong_input(inside: Callable[..., Any], tmp_path: Path) -> None:
     write_records(tmp_path / "a.json", [made()])
     write_records(tmp_path / "b.json", [made("run-2", device="another")])
@@ -145,10 +191,10 @@ def test_suite_keeps_records_says_what_it_skips_and_goes_on(benches: Path) -> No
 def test_suite_refuses_a_folder_of_other_inputs_or_another_commit(benches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = benches / "out"
     suite.run_suite(out, suite.Inputs())
-    with pytest.raises(SettingsError, match=r"it holds a suite of inputs .*name a new folder"):
+    with pytest.raises(SettingsError, match=r"it holds a suite of quick false, expected true, .*name a new folder"):
         suite.run_suite(out, suite.Inputs(quick=True))
     monkeypatch.setattr(suite, "commit", lambda: "another")
-    with pytest.raises(SettingsError, match=r"it holds a suite of commit .*, expected another"):
+    with pytest.raises(SettingsError, match=r"it holds a suite of commit .*, expected \"another\""):
         suite.run_suite(out, suite.Inputs())
     (out / suite.STATE).write_text("{")
     with pytest.raises(SettingsError, match="it is no JSON"):

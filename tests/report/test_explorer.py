@@ -85,7 +85,7 @@ def test_a_row_says_what_its_record_says() -> None:
     asked |= {"harness": None, "domain": None, "note": None}
     rows = read(explorer_page(entries(one, text, made("run-3", part="quality", quality=asked), predicted()))).rows[1:]
     assert rows[0][:3] == ["Llama-3.2-1B random", "a step of the head", "FlashHead"]
-    assert rows[0][7:12] == ["200 us196 to 204dense bf16", "25 us24.5 to 25.5", "8.007.68 to 8.32", "99.55 % 99.40 to 99.65 %", "1.81 %9.5 MB"]
+    assert rows[0][7:12] == ["200 us196 to 204dense bf16", "25 us24.5 to 25.5", "8.007.68 to 8.32", "99.55 %99.40 to 99.65 %", "1.81 %9.5 MB"]
     assert rows[1][0] == "Llama-3.2-1B" and rows[1][8] == "506 tokens/s417 to 623" and rows[1][10] == "(99.50 %)"
     assert rows[2][1] == "gsm8k: equal answers" and rows[2][8] == "0.930.9 to 0.95"
     assert rows[3][0] == "Llama-3.2-1B random predicted" and rows[3][8] == "136 us"
@@ -110,6 +110,26 @@ def test_hostile_strings_stay_text(text: str) -> None:
     data = page[page.index("id='data'>") + 10 : page.index("</script>", page.index("id='data'>"))]
     assert "<" not in data and ">" not in data
     assert json.loads(data)[0]["record"]["model"] == text
+
+
+def test_rows_that_differ_in_target_text_or_cache_look_different() -> None:
+    rows = read(explorer_page(entries(
+        made(settings={"text": "GSM8K"}, target_agreement=0.995), made(settings={"text": "GSM8K"}, target_agreement=0.999), made(context=512), made(tokens=128),
+    ))).rows[1:]  # fmt: skip
+    assert rows[0][1:3] == ["a step of the headGSM8K", "FlashHeadtarget 99.5 %"] and rows[1][2] == "FlashHeadtarget 99.9 %"
+    assert rows[2][1] == "a step of the head512 cached" and rows[3][1] == "a step of the head128 tokens"
+
+
+def test_every_figure_is_a_link_and_nothing_turns_its_line_around() -> None:
+    page = explorer_page(entries(made(device="a\u202eb", head="\u2066x")))
+    row = page[page.index("<tbody>") : page.index("</tbody>")]
+    assert row.count('<a href="#r-') == 5  # baseline, this head, times as fast, agreement, bytes
+    assert "a\ufffdb" in row and "\ufffdx" in row and not set("\u202e\u2066") & set(page)
+
+
+def test_what_is_no_record_is_on_the_page() -> None:
+    page = explorer_page(Found(entries(made()).entries, (), ("a.json: a draw: no dense head in the same run",)))
+    assert "Measured, and no record" in page and "<li>a.json: a draw: no dense head in the same run</li>" in page
 
 
 def test_what_was_left_out_is_on_the_page() -> None:
@@ -290,6 +310,25 @@ def test_plots_follow_the_filters(page: Any) -> None:
 
 
 @pytest.mark.browser
+def test_a_frontier_is_of_one_model_and_text(browser: Any, tmp_path: Path) -> None:
+    """An easier text is no better head: two texts give two lines, and a text with one head none."""
+
+    def at(run: str, text: str, read: float, agreement: float) -> dict[str, Any]:
+        ends = [agreement - 0.0001, agreement]
+        return made(run, settings={"text": text, "number": read}, bytes_per_step=read, top1_agreement=agreement, top1_agreement_interval=ends)
+
+    records = [at("a", "easy", 1e6, 0.999), at("b", "easy", 2e6, 0.9999), at("c", "hard", 3e6, 0.99), at("d", "hard", 4e6, 0.995), at("e", "lone", 9e6, 0.9)]
+    write_explorer(entries(*records), tmp_path / "x.html")
+    browser.get((tmp_path / "x.html").as_uri())
+    browser.execute_async_script(SETTLED)
+    line = "return document.getElementById('by-bytes').data.at(-1).x"
+    dense = 525_336_576
+    assert browser.execute_script(line) == pytest.approx([1e6 / dense, 2e6 / dense, None, 3e6 / dense, 4e6 / dense, None])
+    choose(browser, "text", "hard")
+    assert browser.execute_script(line) == pytest.approx([3e6 / dense, 4e6 / dense, None])
+
+
+@pytest.mark.browser
 def test_bars_show_what_most_records_have_until_somebody_chooses(browser: Any, tmp_path: Path) -> None:
     rate = figure(506.0, 417.0, 623.0, "range", 5)
     texts = [made(f"text-{i}", part="text", microseconds=None, tokens_per_second=rate, bytes_per_step=None, batch=i + 1) for i in range(3)]
@@ -298,10 +337,10 @@ def test_bars_show_what_most_records_have_until_somebody_chooses(browser: Any, t
     browser.execute_async_script(SETTLED)
     shown = "return document.getElementById('measure').value"
     assert browser.execute_script(shown) == "microseconds"
-    choose(browser, "part", "text")
+    choose(browser, "part", "whole texts")
     assert browser.execute_script(shown) == "tokens_per_second"
     browser.execute_script("const m = document.getElementById('measure'); m.value = 'times_as_fast'; m.dispatchEvent(new Event('change'))")
-    choose(browser, "part", "head")
+    choose(browser, "part", "a step of the head")
     assert browser.execute_script(shown) == "times_as_fast"
 
 
