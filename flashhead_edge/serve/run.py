@@ -8,6 +8,7 @@ import errno
 import ipaddress
 import json
 import logging
+import math
 import signal
 import socket
 import sys
@@ -18,7 +19,6 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from anyio.to_thread import current_default_thread_limiter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flashhead_edge.checkpoint.jsonfiles import read_json
@@ -35,7 +35,7 @@ from flashhead_edge.serve.texts import Decoder
 LOOK = 1.0  # seconds between two looks at a connection
 KEEP_ALIVE = 15  # seconds that a connection may be idle between requests
 LINGER = 30.0  # seconds that a closed connection may take to hand over what was written
-WORKERS = 4  # threads that read prompts and figures: 40, which is anyio's number, keep 20 MiB in arenas of their own once they have been busy
+TOLD = 2.0  # seconds that a client has to read that the time to drain is over
 LAST = 5.0  # seconds that the decode thread has for the step it is in
 SWITCH = 0.00005  # seconds after which a thread gives way: who is woken by a token takes the lock from who makes the next, for up to that time
 LOG = logging.getLogger("flashhead_edge.serve")
@@ -167,12 +167,12 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
         ready: called once requests are taken.
     """
     metrics = Metrics(name)
-    decoder = Decoder(engine, limits, metrics, at_once)
+    decoder = Decoder(engine, limits, metrics, at_once, kept=int(at_once > 1))
     service = Service(engine, name, about, limits, key, is_loopback(port.getsockname()[0]), metrics, decoder)
     config = uvicorn.Config(
         create_app(service), http=watched(limits), ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
         limit_concurrency=limits.connections, h11_max_incomplete_event_size=limits.header_bytes, timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=max(1, round(limits.drain)),
+        timeout_graceful_shutdown=math.ceil(limits.drain + TOLD),
     )  # fmt: skip
     server = Server(config, decoder)
     sys.setswitchinterval(SWITCH)
@@ -181,11 +181,14 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
     decoder.thread.start()
 
     async def main() -> None:
-        current_default_thread_limiter().total_tokens = WORKERS
         task = asyncio.ensure_future(server.serve([port]))
         while not server.started and not task.done():
             await asyncio.sleep(0.01)
         ready()
+        while not (server.should_exit or task.done()):
+            await asyncio.sleep(0.1)
+        if not (await asyncio.wait([task], timeout=limits.drain))[0]:
+            decoder.end_all()
         await task
 
     with logs():
@@ -193,16 +196,18 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
         began = time.monotonic()
         asyncio.run(main())
         decoder.close()
-        decoder.cancel_all()  # what is left after the time to drain
+        decoder.end_all()
         decoder.thread.join(LAST)
         LOG.info("stopped", extra={"fields": {"seconds": round(time.monotonic() - began, 1), "signals": [signal.Signals(s).name for s in server.signals]}})
     return server.signals[0] if server.signals else 0
 
 
 def texts_at_once(engine: TextEngine, wanted: int) -> int:
-    """How many of the wanted texts an engine can be in the middle of."""
+    """How many of the wanted texts an engine can be in the middle of. An engine without a limit takes one more, which is kept for newcomers."""
     most = getattr(getattr(engine, "backend", None), "most_texts", None)
-    return wanted if most is None else min(wanted, most)
+    if most is None:
+        return wanted + 1 if wanted > 1 else 1
+    return min(wanted, most)
 
 
 def model_facts(engine: TextEngine, name: str, folder: Path) -> dict[str, Any]:

@@ -74,6 +74,20 @@ def test_templates_say_how_calls_look():
         form_of("{{ messages }}")
 
 
+def test_a_token_that_is_part_of_a_character_has_its_own_bytes():
+    """Of vocabularies over bytes, in either way of writing them; of others none are claimed."""
+    from types import SimpleNamespace
+
+    from flashhead_edge.serve.answers import byte_letters, token_bytes
+
+    text = "\u00e9\U0001f44f a\n"
+    letters = {byte: letter for letter, byte in byte_letters().items()}
+    assert len(letters) == 256 and letters[ord(" ")] == "\u0120"
+    pieces = ["".join(letters[b] for b in text.encode()), "<0x0A>", "\u4f60", None]
+    tokenizer = SimpleNamespace(backend=SimpleNamespace(id_to_token=lambda token: pieces[token]))
+    assert [token_bytes(tokenizer, i) for i in range(4)] == [text.encode(), b"\n", None, None]
+
+
 def test_limits_are_checked():
     with pytest.raises(SettingsError, match="serve: waiting is 0, expected more than 0"):
         Limits(waiting=0)
