@@ -24,7 +24,7 @@ from flashhead_edge.generation.protocols import TextEngine
 from flashhead_edge.serve.answers import Answer
 from flashhead_edge.serve.board import live_figures, read_gauges
 from flashhead_edge.serve.guard import Guard, read_body
-from flashhead_edge.serve.limits import Limits
+from flashhead_edge.serve.limits import LONG, Limits
 from flashhead_edge.serve.mailbox import Mailbox, Piece
 from flashhead_edge.serve.metrics import Metrics
 from flashhead_edge.serve.openapi import api_document
@@ -35,7 +35,6 @@ from flashhead_edge.serve.texts import Decoder, Text
 from flashhead_edge.serve.tools import forced_schema, form_of, knows_tools
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-LONG = 1 << 16  # bytes of a request whose prompt takes a tokenizer some time
 EVERY = 1.0  # seconds between two looks of the page
 
 

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashhead_edge.serve.limits import Limits
+from flashhead_edge.serve.limits import MOST_DROPPED, Limits
 from flashhead_edge.serve.metrics import Metrics
 from flashhead_edge.serve.refusals import Refusal, error_document
 
@@ -76,9 +76,6 @@ class Guard:
                     401, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
         return None
-
-
-MOST_DROPPED = 16 << 20  # bytes of a body that is too large: read and dropped, for most clients look for an answer when they have sent all
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:

@@ -15,11 +15,9 @@ from flashhead_edge.generation import prompt_ids
 from flashhead_edge.generation.decode import start
 from flashhead_edge.generation.grammar import Grammar, compile_grammar
 from flashhead_edge.generation.protocols import TextEngine
+from flashhead_edge.serve.limits import KEPT_GRAMMARS, NO_LIMIT
 from flashhead_edge.serve.refusals import Refusal
 from flashhead_edge.serve.requests import Wanted
-
-KEPT_GRAMMARS = 32
-NO_LIMIT = 4096  # tokens of a text where neither the request nor the model says
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,15 +28,10 @@ from flashhead_edge.generation import prompt_ids, stream
 from flashhead_edge.generation.protocols import TextEngine
 from flashhead_edge.serve.app import Service, create_app
 from flashhead_edge.serve.guard import fields_of
-from flashhead_edge.serve.limits import Limits
+from flashhead_edge.serve.limits import KEEP_ALIVE, LAST, LINGER, LOOK, TOLD, Limits
 from flashhead_edge.serve.metrics import Metrics
 from flashhead_edge.serve.texts import Decoder
 
-LOOK = 1.0  # seconds between two looks at a connection
-KEEP_ALIVE = 15  # seconds that a connection may be idle between requests
-LINGER = 30.0  # seconds that a closed connection may take to hand over what was written
-TOLD = 2.0  # seconds that a client has to read that the time to drain is over
-LAST = 5.0  # seconds that the decode thread has for the step it is in
 SWITCH = 0.00005  # seconds after which a thread gives way: who is woken by a token takes the lock from who makes the next, for up to that time
 LOG = logging.getLogger("flashhead_edge.serve")
 
@@ -160,7 +155,9 @@ class Server(uvicorn.Server):
         self.decoder.closing = True  # no lock here: a handler may interrupt who holds it
 
 
-def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None, limits: Limits, at_once: int, about: dict[str, Any], ready: Any) -> int:
+def serve(
+    engine: TextEngine, name: str, port: socket.socket, *, key: str | None, limits: Limits, at_once: int, about: dict[str, Any], ready: Callable[[], None]
+) -> int:
     """Serve until a signal: which one it was.
 
     Args:
