@@ -39,7 +39,7 @@ def serve(
     """
     from flashhead_edge.errors import SettingsError
     from flashhead_edge.serve.limits import Limits
-    from flashhead_edge.serve.run import is_loopback, model_facts, open_port, texts_at_once
+    from flashhead_edge.serve.run import is_loopback, model_facts, open_port
     from flashhead_edge.serve.run import serve as run
 
     key = api_key_file.read_text(encoding="utf-8", errors="replace").strip() if api_key_file else os.environ.get(KEY)
@@ -67,5 +67,5 @@ def serve(
             stdout.write(f"http://{f'[{at}]' if ':' in at else at}:{number}\n")
             stdout.flush()
 
-        found = run(engine, about["model"], listening, key=key, limits=limits, at_once=texts_at_once(engine, at_once), about=about, ready=ready)
+        found = run(engine, about["model"], listening, key=key, limits=limits, about=about, ready=ready)
     return 130 if found == signal.SIGINT else 0

@@ -155,16 +155,14 @@ class Server(uvicorn.Server):
         self.decoder.closing = True  # no lock here: a handler may interrupt who holds it
 
 
-def serve(
-    engine: TextEngine, name: str, port: socket.socket, *, key: str | None, limits: Limits, at_once: int, about: dict[str, Any], ready: Callable[[], None]
-) -> int:
+def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None, limits: Limits, about: dict[str, Any], ready: Callable[[], None]) -> int:
     """Serve until a signal: which one it was.
 
     Args:
         ready: called once requests are taken.
     """
     metrics = Metrics(name)
-    decoder = Decoder(engine, limits, metrics, at_once, kept=int(at_once > 1))
+    decoder = Decoder(engine, limits, metrics, *texts_at_once(engine, limits.at_once))
     service = Service(engine, name, about, limits, key, is_loopback(port.getsockname()[0]), metrics, decoder)
     config = uvicorn.Config(
         create_app(service), http=watched(limits), ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
@@ -199,12 +197,12 @@ def serve(
     return server.signals[0] if server.signals else 0
 
 
-def texts_at_once(engine: TextEngine, wanted: int) -> int:
-    """How many of the wanted texts an engine can be in the middle of. An engine without a limit takes one more, which is kept for newcomers."""
+def texts_at_once(engine: TextEngine, wanted: int) -> tuple[int, int]:
+    """How many texts an engine can be in the middle of, and how many of them are beside the wanted ones, for newcomers: one, where it has no limit."""
     most = getattr(getattr(engine, "backend", None), "most_texts", None)
     if most is None:
-        return wanted + 1 if wanted > 1 else 1
-    return min(wanted, most)
+        return (wanted + 1, 1) if wanted > 1 else (1, 0)
+    return min(wanted, most), 0
 
 
 def model_facts(engine: TextEngine, name: str, folder: Path) -> dict[str, Any]:

@@ -56,13 +56,15 @@ class Text:
 class Decoder:
     """A thread over an engine."""
 
-    def __init__(self, engine: TextEngine, limits: Limits, metrics: Metrics, at_once: int, kept: int = 0) -> None:
+    def __init__(self, engine: TextEngine, limits: Limits, metrics: Metrics, at_once: int, extra: int = 0) -> None:
         """
         Args:
             at_once: texts that are made at once.
-            kept: of these, places for users who have no text among them.
+            extra: of these, places for users alone who have no text among them. Where there is none, one of several is kept for them while there have been
+                two users within a deadline: who is the only one may have all.
         """
-        self.engine, self.limits, self.metrics, self.at_once, self.kept = engine, limits, metrics, at_once, kept
+        self.engine, self.limits, self.metrics, self.at_once, self.extra = engine, limits, metrics, at_once, extra
+        self.users: dict[Path, float] = {}  # the last two, and when they came
         self.dense = DenseHead(engine)
         self.changed = threading.Condition()
         self.waiting: list[Text] = []
@@ -90,7 +92,10 @@ class Decoder:
                 raise Refusal(
                     "server: it is shutting down, expected requests while it runs; send it again later", 503, "shutting_down", headers={"Retry-After": "5"}
                 )
-            room = self.limits.waiting + self.at_once - self.kept - len(self.active) - len(self.waiting)
+            user, now = texts[0].path[:2], time.monotonic()
+            self.users.pop(user, None)
+            self.users = dict([*self.users.items(), (user, now)][-2:])
+            room = self.limits.waiting + self.at_once - self.extra - len(self.active) - len(self.waiting)
             if len(texts) > room:
                 wait = str(min(60, max(1, math.ceil(self.seconds * (len(self.waiting) + 1) / self.at_once))))
                 raise Refusal(
@@ -149,8 +154,10 @@ class Decoder:
                 while self.waiting and len(self.active) < self.at_once:
                     first: dict[Path, Text] = {}
                     there = {text.path[:2] for text in self.active}
+                    others = len(self.users) > 1 and now - min(self.users.values()) < self.limits.deadline
+                    kept = self.extra or int(others and self.at_once > 1)
                     for text in self.waiting:
-                        if text.path[:2] not in there or len(self.active) < self.at_once - self.kept:
+                        if text.path[:2] not in there or len(self.active) < self.at_once - kept:
                             first.setdefault(text.path, text)
                     if not first:
                         break

@@ -97,6 +97,26 @@ def order(ids, tokens):
     return Order(tuple(ids), tokens, Sampling(), (), None, None, False, False)
 
 
+def test_a_place_is_kept_for_newcomers_once_there_have_been_two_users(engine, monkeypatch):
+    """Where there is none beside the wanted ones: who is the only one has all places, and later all but one."""
+    decoder = Decoder(engine, Limits(), Metrics("tiny"), 2)
+    monkeypatch.setattr(Decoder, "alive", True)
+    late = time.monotonic() + 60
+
+    def come(user, name):
+        decoder.submit([Text(order([1], 5), ("host", user, name), None, 0, late)])
+        assert decoder._admit()
+        return sorted(text.path[1:] for text in decoder.active)
+
+    assert come("a", "1") == [("a", "1")] and come("a", "2") == [("a", "1"), ("a", "2")]
+    assert come("b", "3") == [("a", "1"), ("a", "2")] and come("a", "4") == [("a", "1"), ("a", "2")]
+    decoder._leave(decoder.active[0])
+    assert come("a", "5") == [("a", "2"), ("b", "3")]  # b came first
+    decoder._leave(decoder.active[1])
+    assert come("a", "6") == [("a", "2")]  # the place that is left is not a's
+    assert come("c", "7") == [("a", "2"), ("c", "7")]
+
+
 def test_text_whose_reader_is_too_slow_is_given_up_and_others_go_on(engine):
     """Nobody takes from the first mailbox: its text ends at the limit, the one beside it is whole."""
     metrics = Metrics("tiny")
