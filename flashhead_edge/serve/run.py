@@ -137,6 +137,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.decoder = decoder
         self.signals: list[int] = []
+        self.hurried = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -150,7 +151,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.signals.append(sig)
-        self.force_exit = self.should_exit  # the second signal does not wait
+        self.hurried = self.should_exit  # the second signal does not wait for texts
         self.should_exit = True
         self.decoder.closing = True  # no lock here: a handler may interrupt who holds it
 
@@ -167,7 +168,7 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
     config = uvicorn.Config(
         create_app(service), http=watched(limits), ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
         limit_concurrency=limits.connections, h11_max_incomplete_event_size=limits.header_bytes, timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=math.ceil(limits.drain + TOLD),
+        timeout_graceful_shutdown=math.ceil(limits.drain + 2 * TOLD),
     )  # fmt: skip
     server = Server(config, decoder)
     sys.setswitchinterval(SWITCH)
@@ -182,8 +183,13 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
         ready()
         while not (server.should_exit or task.done()):
             await asyncio.sleep(0.1)
-        if not (await asyncio.wait([task], timeout=limits.drain))[0]:
+        late = time.monotonic() + limits.drain
+        while not (task.done() or server.hurried or time.monotonic() > late):
+            await asyncio.wait([task], timeout=0.1)
+        if not task.done():
             decoder.end_all()
+            await asyncio.wait([task], timeout=TOLD)
+            server.force_exit = True
         await task
 
     with logs():

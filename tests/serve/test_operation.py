@@ -207,6 +207,27 @@ def test_who_is_left_after_the_drain_is_told(start_server):
     assert b" 503 " in head.split(b"\r\n")[0] and json.loads(document)["error"]["code"] == "shutting_down"
 
 
+def test_second_signal_does_not_wait_and_clients_are_told(start_server):
+    with start_server() as server, raw(server.address) as connection:
+        connection.sendall(post(json.dumps(LONG).encode()))
+        server.until(lambda: server.metric("flashhead_texts_active") == 1, "not taken in")
+        server.process.send_signal(signal.SIGINT)
+        server.until(lambda: refuses(server.address), "the door is open")
+        server.process.send_signal(signal.SIGINT)
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert b" 503 " in answer.split(b"\r\n")[0] and b"shutting_down" in answer
+        assert server.process.wait(20) == 130
+        assert "Traceback" not in server.log and '"stopped"' in server.log
+
+
+def refuses(address):
+    try:
+        raw(address).close()
+    except OSError:
+        return True
+    return False
+
+
 def test_who_has_all_places_but_one_shuts_nobody_out(start_server):
     """Long texts of one user, in and waiting: another user's text is made beside them."""
     with start_server("--at-once", "2") as server, ExitStack() as held:
