@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from flashhead_edge.errors import SettingsError
 from flashhead_edge.head import Step
 from flashhead_edge.jetson.folder import PARTS, ExportSettings, check_belongs, part_file, read_settings
 from flashhead_edge.jetson.onnxruntime_body import FIRST_CAPACITY, OnnxBody
-from flashhead_edge.jetson.onnxruntime_sessions import NATIVE_BODY, NATIVE_HEAD, open_model, parts_of, usable_threads
+from flashhead_edge.jetson.onnxruntime_sessions import NATIVE_BODY, NATIVE_HEAD, failed, open_model, parts_of, runtime_errors, usable_threads
 from flashhead_edge.jetson.onnxruntime_step import OneState
 from flashhead_edge.jetson.onnxruntime_texts import SharedCache, TextBody
 from flashhead_edge.jetson.plan import check_fits, free_here
@@ -127,7 +128,7 @@ class OnnxHead:
         part = self.backend.step_part
         session = self.backend.session(part)
         if len(hidden) != 1:
-            return Step(*session.run(STEP, {"hidden_states": single(hidden)}))
+            return Step(*run(session, STEP, {"hidden_states": single(hidden)}))
         if part not in self.backend.single:
             self.backend.single[part] = OneState(session)
         return self.backend.single[part].step(hidden)
@@ -136,14 +137,27 @@ class OnnxHead:
         return self.step_with_logits(hidden)[1]
 
     def step_with_logits(self, hidden: np.ndarray) -> tuple[Step, np.ndarray]:
-        *step, logits = self.backend.session("head_logits").run((*STEP, "logits"), {"hidden_states": single(hidden)})
+        *step, logits = run(self.backend.session("head_logits"), (*STEP, "logits"), {"hidden_states": single(hidden)})
         return Step(*step), logits
 
     def exact_logits(self, hidden: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         session, h = self.backend.session("rescore"), single(hidden)
         parts = np.array_split(np.ascontiguousarray(tokens, np.int64), max(1, -(-len(tokens) // TOKENS_AT_ONCE)))
-        found = [session.run(("logits",), {"hidden_states": h, "tokens": part})[0] for part in parts if len(part)]
+        found = [run(session, ("logits",), {"hidden_states": h, "tokens": part})[0] for part in parts if len(part)]
         return np.concatenate(found, 1) if found else np.empty((len(h), 0), np.float32)
+
+
+def run(session: InferenceSession, outputs: Sequence[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Outputs of a part of the head.
+
+    Raises:
+        EngineError: ONNX Runtime failed. DeviceError: there was too little memory.
+    """
+    try:
+        found: list[np.ndarray] = session.run(outputs, inputs)
+    except runtime_errors() as error:
+        raise failed("head", error) from error
+    return found
 
 
 def single(hidden: np.ndarray) -> np.ndarray:

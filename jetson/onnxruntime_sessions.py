@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashhead_edge.errors import CheckpointError, EngineError
+from flashhead_edge.errors import CheckpointError, DeviceError, EngineError
 from flashhead_edge.jetson.folder import AGAIN
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+
+OUT_OF_MEMORY = re.compile(r"allocate memory|bad.?alloc|out of memory", re.IGNORECASE)  # as ONNX Runtime says it, whatever the class of its error
 
 WORKS = "1.23.2 and 1.32.0 work"  # the versions of ONNX Runtime that tests run
 TOO_OLD = ("not a registered function/op", "IR version", "opset", "NOT_IMPLEMENTED", "domain_version")  # in what it says of a model it does not know
@@ -92,6 +94,8 @@ def open_model(path: Path, threads: int) -> InferenceSession:
             raise CheckpointError(f"{path}: its external data is missing or cut off ({reason}); restore the .data files beside it, or {AGAIN}") from error
         if any(mark in text for mark in TOO_OLD):
             raise EngineError(f"{path}: ONNX Runtime {version} does not know what the model needs ({reason}), expected a newer one: {WORKS}") from error
+        if OUT_OF_MEMORY.search(reason):
+            raise failed(path.name, error) from error
         raise CheckpointError(f"{path}: ONNX Runtime {version} cannot read the model ({reason}); restore the file, or {AGAIN}") from error
 
 
@@ -100,6 +104,14 @@ def runtime_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return RuntimeError, *(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+def failed(what: str, error: Exception) -> EngineError | DeviceError:
+    """A run that ONNX Runtime did not end, in a sentence."""
+    reason = short(error)
+    if OUT_OF_MEMORY.search(reason):
+        return DeviceError(f"{what}: there is too little memory ({reason}), expected room for the model; free some, or raise the process's limit")
+    return EngineError(f"{what}: ONNX Runtime failed ({reason}), expected a result; {AGAIN}")
 
 
 def short(error: Exception) -> str:

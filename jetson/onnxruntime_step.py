@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashhead_edge.head import Step
+from flashhead_edge.jetson.onnxruntime_sessions import failed, runtime_errors
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -35,7 +36,10 @@ class OneState:
         self.hidden[:] = hidden
         self.binding.bind_output("candidate_ids")  # anew: as wide as its candidates
         self.binding.bind_output("candidate_logits")
-        self.session.run_with_iobinding(self.binding)
+        try:
+            self.session.run_with_iobinding(self.binding)
+        except runtime_errors() as error:
+            raise failed("head", error) from error
 
     def step(self, hidden: np.ndarray) -> Step:
         """The same as a `Step` of arrays that are the caller's to keep."""

@@ -171,10 +171,10 @@ def memory(pid: int) -> int:
 async def stranger(port: int, rng: random.Random, until: float, seen: Counter[str]) -> None:
     """One client of many kinds, one after the other."""
     while time.monotonic() < until:
-        what = rng.choice(("text", "stream", "cancel", "cancel", "slow", "malformed", "oversized", "stopped body"))
+        what = rng.choice(("text", "stream", "cancel", "cancel", "slow", "malformed", "oversized", "long head", "stopped body"))
         try:
             if what in ("text", "stream"):
-                status, _, whole = await asyncio.wait_for(stream(port, body(rng.randint(1, 40), stream=what == "stream")), 120)
+                status, _, whole = await asyncio.wait_for(stream(port, body(rng.randint(1, 40), stream=what == "stream", user=rng.choice("abc"))), 120)
                 seen[f"{what} {status}"] += 1
                 seen["not whole"] += not whole
                 if status == 429:
@@ -183,7 +183,7 @@ async def stranger(port: int, rng: random.Random, until: float, seen: Counter[st
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
                 if what == "cancel":
-                    content = body(2000, stream=rng.random() < 0.5)
+                    content = body(2000, stream=rng.random() < 0.5, user=rng.choice("abc"))
                     writer.write(head(len(content)) + content)
                     await asyncio.sleep(rng.random())
                 elif what == "slow":
@@ -201,6 +201,10 @@ async def stranger(port: int, rng: random.Random, until: float, seen: Counter[st
                     writer.write(head(5 << 20) + b" " * (5 << 20))
                     status = int((await asyncio.wait_for(reader.readline(), 60)).split()[1])
                     seen["oversized not refused"] += status != 413
+                elif what == "long head":
+                    writer.write(head(2)[:-2] + b"X: " + b"a" * rng.choice((17_000, 60_000)) + b"\r\n\r\n{}")
+                    status = int((await asyncio.wait_for(reader.readline(), 60)).split()[1])
+                    seen["long head not refused"] += status not in (400, 431)
                 else:
                     writer.write(head(1000) + b"{")
                     await asyncio.sleep(rng.random())

@@ -34,7 +34,7 @@ from flashhead_edge.generation import prompt_ids
 from flashhead_edge.generation import stream as decode
 from flashhead_edge.jetson import open_engine
 from flashhead_edge.serve.limits import Limits
-from flashhead_edge.serve.run import model_facts, open_port, serve, texts_at_once
+from flashhead_edge.serve.run import model_facts, open_port, serve
 
 DRAWS = 10_000  # of the bootstrap
 CONTEXT = 1024  # positions of a made model
@@ -177,7 +177,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=measure)
-    serve(engine, "m", listening, key=None, limits=limits, at_once=texts_at_once(engine, limits.at_once), about=about, ready=thread.start)
+    serve(engine, "m", listening, key=None, limits=limits, about=about, ready=thread.start)
     thread.join()
     print(json.dumps({**found, "about": about}, indent=2))
 

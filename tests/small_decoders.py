@@ -24,7 +24,7 @@ def made_at_once(engine, orders, at_once=8):
             for piece in await box.take():
                 if piece.token is not None:
                     tokens[piece.index].append(piece.token.id)
-                ended[piece.index] = piece.error.code if piece.error else piece.ended or None
+                ended[piece.index] = (piece.error.code or str(piece.error)) if piece.error else piece.ended or None
         return tokens, ended
 
     found = asyncio.run(run())

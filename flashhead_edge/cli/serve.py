@@ -39,14 +39,18 @@ def serve(
     """
     from flashhead_edge.errors import SettingsError
     from flashhead_edge.serve.limits import Limits
-    from flashhead_edge.serve.run import is_loopback, model_facts, open_port, texts_at_once
+    from flashhead_edge.serve.run import is_loopback, model_facts, open_port
     from flashhead_edge.serve.run import serve as run
 
-    key = api_key_file.read_text(encoding="utf-8").strip() if api_key_file else os.environ.get(KEY)
+    key = api_key_file.read_text(encoding="utf-8", errors="replace").strip() if api_key_file else os.environ.get(KEY)
     if key is not None and (not key or not key.isascii() or not key.isprintable()):
         raise click.UsageError("the API key is empty or not of plain letters, expected one line of ASCII: correct it.")
     if key is None and not is_loopback(host):
         raise click.UsageError(f"--host {host} lets other machines in, and there is no API key: set {KEY} or --api-key-file, or leave --host out.")
+    if name is not None and not name.strip():
+        raise click.UsageError("--name is empty, expected a name, or leave it out for the folder's.")
+    if out.is_file():
+        raise click.UsageError(f"{out} is a file, expected a folder: a checkpoint that flashhead convert wrote, or an export of it.")
     limits = Limits(waiting=waiting, at_once=at_once, deadline=deadline, drain=drain)
     from flashhead_edge.cli.sampling import open_engine
 
@@ -63,5 +67,5 @@ def serve(
             stdout.write(f"http://{f'[{at}]' if ':' in at else at}:{number}\n")
             stdout.flush()
 
-        found = run(engine, about["model"], listening, key=key, limits=limits, at_once=texts_at_once(engine, at_once), about=about, ready=ready)
+        found = run(engine, about["model"], listening, key=key, limits=limits, about=about, ready=ready)
     return 130 if found == signal.SIGINT else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from flashhead_edge.serve.mailbox import Piece
 from flashhead_edge.serve.requests import Wanted
 from flashhead_edge.serve.tools import Call, CallReader
 
+BROKEN = "\ufffd"  # what stands for a part of a character
 FINISH = {"max_new_tokens": "length", "context length": "length"}  # all else is a stop
 
 
@@ -143,7 +146,28 @@ class Answer:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         shown = self._shown(token)
-        return {"token": shown, "logprob": max(logprob, -9999.0), "bytes": list(shown.encode())}
+        own = shown.encode() if BROKEN not in shown else token_bytes(self.tokenizer, token)
+        return {"token": shown, "logprob": max(logprob, -9999.0), "bytes": None if own is None else list(own)}
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes | None:
+    """The bytes that a token stands for, of vocabularies over bytes (GPT-2's letters for them, or <0x0A>); None: the vocabulary is of another kind."""
+    backend = getattr(tokenizer, "backend", None) or getattr(tokenizer, "backend_tokenizer", None)
+    piece = None if backend is None else backend.id_to_token(token)
+    if piece is None:
+        return None
+    if one := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes([int(one[1], 16)])
+    letters = byte_letters()
+    return bytes(letters[c] for c in piece) if all(c in letters for c in piece) else None
+
+
+@functools.cache
+def byte_letters() -> dict[str, int]:
+    """GPT-2's letter for each byte: printable ones stand for themselves, the others for letters from 256 on, in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def call_form(call: Call) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 import anyio
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,7 +24,7 @@ from flashhead_edge.generation.protocols import TextEngine
 from flashhead_edge.serve.answers import Answer
 from flashhead_edge.serve.board import live_figures, read_gauges
 from flashhead_edge.serve.guard import Guard, read_body
-from flashhead_edge.serve.limits import Limits
+from flashhead_edge.serve.limits import LONG, Limits
 from flashhead_edge.serve.mailbox import Mailbox, Piece
 from flashhead_edge.serve.metrics import Metrics
 from flashhead_edge.serve.openapi import api_document
@@ -51,6 +52,10 @@ class Service:
     decoder: Decoder
     grammars: Grammars = field(default_factory=Grammars)
     started: int = field(default_factory=lambda: int(time.time()))
+    # Threads at work beside the loop: few, since each keeps arenas of its own once it has been busy. Long prompts queue by themselves.
+    prompts: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
+    long_prompts: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    gauges: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
 
 
 def create_app(service: Service) -> Guard:
@@ -71,7 +76,8 @@ def create_app(service: Service) -> Guard:
         "/openapi.json": partial(openapi, service),
     }
     routes = [Route(path, endpoint, methods=[method]) for method, table in (("POST", post), ("GET", get)) for path, endpoint in table.items()]
-    return Guard(Starlette(routes=routes, exception_handlers={HTTPException: no_route, Refusal: refused}), service.key, service.loopback, service.metrics)
+    app = Starlette(routes=routes, exception_handlers={HTTPException: no_route, Refusal: refused})
+    return Guard(app, service.key, service.loopback, service.metrics, service.limits)
 
 
 async def refused(request: Request, error: Exception) -> Response:
@@ -82,14 +88,19 @@ async def refused(request: Request, error: Exception) -> Response:
 async def no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     found = f"{request.method} {request.url.path[:80]}"
-    refusal = Refusal(f"{found}: this server has no such route, expected one of /openapi.json; correct the address", error.status_code, "no_route")
+    what = "no such route, expected one of /openapi.json; correct the address"
+    if error.status_code == 405:
+        what = f"this route for another method, expected {(error.headers or {}).get('Allow', 'another')}; use that"
+    refusal = Refusal(f"{found}: this server has {what}", error.status_code, "no_route")
     return JSONResponse(error_document(refusal), error.status_code, dict(error.headers or {}))
 
 
 async def complete(service: Service, chat: bool, request: Request) -> Response:
     """Chat completions and completions."""
     began = time.monotonic()
-    asked = wanted(read_json(await read_body(request, service.limits)), chat=chat)
+    content = await read_body(request, service.limits)
+    asked = wanted(read_json(content), chat=chat)
+    workers = service.long_prompts if len(content) > LONG else service.prompts
     form = None
     if asked.tools:
         form = form_of(service.engine.tokenizer.chat_template if service.engine.tokenizer else "")
@@ -98,8 +109,9 @@ async def complete(service: Service, chat: bool, request: Request) -> Response:
         if asked.tools_forced:
             form = "bare"
     if asked.dense:
-        await run_sync(service.decoder.dense.prepare)
-    made = await run_sync(orders, service.engine, asked, service.grammars, forced_schema(asked.tools, asked.tool_names) if asked.tools_forced else None)
+        await run_sync(service.decoder.dense.prepare, limiter=service.long_prompts)
+    schema = forced_schema(asked.tools, asked.tool_names) if asked.tools_forced else None
+    made = await run_sync(orders, service.engine, asked, service.grammars, schema, limiter=workers)
     prompt_tokens = sum(len(order.ids) for order in made[:: asked.choices])
     answer = Answer(asked, service.name, service.engine.tokenizer, prompt_tokens, form)
     mailbox, host = Mailbox(), request.client.host if request.client else ""
@@ -210,7 +222,7 @@ async def ready(service: Service, request: Request) -> Response:
 
 
 async def metrics(service: Service, request: Request) -> Response:
-    await run_sync(read_gauges, service.metrics)
+    await run_sync(read_gauges, service.metrics, limiter=service.gauges)
     return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -239,7 +251,7 @@ async def live(service: Service, request: Request) -> Response:
     async def events() -> AsyncIterator[str]:
         yield f"event: about\ndata: {json.dumps(service.about)}\n\n"
         while not service.decoder.closing:
-            figures = await run_sync(live_figures, service.metrics)
+            figures = await run_sync(live_figures, service.metrics, limiter=service.gauges)
             yield f"data: {json.dumps(figures)}\n\n"
             await anyio.sleep(EVERY)
 

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashhead_edge.serve.limits import Limits
+from flashhead_edge.serve.limits import MOST_DROPPED, Limits
 from flashhead_edge.serve.metrics import Metrics
 from flashhead_edge.serve.refusals import Refusal, error_document
 
@@ -24,8 +24,8 @@ LOG = logging.getLogger("flashhead_edge.serve")
 class Guard:
     """ASGI middleware: keys, names of the host, counts and the log."""
 
-    def __init__(self, app: ASGIApp, key: str | None, loopback: bool, metrics: Metrics) -> None:
-        self.app, self.key, self.loopback, self.metrics = app, key, loopback, metrics
+    def __init__(self, app: ASGIApp, key: str | None, loopback: bool, metrics: Metrics, limits: Limits) -> None:
+        self.app, self.key, self.loopback, self.metrics, self.limits = app, key, loopback, metrics, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,6 +59,10 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         headers = dict(scope["headers"])
+        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        if size > self.limits.header_bytes:
+            found = f"head: the request's first lines have {size} bytes, expected at most {self.limits.header_bytes}; send less"
+            return Refusal(found, 431, "head_too_large", headers={"Connection": "close"})
         host = headers.get(b"host", b"").decode("latin-1")
         name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.split(":")[0]
         if self.loopback and name.lower() not in LOCAL:
@@ -74,9 +78,6 @@ class Guard:
         return None
 
 
-MOST_DROPPED = 16 << 20  # bytes of a body that is too large: read and dropped, for most clients look for an answer when they have sent all
-
-
 async def read_body(request: Request, limits: Limits) -> bytes:
     """A request's body of JSON.
 
@@ -87,6 +88,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal("content-type: it is not application/json, expected that; set the header", 415, headers={"Connection": "close"})
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise Refusal("content-encoding: the body is coded, expected plain JSON; leave the header out", 415, headers={"Connection": "close"})
     length = request.headers.get("content-length", "0")
     parts: list[bytes] = []
     said, size = int(length) if length.isascii() and length.isdigit() else 0, 0

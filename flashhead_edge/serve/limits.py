@@ -28,6 +28,15 @@ class Limits:
                 raise SettingsError(f"serve: {name} is {value}, expected more than 0; call again with another value")
 
 
+LOOK = 1.0  # seconds between two looks at a connection
+KEEP_ALIVE = 15  # seconds that a connection may be idle between requests
+LINGER = 30.0  # seconds that a closed connection may take to hand over what was written
+TOLD = 2.0  # seconds that a client has to read that the time to drain is over
+LAST = 5.0  # seconds that the decode thread has for the step it is in
+MOST_DROPPED = 16 << 20  # bytes of a body that is too large: read and dropped, for most clients look for an answer when they have sent all
+LONG = 1 << 16  # bytes of a request whose prompt takes a tokenizer some time: such prompts queue by themselves
+KEPT_GRAMMARS = 32  # compiled schemas
+NO_LIMIT = 4096  # tokens of a text where neither the request nor the model says
 MOST_CHOICES = 16  # of a request: OpenAI's n, times its prompts
 MOST_STOPS = 16
 MOST_DEPTH = 64  # of nested values in a request

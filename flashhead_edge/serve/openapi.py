@@ -11,7 +11,7 @@ ERRORS = {
     "400": "A field is wrong", "401": "No key, or another one",
     "403": "Another host's name", "404": "No such route or model", "408": "The body came too slowly",
     "413": "The body is too large", "415": "The body is not said to be JSON", "429": "The queue is full", "500": "A text failed", "501": "Not installed here",
-    "503": "The server is shutting down", "504": "The deadline is over",
+    "431": "The first lines are too long", "503": "The server is shutting down", "504": "The deadline is over",
 }  # fmt: skip
 
 
@@ -58,6 +58,8 @@ def api_document(vocab: int, tokens: int, tools: bool) -> dict[str, Any]:
     """
     object_: dict[str, Any] = {"type": "object"}
     some = {"type": "string", "minLength": 1}
+    told = {"message": {"type": "string"}, "type": {"type": "string"}, "param": nullable(type="string"), "code": nullable(type="string")}
+    error_form = {"type": "object", "required": [*told], "properties": told}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     schema_form = form("json_schema", json_schema={"type": "object", "required": ["schema"], "properties": {"schema": {"type": "object"}}})
     common = {
@@ -80,7 +82,8 @@ def api_document(vocab: int, tokens: int, tools: bool) -> dict[str, Any]:
         "stream_options": nullable(type="object", properties={"include_usage": nullable(type="boolean")}),
         "response_format": {"anyOf": [form("text"), form("json_object"), schema_form, {"type": "null"}]},
         "user": nullable(type="string"),
-        "head": {"enum": ["fast", "dense"], "description": "The head that chooses tokens: ours, or the model's own to compare with"},
+        "safety_identifier": nullable(type="string"),
+        "head": {"enum": ["fast", "dense", None], "description": "The head that chooses tokens: ours, or the model's own to compare with"},
     }
     part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}
     message = {
@@ -157,7 +160,7 @@ def api_document(vocab: int, tokens: int, tools: bool) -> dict[str, Any]:
             "/openapi.json": get("This document"),
         },
         "components": {
-            "schemas": {"Error": {"type": "object", "required": ["error"], "properties": {"error": object_}}},
+            "schemas": {"Error": {"type": "object", "required": ["error"], "properties": {"error": error_form}}},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"key": []}],

@@ -15,11 +15,9 @@ from flashhead_edge.generation import prompt_ids
 from flashhead_edge.generation.decode import start
 from flashhead_edge.generation.grammar import Grammar, compile_grammar
 from flashhead_edge.generation.protocols import TextEngine
+from flashhead_edge.serve.limits import KEPT_GRAMMARS, NO_LIMIT
 from flashhead_edge.serve.refusals import Refusal
 from flashhead_edge.serve.requests import Wanted
-
-KEPT_GRAMMARS = 32
-NO_LIMIT = 4096  # tokens of a text where neither the request nor the model says
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,20 +60,24 @@ def orders(engine: TextEngine, wanted: Wanted, grammars: Grammars, schema: Mappi
     Raises:
         Refusal: the engine cannot make them.
     """
+    field = "response_format" if schema is None else parameters_field(wanted)
     try:
         schema = schema or wanted.schema
         grammar = None if schema is None else grammars.of(engine, schema)
     except EngineError as error:
-        raise Refusal(str(error), 501, param="response_format") from error
+        raise Refusal(str(error), 501, param=field) from error
     except SettingsError as error:
-        raise Refusal(str(error), param="response_format") from error
+        raise Refusal(f"{field}: {error}", param=field) from error
+    strange = [token for token in wanted.sampling.logit_bias if token >= engine.vocab_size]
+    if strange:
+        raise Refusal(f"logit_bias names token {strange[0]}, expected ids below {engine.vocab_size}; correct it", param="logit_bias")
     made = []
     for prompt in wanted.prompts:
         ids = ids_of(engine, wanted, prompt)
         limit = engine.context_length
         if limit is not None and len(ids) >= limit:
             raise Refusal(
-                f"messages: the prompt has {len(ids)} tokens, expected fewer than the model's {limit} positions; shorten it",
+                f"{'messages' if wanted.chat else 'prompt'}: the prompt has {len(ids)} tokens, expected fewer than the model's {limit} positions; shorten it",
                 code="context_length_exceeded",
                 param="messages" if wanted.chat else "prompt",
             )
@@ -92,8 +94,17 @@ def orders(engine: TextEngine, wanted: Wanted, grammars: Grammars, schema: Mappi
     return made
 
 
+def parameters_field(wanted: Wanted) -> str:
+    """Where a request says what the arguments of its forced calls are."""
+    places = [i for i, tool in enumerate(wanted.tools) if tool["function"]["name"] in wanted.tool_names]
+    return f"tools[{places[0]}].function.parameters" if len(places) == 1 else "tools"
+
+
 def ids_of(engine: TextEngine, wanted: Wanted, prompt: Any) -> Sequence[int]:
     if not wanted.chat and not isinstance(prompt, str):
+        strange = [token for token in prompt if not 0 <= token < engine.embedding_rows]
+        if strange:
+            raise Refusal(f"prompt: token {strange[0]} is none of the model's, expected 0 to {engine.embedding_rows - 1}; correct it", param="prompt")
         return tuple(prompt)
     try:
         return prompt_ids(engine, prompt, chat=wanted.chat, tools=wanted.tools or None)

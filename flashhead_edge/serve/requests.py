@@ -78,7 +78,11 @@ def kind(value: Any) -> str:
     """What a JSON value is, in a word or two."""
     if value is None:
         return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    if isinstance(value, list):
+        return f"a list of {len(value)}" if value else "an empty list"
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        return f"an object of type {value['type'][:40]!r}"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object"}
     return names.get(type(value), type(value).__name__)
 
 
@@ -146,11 +150,13 @@ def wanted(body: Mapping[str, Any], *, chat: bool) -> Wanted:
     tools, forced, names = chat_tools(body) if chat else ((), False, ())
     count = whole(body, "n", 1, MOST_CHOICES, 1) or 1
     if count * len(prompts) > MOST_CHOICES:
-        raise Refusal(f"n: found {count} texts for each of {len(prompts)} prompts, expected {MOST_CHOICES} texts in all; ask for fewer", param="n")
+        field = "n" if len(prompts) <= MOST_CHOICES else "prompt"
+        found = f"{count} texts for each of {len(prompts)} prompts"
+        raise Refusal(f"{field}: found {found}, expected {MOST_CHOICES} texts in all; ask for fewer", param=field)
     stream, options = flag(body, "stream"), body.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise wrong("stream_options", options, "an object")
-    head = body.get("head", "fast")
+    head = "fast" if body.get("head") is None else body["head"]
     if head not in HEADS:
         raise Refusal("head: found another value than 'fast' and 'dense', expected one of them; leave the field out", param="head")
     return Wanted(
@@ -319,6 +325,8 @@ def chat_tools(body: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], 
             raise wrong(f"tools[{i}].function.description", function["description"], "a string")
         if not function.get("name"):
             raise wrong(f"tools[{i}].function.name", function.get("name"), "a string that is not empty")
+        if function["name"] in names:
+            raise Refusal(f"tools[{i}].function.name: it is an earlier tool's, expected another; rename one of them", param=f"tools[{i}].function.name")
         names.append(text(function["name"], f"tools[{i}].function.name"))
     choice = body.get("tool_choice")
     if choice in (None, "auto"):

@@ -8,17 +8,17 @@ import errno
 import ipaddress
 import json
 import logging
+import math
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from anyio.to_thread import current_default_thread_limiter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flashhead_edge.checkpoint.jsonfiles import read_json
@@ -28,15 +28,10 @@ from flashhead_edge.generation import prompt_ids, stream
 from flashhead_edge.generation.protocols import TextEngine
 from flashhead_edge.serve.app import Service, create_app
 from flashhead_edge.serve.guard import fields_of
-from flashhead_edge.serve.limits import Limits
+from flashhead_edge.serve.limits import KEEP_ALIVE, LAST, LINGER, LOOK, TOLD, Limits
 from flashhead_edge.serve.metrics import Metrics
 from flashhead_edge.serve.texts import Decoder
 
-LOOK = 1.0  # seconds between two looks at a connection
-KEEP_ALIVE = 15  # seconds that a connection may be idle between requests
-LINGER = 30.0  # seconds that a closed connection may take to hand over what was written
-WORKERS = 4  # threads that read prompts and figures: 40, which is anyio's number, keep 20 MiB in arenas of their own once they have been busy
-LAST = 5.0  # seconds that the decode thread has for the step it is in
 SWITCH = 0.00005  # seconds after which a thread gives way: who is woken by a token takes the lock from who makes the next, for up to that time
 LOG = logging.getLogger("flashhead_edge.serve")
 
@@ -142,6 +137,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.decoder = decoder
         self.signals: list[int] = []
+        self.hurried = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -155,24 +151,24 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.signals.append(sig)
-        self.force_exit = self.should_exit  # the second signal does not wait
+        self.hurried = self.should_exit  # the second signal does not wait for texts
         self.should_exit = True
         self.decoder.closing = True  # no lock here: a handler may interrupt who holds it
 
 
-def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None, limits: Limits, at_once: int, about: dict[str, Any], ready: Any) -> int:
+def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None, limits: Limits, about: dict[str, Any], ready: Callable[[], None]) -> int:
     """Serve until a signal: which one it was.
 
     Args:
         ready: called once requests are taken.
     """
     metrics = Metrics(name)
-    decoder = Decoder(engine, limits, metrics, at_once)
+    decoder = Decoder(engine, limits, metrics, *texts_at_once(engine, limits.at_once))
     service = Service(engine, name, about, limits, key, is_loopback(port.getsockname()[0]), metrics, decoder)
     config = uvicorn.Config(
         create_app(service), http=watched(limits), ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
         limit_concurrency=limits.connections, h11_max_incomplete_event_size=limits.header_bytes, timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=max(1, round(limits.drain)),
+        timeout_graceful_shutdown=math.ceil(limits.drain + 2 * TOLD),
     )  # fmt: skip
     server = Server(config, decoder)
     sys.setswitchinterval(SWITCH)
@@ -181,11 +177,19 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
     decoder.thread.start()
 
     async def main() -> None:
-        current_default_thread_limiter().total_tokens = WORKERS
         task = asyncio.ensure_future(server.serve([port]))
         while not server.started and not task.done():
             await asyncio.sleep(0.01)
         ready()
+        while not (server.should_exit or task.done()):
+            await asyncio.sleep(0.1)
+        late = time.monotonic() + limits.drain
+        while not (task.done() or server.hurried or time.monotonic() > late):
+            await asyncio.wait([task], timeout=0.1)
+        if not task.done():
+            decoder.end_all()
+            await asyncio.wait([task], timeout=TOLD)
+            server.force_exit = True
         await task
 
     with logs():
@@ -193,16 +197,18 @@ def serve(engine: TextEngine, name: str, port: socket.socket, *, key: str | None
         began = time.monotonic()
         asyncio.run(main())
         decoder.close()
-        decoder.cancel_all()  # what is left after the time to drain
+        decoder.end_all()
         decoder.thread.join(LAST)
         LOG.info("stopped", extra={"fields": {"seconds": round(time.monotonic() - began, 1), "signals": [signal.Signals(s).name for s in server.signals]}})
     return server.signals[0] if server.signals else 0
 
 
-def texts_at_once(engine: TextEngine, wanted: int) -> int:
-    """How many of the wanted texts an engine can be in the middle of."""
+def texts_at_once(engine: TextEngine, wanted: int) -> tuple[int, int]:
+    """How many texts an engine can be in the middle of, and how many of them are beside the wanted ones, for newcomers: one, where it has no limit."""
     most = getattr(getattr(engine, "backend", None), "most_texts", None)
-    return wanted if most is None else min(wanted, most)
+    if most is None:
+        return (wanted + 1, 1) if wanted > 1 else (1, 0)
+    return min(wanted, most), 0
 
 
 def model_facts(engine: TextEngine, name: str, folder: Path) -> dict[str, Any]:

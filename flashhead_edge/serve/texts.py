@@ -56,13 +56,21 @@ class Text:
 class Decoder:
     """A thread over an engine."""
 
-    def __init__(self, engine: TextEngine, limits: Limits, metrics: Metrics, at_once: int) -> None:
-        self.engine, self.limits, self.metrics, self.at_once = engine, limits, metrics, at_once
+    def __init__(self, engine: TextEngine, limits: Limits, metrics: Metrics, at_once: int, extra: int = 0) -> None:
+        """
+        Args:
+            at_once: texts that are made at once.
+            extra: of these, places for users alone who have no text among them. Where there is none, one of several is kept for them while there have been
+                two users within a deadline: who is the only one may have all.
+        """
+        self.engine, self.limits, self.metrics, self.at_once, self.extra = engine, limits, metrics, at_once, extra
+        self.users: dict[Path, float] = {}  # the last two, and when they came
         self.dense = DenseHead(engine)
         self.changed = threading.Condition()
         self.waiting: list[Text] = []
         self.active: list[Text] = []
         self.closing = False
+        self.over = False  # the time to end is over, too
         self.broken = False
         self.seconds = 1.0  # that a text takes, smoothed
         self.turns, self.entries = Rotation(), Rotation()
@@ -84,7 +92,10 @@ class Decoder:
                 raise Refusal(
                     "server: it is shutting down, expected requests while it runs; send it again later", 503, "shutting_down", headers={"Retry-After": "5"}
                 )
-            room = self.limits.waiting + self.at_once - len(self.active) - len(self.waiting)
+            user, now = texts[0].path[:2], time.monotonic()
+            self.users.pop(user, None)
+            self.users = dict([*self.users.items(), (user, now)][-2:])
+            room = self.limits.waiting + self.at_once - self.extra - len(self.active) - len(self.waiting)
             if len(texts) > room:
                 wait = str(min(60, max(1, math.ceil(self.seconds * (len(self.waiting) + 1) / self.at_once))))
                 raise Refusal(
@@ -109,8 +120,10 @@ class Decoder:
             self.closing = True
             self.changed.notify()
 
-    def cancel_all(self) -> None:
+    def end_all(self) -> None:
+        """Give up what is left after the time to drain; its clients are told."""
         with self.changed:
+            self.over = True
             texts = [*self.waiting, *self.active]
         self.cancel(texts)
 
@@ -140,8 +153,14 @@ class Decoder:
                         self._drop(text)
                 while self.waiting and len(self.active) < self.at_once:
                     first: dict[Path, Text] = {}
+                    there = {text.path[:2] for text in self.active}
+                    others = len(self.users) > 1 and now - min(self.users.values()) < self.limits.deadline
+                    kept = self.extra or int(others and self.at_once > 1)
                     for text in self.waiting:
-                        first.setdefault(text.path, text)
+                        if text.path[:2] not in there or len(self.active) < self.at_once - kept:
+                            first.setdefault(text.path, text)
+                    if not first:
+                        break
                     text = first[self.entries.next(first)]
                     self.waiting.remove(text)
                     self._enter(text)
@@ -193,6 +212,10 @@ class Decoder:
         self._leave(text)
         if text.gone:
             self.metrics.ended("cancelled")
+            if self.over:
+                message = "server: it is shutting down and the time for texts to end is over, expected a shorter one; send it again later"
+                text.put(Piece(text.index, None, "", error=Refusal(message, 503, "shutting_down", headers={"Retry-After": "5"})))
+                return
             message = "text: the request was given up, expected it to be read to its end; send it again"
             text.put(Piece(text.index, None, "", error=Refusal(message, 499, "cancelled")))
             return

@@ -148,17 +148,18 @@ def test_long_prompts_are_read_in_parts_to_the_same_text(server, engine):
     [
         ({"temperature": 3}, openai.BadRequestError, r"temperature: found 3, expected a number from 0 to 2; call again with another value"),
         ({"max_tokens": 0}, openai.BadRequestError, r"max_tokens: found 0, expected a whole number from 1"),
-        ({"messages": []}, openai.BadRequestError, r"messages: found a list, expected a list of messages, at least one"),
+        ({"messages": []}, openai.BadRequestError, r"messages: found an empty list, expected a list of messages, at least one"),
         ({"messages": [{"role": "king", "content": "x"}]}, openai.BadRequestError, r"messages\[0\].role: it is none of system"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, openai.BadRequestError, r"content\[0\]: it is no part of type text"),
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, openai.BadRequestError, r"prompt has 90\d\d tokens, expected fewer than the model's 8192"),
         ({"n": 99}, openai.BadRequestError, r"n: found 99, expected a whole number from 1 to 16"),
-        ({"stop": [""]}, openai.BadRequestError, r"stop: found a list, expected a string, or a list of at most 16"),
+        ({"stop": [""]}, openai.BadRequestError, r"stop: found a list of 1, expected a string, or a list of at most 16"),
         ({"logit_bias": {"x": 1}}, openai.BadRequestError, r"logit_bias: a name is no token id"),
         ({"logit_bias": {"99999": 1}}, openai.BadRequestError, r"logit_bias names token 99999, expected ids below 256"),
         ({"top_logprobs": 2}, openai.BadRequestError, r"top_logprobs: found without logprobs: true"),
         ({"functions": [{}]}, openai.BadRequestError, r"functions: this server does not have it"),
         ({"extra_body": {"head": "fat"}}, openai.BadRequestError, r"head: found another value than 'fast' and 'dense'"),
+        ({"response_format": {"type": "x"}}, openai.BadRequestError, r"response_format: found an object of type 'x', expected an object whose type is text"),
         ({"tool_choice": "required"}, openai.BadRequestError, r"tool_choice: found a string, expected none, auto"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
@@ -167,6 +168,29 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(server, change, error, s
     with pytest.raises(error, match=sentence) as found:
         server.client().chat.completions.create(**{**GREEDY, **change})
     assert found.value.body["type"] == "invalid_request_error"
+
+
+def test_the_field_that_is_wrong_is_named(server):
+    client = server.client()
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}
+    asked = {
+        "tools[1].function.parameters": {"tools": [{**tool, "function": {"name": "g"}}, tool], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        "tools[1].function.name": {"tools": [tool, tool]},
+        "logit_bias": {"logit_bias": {"99999": 1}},
+    }
+    for field, more in asked.items():
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(**{**GREEDY, **more})
+        assert refused.value.param == field, refused.value
+    for prompt, sentence in (
+        ("x" * 9000, "prompt: the prompt has 90"),
+        ([1, 99999], "prompt: token 99999 is none"),
+        (["x"] * 17, "prompt: found 1 texts for each"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=sentence) as refused:
+            client.completions.create(model="tiny", prompt=prompt)
+        assert refused.value.param == "prompt"
+    assert client.chat.completions.create(**{**GREEDY, "max_tokens": 2}, extra_body={"head": None}).usage.completion_tokens == 2
 
 
 def test_embeddings_are_refused(server):

@@ -48,7 +48,7 @@ def post(body, extra=""):
     [
         (b"", 400, "body: it is no JSON"),
         (b"{", 400, "body: it is no JSON"),
-        (b"[]", 400, "body: it is a list, expected a JSON object"),
+        (b"[]", 400, "body: it is an empty list, expected a JSON object"),
         (b'{"messages": \xff}', 400, "body: it is no JSON"),
         (b'{"temperature": NaN}', 400, "NaN is no number of JSON"),
         (b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", 400, "nested more than 64 deep"),
@@ -87,6 +87,10 @@ def test_large_heads_and_endless_bodies_are_cut_off(server):
     with raw(server.address) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 40_000)
         assert b" 400 " in connection.recv(1000).split(b"\r\n")[0]
+    for sent in (17_000, 60_000):  # the whole head in one piece
+        with pytest.raises(urllib.error.HTTPError, match="431") as refused:
+            urllib.request.urlopen(urllib.request.Request(f"{server.address}/health", headers={"X": "a" * sent}), timeout=30)
+        assert "expected at most 16384" in json.loads(refused.value.read())["error"]["message"]
     with raw(server.address) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
         part = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
@@ -97,15 +101,13 @@ def test_large_heads_and_endless_bodies_are_cut_off(server):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
 def test_many_clients_at_once_do_not_make_many_threads(start_server):
     """Each would keep a stack and an arena of memory."""
-    from flashhead_edge.serve.run import WORKERS
-
     body = json.dumps({**ASK, "max_tokens": 3}).encode()
     with start_server("--waiting", "100") as server:
         before = len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
         with ThreadPoolExecutor(40) as pool:
             found = list(pool.map(lambda _: send(server.address, body)[0], range(80)))
         assert found == [200] * 80
-        assert len(list(Path(f"/proc/{server.process.pid}/task").iterdir())) <= before + WORKERS
+        assert len(list(Path(f"/proc/{server.process.pid}/task").iterdir())) <= before + 4  # two for prompts, one for long ones, one for figures
 
 
 def test_who_goes_away_takes_the_text_along(server):
@@ -190,6 +192,54 @@ def test_texts_that_do_not_end_in_the_drain_are_given_up(start_server):
             assert time.monotonic() - began < 15  # the texts would take minutes
 
 
+def test_who_is_left_after_the_drain_is_told(start_server):
+    """In a stream by an event, else by an answer: neither ends in the middle."""
+    with start_server("--drain", "1") as server, raw(server.address) as streamed, raw(server.address) as whole:
+        streamed.sendall(post(json.dumps({**LONG, "stream": True}).encode()))
+        whole.sendall(post(json.dumps(LONG).encode()))
+        server.until(lambda: server.metric("flashhead_texts_active") == 2, "not taken in")
+        assert b" 200 " in streamed.recv(1000).split(b"\r\n")[0]
+        server.process.send_signal(signal.SIGTERM)
+        answers = [b"".join(iter(lambda connection=connection: connection.recv(1 << 16), b"")) for connection in (streamed, whole)]
+        assert server.process.wait(20) == 0
+    assert answers[0].endswith(b"\n\n\r\n0\r\n\r\n") and b"the time for texts to end is over" in answers[0].split(b"data: ")[-1]
+    head, _, document = answers[1].partition(b"\r\n\r\n")
+    assert b" 503 " in head.split(b"\r\n")[0] and json.loads(document)["error"]["code"] == "shutting_down"
+
+
+def test_second_signal_does_not_wait_and_clients_are_told(start_server):
+    with start_server() as server, raw(server.address) as connection:
+        connection.sendall(post(json.dumps(LONG).encode()))
+        server.until(lambda: server.metric("flashhead_texts_active") == 1, "not taken in")
+        server.process.send_signal(signal.SIGINT)
+        server.until(lambda: refuses(server.address), "the door is open")
+        server.process.send_signal(signal.SIGINT)
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert b" 503 " in answer.split(b"\r\n")[0] and b"shutting_down" in answer
+        assert server.process.wait(20) == 130
+        assert "Traceback" not in server.log and '"stopped"' in server.log
+
+
+def refuses(address):
+    try:
+        raw(address).close()
+    except OSError:
+        return True
+    return False
+
+
+def test_who_has_all_places_but_one_shuts_nobody_out(start_server):
+    """Long texts of one user, in and waiting: another user's text is made beside them."""
+    with start_server("--at-once", "2") as server, ExitStack() as held:
+        for _ in range(4):
+            connection = held.enter_context(raw(server.address))
+            connection.sendall(post(json.dumps({**LONG, "user": "a"}).encode()))
+        server.until(lambda: server.metric("flashhead_texts_active") == 2 and server.metric("flashhead_texts_waiting") == 2, "not taken in")
+        status, _, found = send(server.address, json.dumps({**ASK, "max_tokens": 3, "user": "b"}).encode())
+        assert status == 200 and found["usage"]["completion_tokens"] == 3
+        assert server.metric("flashhead_texts_active") == 2 and server.metric("flashhead_texts_waiting") == 2
+
+
 def serve_fails(*arguments, **environment):
     import os
 
@@ -210,5 +260,12 @@ def test_starts_that_cannot_be_are_said_in_a_sentence(model, tmp_path):
     assert code == 2 and "lets other machines in, and there is no API key: set FLASHHEAD_API_KEY" in line
     code, line = serve_fails(model, "--host", "no such host", FLASHHEAD_API_KEY="k")
     assert code == 2 and "is no address" in line
+    (tmp_path / "key").write_bytes(bytes(range(128, 228)))
+    code, line = serve_fails(model, "--api-key-file", tmp_path / "key")
+    assert code == 2 and "the API key is empty or not of plain letters" in line
+    code, line = serve_fails(model, "--name", " ")
+    assert code == 2 and "--name is empty" in line
+    code, line = serve_fails(tmp_path / "key")
+    assert code == 2 and "key is a file, expected a folder" in line
     code, line = serve_fails(tmp_path, "--backend", "onnxruntime")
     assert code == 2 and str(tmp_path) in line

@@ -64,6 +64,32 @@ def test_escape_stops_an_answer(browser, server):
     server.until(lambda: server.metric("flashhead_texts_active") == 0, "the text goes on without its reader")
 
 
+def test_a_new_chat_knows_nothing_of_an_answer_that_was_running(browser, server):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(server.address)
+    until(browser, "document.title == 'tiny'", "the page does not know its model")
+    browser.execute_script("document.getElementById('tokens').value = 7000")
+    browser.switch_to.active_element.send_keys("Hello" + Keys.ENTER)  # its text does not end by itself
+    until(browser, "document.querySelector('.turn.assistant')?.innerText.length > 20", "no answer begins")
+    browser.execute_script("document.getElementById('fresh').click()")
+    server.until(lambda: server.metric("flashhead_texts_active") == 0, "the text goes on without its reader")
+    browser.execute_script("document.getElementById('tokens').value = 5; document.getElementById('text').focus()")
+    assert say(browser, "Again")[0] == "Again"
+    assert browser.execute_script("return turns.map(t => t.role)") == ["user", "assistant"]
+
+
+def test_a_message_that_was_refused_can_be_mended(browser, server):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(server.address)
+    until(browser, "document.title == 'tiny'", "the page does not know its model")
+    browser.execute_script("document.getElementById('text').value = 'Hello '.repeat(9000)")  # longer than the model's context
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    until(browser, "document.querySelectorAll('.turn.error').length == 2 && !running", "it is not refused")
+    assert browser.execute_script("return [turns.length, document.getElementById('text').value.length]") == [0, 53_999]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1100])
 def test_page_fits_and_can_be_read(browser, server, scheme, width):

@@ -74,6 +74,20 @@ def test_templates_say_how_calls_look():
         form_of("{{ messages }}")
 
 
+def test_a_token_that_is_part_of_a_character_has_its_own_bytes():
+    """Of vocabularies over bytes, in either way of writing them; of others none are claimed."""
+    from types import SimpleNamespace
+
+    from flashhead_edge.serve.answers import byte_letters, token_bytes
+
+    text = "\u00e9\U0001f44f a\n"
+    letters = {byte: letter for letter, byte in byte_letters().items()}
+    assert len(letters) == 256 and letters[ord(" ")] == "\u0120"
+    pieces = ["".join(letters[b] for b in text.encode()), "<0x0A>", "\u4f60", None]
+    tokenizer = SimpleNamespace(backend=SimpleNamespace(id_to_token=lambda token: pieces[token]))
+    assert [token_bytes(tokenizer, i) for i in range(4)] == [text.encode(), b"\n", None, None]
+
+
 def test_limits_are_checked():
     with pytest.raises(SettingsError, match="serve: waiting is 0, expected more than 0"):
         Limits(waiting=0)
@@ -83,10 +97,30 @@ def order(ids, tokens):
     return Order(tuple(ids), tokens, Sampling(), (), None, None, False, False)
 
 
+def test_a_place_is_kept_for_newcomers_once_there_have_been_two_users(engine, monkeypatch):
+    """Where there is none beside the wanted ones: who is the only one has all places, and later all but one."""
+    decoder = Decoder(engine, Limits(), Metrics("tiny"), 2)
+    monkeypatch.setattr(Decoder, "alive", True)
+    late = time.monotonic() + 60
+
+    def come(user, name):
+        decoder.submit([Text(order([1], 5), ("host", user, name), None, 0, late)])
+        assert decoder._admit()
+        return sorted(text.path[1:] for text in decoder.active)
+
+    assert come("a", "1") == [("a", "1")] and come("a", "2") == [("a", "1"), ("a", "2")]
+    assert come("b", "3") == [("a", "1"), ("a", "2")] and come("a", "4") == [("a", "1"), ("a", "2")]
+    decoder._leave(decoder.active[0])
+    assert come("a", "5") == [("a", "2"), ("b", "3")]  # b came first
+    decoder._leave(decoder.active[1])
+    assert come("a", "6") == [("a", "2")]  # the place that is left is not a's
+    assert come("c", "7") == [("a", "2"), ("c", "7")]
+
+
 def test_text_whose_reader_is_too_slow_is_given_up_and_others_go_on(engine):
     """Nobody takes from the first mailbox: its text ends at the limit, the one beside it is whole."""
     metrics = Metrics("tiny")
-    decoder = Decoder(engine, Limits(unread_tokens=20), metrics, 2)
+    decoder = Decoder(engine, Limits(unread_tokens=200), metrics, 2)  # more than the quick one has: on a busy machine it is read late, too
 
     async def run():
         slow, quick = Mailbox(), Mailbox()
@@ -96,7 +130,10 @@ def test_text_whose_reader_is_too_slow_is_given_up_and_others_go_on(engine):
         tokens, ended = 0, ""
         while not ended:
             for piece in await quick.take():
+                assert piece.error is None, piece.error
                 tokens, ended = tokens + 1, piece.ended
+        while time.monotonic() < late and not (slow.pieces and slow.pieces[-1].error):
+            await asyncio.sleep(0.01)
         return tokens, [p.error and p.error.code for p in await slow.take()]
 
     tokens, left = asyncio.run(run())
