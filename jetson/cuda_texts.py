@@ -350,7 +350,9 @@ class CudaBody(CutByLength):
 def check_finite(states: np.ndarray) -> None:
     """Raise CheckpointError where states are no numbers."""
     if not np.isfinite(states.sum()):
-        raise CheckpointError("hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs --precision bfloat16")
+        raise CheckpointError(
+            "hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs bfloat16 (flashhead export --precision)"
+        )
 
 
 def step_from(found: dict[str, np.ndarray]) -> Step:

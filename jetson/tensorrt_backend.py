@@ -385,7 +385,7 @@ class TensorRTBody(CutByLength):
             found = b.taken(b.read(ids, self.length))
         if not np.isfinite(found[0].sum()):
             raise CheckpointError(
-                "hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs --precision bfloat16"
+                "hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs bfloat16 (flashhead export --precision)"
             )
         self.length += len(ids)
         self.last = found

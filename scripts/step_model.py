@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flashhead_edge.bench.cuda import models
 from flashhead_edge.bench.step_model import Card, Fit, compared, step_of
+from flashhead_edge.errors import FlashHeadError
 from flashhead_edge.records.folder import KEY
 
 FITTED_ON = ("Llama-3.2-1B", "SmolLM2-135M")  # the most bytes a phase, and the fewest
@@ -77,4 +79,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FlashHeadError, OSError) as error:
+        sys.exit(f"{error}")

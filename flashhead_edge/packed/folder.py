@@ -37,8 +37,10 @@ class FolderWeights:
         self._shapes: dict[str, tuple[int, int]] = {}  # of packed matrices, by their name in the files
         if self._scheme is not None:
             mark = MARKS[self._scheme.kind]
-            stems = [tensor.removesuffix(mark) for tensor in self._files if tensor.endswith(mark)]
-            self._shapes = {stem: packed_shape(self._files, self._scheme, stem) for stem in stems}
+            stems = {tensor.removesuffix(mark) for tensor in self._files if tensor.endswith(mark)}
+            if self._scheme.kind == "mlx":  # codes without the scales that tell them would be read as numbers
+                stems |= {t.removesuffix(".weight") for t in self._files if t.endswith(".weight") and self._files.entry(t).dtype == "U32"}
+            self._shapes = {stem: packed_shape(self._files, self._scheme, stem) for stem in sorted(stems)}
         parts = {stem + part for stem in self._shapes for part in PARTS[self._scheme.kind]} if self._scheme else set()
         stored = [tensor for tensor in self._files if tensor not in parts] + [f"{stem}.weight" for stem in self._shapes]
         self._stored = {text_name(tensor): tensor for tensor in stored}

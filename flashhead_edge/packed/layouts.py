@@ -45,13 +45,15 @@ def packed_shape(files: Files, scheme: Scheme, stem: str) -> tuple[int, int]:
         held = files.entry(f"{stem}.g_idx")
         if held.dtype != "I32" or len(held.shape) != 1:
             raise _wrong(f"{stem}.g_idx", held.dtype, held.shape, "I32", (k,))
-        if held.shape[0] != k:
+        if held.shape[0] != k and rows * A_WORD * BITS in (held.shape[0] * bits for bits in (2, 3, 8)):
             raise UnsupportedModelError(
                 f"{stem}: {rows} words of codes for the {held.shape[0]} inputs of g_idx, expected {BITS} bits a code; choose another checkpoint"
             )
+        if held.shape[0] != k:
+            raise _wrong(f"{stem}.qweight", "I32", (rows, columns), "I32", (held.shape[0] // A_WORD, columns))
     group = _group(_two(files, f"{stem}.scales", None)[0], k, scheme, stem)
     _expect(files, f"{stem}.scales", None, (k // group, n))
-    if f"{stem}.qzeros" in files or scheme.kind == "gptq":
+    if f"{stem}.qzeros" in files or scheme.kind == "gptq" or scheme.zeros:
         _expect(files, f"{stem}.qzeros", "I32", (k // group, n // A_WORD))
     return n, k
 

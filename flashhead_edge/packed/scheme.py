@@ -44,6 +44,7 @@ class Scheme:
     symmetric: bool = False  # the config says so, or leaves it open
     second: bool = False  # GPTQ: zeros are stored as they are (version 2), not one lower
     ordered: bool = False  # GPTQ: inputs are in another order, so that g_idx must be there
+    zeros: bool = False  # AWQ: the config says that every matrix has zero points of its own
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # MLX: bits and group of layers that have their own
 
 
@@ -122,7 +123,8 @@ def _scheme(said: Mapping[str, Any], name: str) -> Scheme:
         raise refused(name, f"GPTQ of checkpoint_format {said['checkpoint_format']}")
     size = said.get("group_size", said.get("q_group_size"))
     groups = frozenset([size]) if isinstance(size, int) else frozenset()
-    return Scheme(kind, groups, said.get("sym") is not False, str(said.get("checkpoint_format")) == "gptq_v2", said.get("desc_act") is True)
+    second, zeros = str(said.get("checkpoint_format")) == "gptq_v2", kind == "awq" and said.get("zero_point") is True
+    return Scheme(kind, groups, said.get("sym") is not False, second, said.get("desc_act") is True, zeros)
 
 
 def _compressed(said: Mapping[str, Any], name: str) -> Scheme:

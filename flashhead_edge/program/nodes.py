@@ -147,7 +147,7 @@ class Decoder:
         if weight.shape != (d,) or d % 8 or d > MOST_WIDTH:
             raise ExportError(
                 f"{name}: a norm of {d} columns with a weight {list(weight.shape)}, expected a multiple of 8 up to {MOST_WIDTH:,}, as the kernel takes it; "
-                "export with --layers native"
+                "export with --layers native (flashhead export tensorrt), or use the onnxruntime backend"
             )
         item, offset = norm_item(name, weight, self.precision)
         attributes: dict[str, Attribute] = {"weight": self.store(item), "d": d, "offset": offset, "epsilon": float(epsilon), "bf16": self.bf16}
@@ -168,7 +168,9 @@ class Decoder:
     def gated(self, x: str, activation: int, out: str) -> str:
         width = self.widths[x] // 2
         if width % 8:
-            raise ExportError(f"{out}: a gated product of {width} columns, expected a multiple of 8, as the kernel takes it; export with --layers native")
+            raise ExportError(
+                f"{out}: a gated product of {width} columns, expected a multiple of 8, as the kernel takes it; export with --layers native (flashhead export tensorrt), or use the onnxruntime backend"
+            )
         return self._add("GatedProduct", [x], [(out, width)], {"activation": activation, "bf16": self.bf16})
 
     def table(self, cos: np.ndarray | None, sin: np.ndarray | None, head_size: int) -> Stored:
@@ -178,7 +180,7 @@ class Decoder:
         if cos.shape[1] * 2 != head_size:
             raise ExportError(
                 f"rotary positions: {2 * cos.shape[1]} of a head's {head_size} values are turned, expected all of them, as the attention kernel does it; "
-                "export with --layers native, or choose another model"
+                "export with --layers native (flashhead export tensorrt), or use the onnxruntime backend"
             )
         if len(cos) < self.context:
             raise ExportError(f"rotary positions: the model's table has {len(cos):,} positions, expected {self.context:,}; pass --context {len(cos)}")
@@ -192,7 +194,7 @@ class Decoder:
         if a.head_size not in HEAD_SIZES:
             raise ExportError(
                 f"{out}: attention heads of {a.head_size} values, expected one of {', '.join(map(str, HEAD_SIZES))}, as the kernel takes them; "
-                "export with --layers native, or choose another model"
+                "export with --layers native (flashhead export tensorrt), or use the onnxruntime backend"
             )
         if self.widths[qkv] != (a.q_heads + 2 * a.kv_heads) * a.head_size or a.q_heads % a.kv_heads:
             raise ExportError(

@@ -118,7 +118,11 @@ def rounded(values: np.ndarray, precision: str, name: str) -> np.ndarray:
     most = float(np.abs(wide).max(initial=0.0))
     if not most <= LARGEST[precision]:
         found = f"values up to {most:.3g}" if np.isfinite(most) else "values that are not finite"
-        instead = "pass --precision bfloat16" if precision == "float16" and np.isfinite(most) else "repair the checkpoint"
+        instead = (
+            "pass --precision bfloat16 to flashhead export, or use the onnxruntime backend"
+            if precision == "float16" and np.isfinite(most)
+            else "repair the checkpoint"
+        )
         raise ExportError(f"{name}: {found}, expected at most {LARGEST[precision]:.5g}, which {precision} holds; {instead}")
     if precision == "float16":
         return wide.astype(np.float16)
@@ -195,7 +199,7 @@ class Matrix:
         if self.n % TILE_ROWS or self.k % CHUNK or self.group not in (32, 64, 128) or self.k % self.group:
             raise ExportError(
                 f"{self.name}: a matrix [{self.n}, {self.k}] in groups of {self.group}, expected outputs in multiples of {TILE_ROWS}, inputs in multiples of "
-                f"{CHUNK} and of the group, groups of 32, 64 or 128, as the W4A16 kernels take it; pass a smaller --group, or export with --layers native"
+                f"{CHUNK} and of the group, groups of 32, 64 or 128, as the W4A16 kernels take it; quantise it in one of those, or export with --layers native (flashhead export tensorrt), or use the onnxruntime backend"
             )
 
     def items(self, precision: str) -> list[Item]:

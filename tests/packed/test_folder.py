@@ -194,6 +194,13 @@ def test_awq(tmp_path: Path) -> None:
     assert check(write(tmp_path, layer(parts), quantised(old)), value(codes, 8, scales)).zeros is None
 
 
+def test_awq_without_the_zeros_that_its_config_has_is_refused(tmp_path: Path) -> None:
+    parts, _ = awq()
+    del parts["qzeros"]
+    with pytest.raises(CheckpointError, match=r"qzeros: no such tensor"):
+        open_weights(write(tmp_path, layer(parts), quantised(AWQ)))
+
+
 def gptq(version: int, zeros: np.ndarray | None = None, groups: np.ndarray | None = None) -> tuple[dict[str, Any], np.ndarray]:
     codes, found, scales = made()
     zeros = found if zeros is None else zeros
