@@ -442,6 +442,11 @@ def test_relative_takes_the_machine_out() -> None:
     assert "microseconds" not in found and found["times_as_fast"].ratio == pytest.approx(1) and not found["times_as_fast"].lost(0.0)
 
 
+def test_heads_of_two_targets_are_two_subjects() -> None:
+    found = compare(side(made(target_agreement=0.995)), side(made("run-2", target_agreement=0.999)))
+    assert found.changes == () and len(found.only_before) == len(found.only_after) == 1
+
+
 def test_only_equal_subjects_are_compared() -> None:
     before = side(made(), made(batch=4), made(settings={"head": {"margin": 1}, "group": 32}))
     after = side(made("run-2", settings={"head": {"margin": 2}, "group": 32}), made("run-2", device="another"))

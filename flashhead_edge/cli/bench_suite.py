@@ -98,7 +98,7 @@ def compare(context: click.Context, before: Path, after: Path, tolerance: float,
             )
         show_comparison(found, tolerance, person(stdout, as_json))
         if as_json:
-            named = (*SUBJECT, "kind", "settings", "target_agreement", "quality")  # which record it is; all of it stands in AFTER
+            named = (*SUBJECT, "kind", "settings", "quality")  # which record it is; all of it stands in AFTER
             changes = [asdict(c) | {"record": {n: c.record[n] for n in named}, "verdict": verdict(c, tolerance)} for c in found.changes]
             left_out = [*sides[0].refused, *sides[1].refused]
             write_json({"changes": changes, "only_before": found.only_before, "only_after": found.only_after, "left_out": left_out}, stdout)

@@ -31,7 +31,10 @@ PRIMARY: dict[str, tuple[str, ...]] = {  # by part: what a record is read by, th
     "head": ("microseconds", "tokens_per_second"), "step": ("microseconds", "tokens_per_second"), "text": ("tokens_per_second", "microseconds"),
     "agreement": ("top1_agreement",), "quality": ("quality",),
 }  # fmt: skip
-SUBJECT = ("bench", "part", "model", "shape", "real_weights", "precision", "head", "backend", "device", "power_mode", "threads", "batch", "context", "tokens")
+SUBJECT = (
+    "bench", "part", "model", "shape", "real_weights", "precision", "head", "target_agreement", "backend", "device", "power_mode", "threads", "batch",
+    "context", "tokens",
+)  # fmt: skip
 
 
 def record(**fields: Any) -> dict[str, Any]:

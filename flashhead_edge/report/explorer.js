@@ -2,7 +2,7 @@
 // The rows are in the page already, escaped by the program that wrote it. They are filtered, put in order and shown a hundred at a time;
 // strings of records reach the document as text alone, and the plots through `plain`.
 (() => {
-  const PAGE = 100, BARS = 16, MARKS = 160, LINES = 8, FLOOR = 2e-5;
+  const PAGE = 100, BARS = 16, MARKS = 120, LINES = 8, FLOOR = 2e-5;
   const NUMBERS = new Set(["batch", "base", "ours", "fast", "agreement", "bytes"]);
   const $ = id => document.getElementById(id);
   const table = $("records"), body = table.tBodies[0], filters = [...document.querySelectorAll("#filters select")];
@@ -18,6 +18,7 @@
     return row.record[key];
   };
   const text = (row, key) => { const found = value(row, key); return found === undefined || found === null ? "not known" : String(found); };
+  for (const row of rows) row.group = JSON.stringify([row.text, ...["model", "device", "backend", "batch", "threads"].map(key => row.record[key])]);
   for (const row of rows) row.at = Object.fromEntries([...columns.filter(Boolean), "kind", "weights"].map(key => [key, value(row, key)]));
 
   // filters
@@ -204,8 +205,8 @@
       .filter(p => p.x > 0 && p.miss !== null);
     const groups = new Map(); // heads are compared where all but the head is the same
     for (const p of points) {
-      const r = p.row.record, key = JSON.stringify([r.kind, r.model, p.row.text, r.device, r.backend, r.batch, r.threads]);
-      if (r.kind !== "predicted") groups.has(key) ? groups.get(key).push(p) : groups.set(key, [p]);
+      const key = p.row.group;
+      if (p.row.record.kind !== "predicted") groups.has(key) ? groups.get(key).push(p) : groups.set(key, [p]);
     }
     const lines = [...groups.values()].map(group => {
       const best = [];

@@ -272,5 +272,6 @@ def _row(e: Entry) -> str:
     ]  # fmt: skip
     said = _text(r["command"] or "not known")
     tds = "".join(f"<td>{c}</td>" for c in cells)
-    call = f"<details><summary>command</summary><code>{said}</code> <small>{_text(e.file)}</small></details><small>{_text((r['date'] or DASH)[:10])}</small>"
+    where, day = _text(f"{e.file}, run {r['run']}"), _text((r["date"] or DASH)[:10])
+    call = f"<details><summary>command</summary><code>{said}</code> <small>{where}</small></details><small>{day}</small>"
     return f'<tr id="r-{e.id}"{" class=predicted" if predicted else ""}><th scope="row">{model}</th>{tds}<td>{call}</td></tr>'

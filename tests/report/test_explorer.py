@@ -295,7 +295,7 @@ def test_plots_follow_the_filters(page: Any) -> None:
     choose(page, "kind", "predicted")
     assert page.execute_script("return document.getElementById('by-bytes').hidden")
     assert page.execute_script(marks) == 0  # these predictions have no agreement
-    assert 160 <= before < 283  # the frontier and the first of what has an agreement
+    assert 120 <= before < 283  # the frontier and the first of what has an agreement
     assert page.execute_script("return document.querySelectorAll('#bars .bars .point path').length") == 32
     assert page.execute_script("return [...document.querySelectorAll('#bars .bars .point path')].every(p => p.style.fill.startsWith('url'))")  # hatched
     whiskers = "return [...document.querySelectorAll('#bars .xerror')].filter(p => p.getAttribute('d')).length"
