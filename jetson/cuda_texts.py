@@ -351,7 +351,7 @@ def check_finite(states: np.ndarray) -> None:
     """Raise CheckpointError where states are no numbers."""
     if not np.isfinite(states.sum()):
         raise CheckpointError(
-            "hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs bfloat16 (flashhead export --precision)"
+            "hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs bfloat16: use the onnxruntime backend"
         )
 
 

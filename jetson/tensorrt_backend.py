@@ -385,7 +385,7 @@ class TensorRTBody(CutByLength):
             found = b.taken(b.read(ids, self.length))
         if not np.isfinite(found[0].sum()):
             raise CheckpointError(
-                "hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs bfloat16 (flashhead export --precision)"
+                "hidden states: NaN or infinity found, expected finite values; the weights are damaged, or the model needs export's --precision bfloat16"
             )
         self.length += len(ids)
         self.last = found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MOST_OPERAND, MOST_EXPONENT = 1_000_000, 64  # of products and powers in a chat template
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
 def compiled(template: str) -> Any:
     """A chat template in a sandbox: it comes from whoever made the model."""
     from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -124,7 +126,18 @@ def compiled(template: str) -> Any:
     def to_json(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    class Bounded(ImmutableSandboxedEnvironment):
+        """A sandbox whose products and powers stay small: a text times a large number is gigabytes in one step."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [abs(v) if isinstance(v, (int, float)) else len(v) if isinstance(v, Sized) else 0 for v in (left, right)]
+            if max(sizes) > MOST_OPERAND or (operator == "**" and sizes[1] > MOST_EXPONENT):
+                raise SecurityError(f"{operator} of more than {MOST_OPERAND if operator == '*' else MOST_EXPONENT:,}")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = to_json  # jinja2's own escapes for HTML
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
     try:

@@ -85,7 +85,7 @@ def _compressed_shape(files: Files, scheme: Scheme, stem: str) -> tuple[int, int
     group = _group(_two(files, f"{stem}.weight_scale", None)[1], k, scheme, stem)
     _expect(files, f"{stem}.weight_scale", None, (n, k // group))
     zero = f"{stem}.weight_zero_point"
-    if zero in files and files.entry(zero).dtype != "I8":
+    if (scheme.zeros and zero not in files) or (zero in files and files.entry(zero).dtype != "I8"):
         _expect(files, zero, "I32", (-(-n // A_WORD), k // group))
     elif zero in files:
         _expect(files, zero, "I8", (n, k // group))

@@ -44,7 +44,7 @@ class Scheme:
     symmetric: bool = False  # the config says so, or leaves it open
     second: bool = False  # GPTQ: zeros are stored as they are (version 2), not one lower
     ordered: bool = False  # GPTQ: inputs are in another order, so that g_idx must be there
-    zeros: bool = False  # AWQ: the config says that every matrix has zero points of its own
+    zeros: bool = False  # the config says that every matrix has zero points of its own
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # MLX: bits and group of layers that have their own
 
 
@@ -145,7 +145,7 @@ def _compressed(said: Mapping[str, Any], name: str) -> Scheme:
             sizes.add(-1 if strategy == "channel" else int(size))
         else:
             raise refused(name, f"compressed-tensors with a scale for each {strategy} ({size})")
-    return Scheme("compressed-tensors", frozenset(sizes))
+    return Scheme("compressed-tensors", frozenset(sizes), zeros=bool(weights) and all(w.get("symmetric") is False for w in weights))
 
 
 def _mlx(said: Mapping[str, Any], name: str) -> Scheme:

@@ -169,7 +169,8 @@ class Decoder:
         width = self.widths[x] // 2
         if width % 8:
             raise ExportError(
-                f"{out}: a gated product of {width} columns, expected a multiple of 8, as the kernel takes it; export with --layers native (flashhead export tensorrt), or use the onnxruntime backend"
+                f"{out}: a gated product of {width} columns, expected a multiple of 8, as the kernel takes it; "
+                "export with --layers native (flashhead export tensorrt), or use the onnxruntime backend"
             )
         return self._add("GatedProduct", [x], [(out, width)], {"activation": activation, "bf16": self.bf16})
 

@@ -199,7 +199,8 @@ class Matrix:
         if self.n % TILE_ROWS or self.k % CHUNK or self.group not in (32, 64, 128) or self.k % self.group:
             raise ExportError(
                 f"{self.name}: a matrix [{self.n}, {self.k}] in groups of {self.group}, expected outputs in multiples of {TILE_ROWS}, inputs in multiples of "
-                f"{CHUNK} and of the group, groups of 32, 64 or 128, as the W4A16 kernels take it; quantise it in one of those, or export with --layers native (flashhead export tensorrt), or use the onnxruntime backend"
+                f"{CHUNK} and of the group, groups of 32, 64 or 128, as the W4A16 kernels take it; pass a smaller --group to "
+                "flashhead export, or --layers native, or use the onnxruntime backend"
             )
 
     def items(self, precision: str) -> list[Item]:

@@ -9,6 +9,7 @@ import pytest
 from cli_tools import write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from small_checkpoints import save_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -153,3 +154,10 @@ def test_the_real_tokenizer_of_smollm2(root):
         same_text(ours, theirs, text)
     for talk in TALKS:
         assert ours.apply_chat_template(talk, add_generation_prompt=True) == theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("template", ["{{ 'x' * 10**10 }}", "{{ 10**8 * 'xy' }}", "{{ 9**(9**9) }}", "{{ [0] * 2000000 }}"])
+def test_a_template_makes_no_gigabytes_in_one_step(template):
+    with pytest.raises(TemplateError, match="of more than"):
+        compiled(template).render()
+    assert compiled("{{ '-' * 40 }}{{ 2**10 }}{{ 3 * 0.5 }}").render() == "-" * 40 + "10241.5"

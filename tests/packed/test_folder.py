@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import struct
@@ -199,6 +200,24 @@ def test_awq_without_the_zeros_that_its_config_has_is_refused(tmp_path: Path) ->
     del parts["qzeros"]
     with pytest.raises(CheckpointError, match=r"qzeros: no such tensor"):
         open_weights(write(tmp_path, layer(parts), quantised(AWQ)))
+
+
+def test_compressed_tensors_without_the_zeros_that_their_config_has_are_refused(tmp_path: Path) -> None:
+    parts, _ = hand_compressed()
+    del parts["weight_zero_point"]
+    config = copy.deepcopy(COMPRESSED)
+    config["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    with pytest.raises(CheckpointError, match=r"weight_zero_point: no such tensor"):
+        open_weights(write(tmp_path, layer(parts), quantised(config)))
+
+
+def test_mlx_codes_without_scales_are_refused(tmp_path: Path) -> None:
+    parts, _ = mlx(32)
+    other, _ = mlx(32)
+    del parts["scales"]
+    config = {**CONFIG, "quantization": MLX, "quantization_config": MLX}
+    with pytest.raises(CheckpointError, match=r"scales: no such tensor"):
+        open_weights(write(tmp_path, {**layer(parts), **layer(other, "model.embed_tokens")}, config))
 
 
 def gptq(version: int, zeros: np.ndarray | None = None, groups: np.ndarray | None = None) -> tuple[dict[str, Any], np.ndarray]:
