@@ -9,7 +9,7 @@ from typing import Any
 from flashhead_edge.checkpoint.families import text_config
 from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import CheckpointError, DeviceError, SettingsError
-from flashhead_edge.jetson.board import board_named
+from flashhead_edge.jetson.board import Module, board_named
 from flashhead_edge.jetson.cuda_backend import Cuda, open_program
 from flashhead_edge.jetson.cuda_library import MOST_ROWS
 from flashhead_edge.jetson.cuda_plan import checkpoint_need
@@ -27,6 +27,9 @@ from flashhead_edge.progress import Progress, silent
 
 CONTEXT = 4096  # positions of the cache, at most, where nobody says
 GROUP = 128  # weights that share a scale where a matrix is coded here
+
+BOARD_RUNTIME = 600 << 20  # of program, libraries and context where a GPU shares the system's memory: as plan_sources has TensorRT's
+BOARD_NOTE = "the program and its context, 600 MiB, were not measured on a board; weights in 4 bits, coded anew where the checkpoint has them in 16"
 
 
 def open_folder(
@@ -88,11 +91,12 @@ def program_settings(config: Any, *, precision: str | None = None, context: int 
     }
 
 
-def need_of_checkpoint(folder: Path, context: int | None = None, batch: int = 1) -> Need:
+def need_of_checkpoint(folder: Path, context: int | None = None, batch: int = 1, board: Module | None = None) -> Need:
     """What a checkpoint takes of this machine's GPU, or where there is none of an Orin's: of the device, launches need some megabytes more or less.
 
     Args:
         context, batch: as `open_folder` takes them.
+        board: whose launches and memory are meant instead: there the program and its context lie in the memory that a model has.
     Raises:
         As `open_folder`, but for what needs a GPU. Headers, norms and the head's index are read.
     """
@@ -101,14 +105,18 @@ def need_of_checkpoint(folder: Path, context: int | None = None, batch: int = 1)
         raise CheckpointError(f"{folder}: {found}, expected a FlashHead checkpoint, which the cuda backend runs; run flashhead convert")
     config = read_json(folder / "config.json")
     try:
-        facts = device_facts()
+        facts = device_facts() if board is None else _facts_of(board)
     except DeviceError:
-        board = board_named("agx-orin-64gb")  # whose launches a plan without a GPU counts
-        facts = DeviceFacts(board.title, board.capability, board.multiprocessors, board.shared_bytes, 0, 0, None, f"{board.cuda}")
-    return checkpoint_need(
+        facts = _facts_of(board_named("agx-orin-64gb"))  # whose launches a plan without a GPU counts
+    need = checkpoint_need(
         folder, facts, precision=precision_of(config), context=_context(config, context), group=_group(config), batch=_texts(batch),
         positions=describe(config).positions or None,
     )  # fmt: skip
+    return need if board is None else replace(need, runtime=BOARD_RUNTIME, notes=(*need.notes[1:], BOARD_NOTE))
+
+
+def _facts_of(board: Module) -> DeviceFacts:
+    return DeviceFacts(board.title, board.capability, board.multiprocessors, board.shared_bytes, 0, 0, None, f"{board.cuda}")
 
 
 def _texts(batch: int) -> int:

@@ -237,7 +237,9 @@ def plan(
     if backend == "cuda":
         from flashhead_edge.jetson.cuda_folder import need_of_checkpoint
 
-        return document(need_of_checkpoint(Path(model).expanduser(), context, batch or 1), _gpu_here(free, root) if memory is None else free, context, batch)
+        board = None if memory is None else module_named(memory)
+        need = need_of_checkpoint(Path(model).expanduser(), context, batch or 1, board)
+        return document(need, _gpu_here(free, root) if memory is None else free, context, batch)
     need = need_of(model, gpu=memory is not None and free.where != "as given")
     if memory is None and need.kind == "tensorrt":
         free = _gpu_here(free, root)

@@ -16,7 +16,9 @@ from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import DeviceError, EngineError, SettingsError
 from flashhead_edge.generation import stream
 from flashhead_edge.jetson import cuda_backend, cuda_folder, cuda_library, cuda_program, cuda_session, driver, open_engine
+from flashhead_edge.jetson.board import board_named
 from flashhead_edge.jetson.cuda_memory import UNIT, device_bytes
+from flashhead_edge.jetson.plan import plan
 from flashhead_edge.packed.folder import FolderWeights
 from flashhead_edge.program import kept as programs
 from flashhead_edge.program.head import Device
@@ -206,6 +208,20 @@ def test_other_contexts_and_batches_are_near(checkpoint: Path, gpu) -> None:
     need = cuda_folder.need_of_checkpoint(checkpoint, 1024)
     for context in (512, 4096):
         assert abs(need.total(context) - cuda_folder.need_of_checkpoint(checkpoint, context).total(context)) <= 2 * UNIT
+
+
+def test_a_named_board_has_its_own_launches_and_room_for_the_program(checkpoint: Path, gpu, monkeypatch) -> None:
+    """On a board the context comes out of the model's memory; launches are those of its own multiprocessors, not of this machine's GPU."""
+    asked, made = [], cuda_folder.checkpoint_need
+    monkeypatch.setattr(cuda_folder, "checkpoint_need", lambda folder, facts, **settings: asked.append(facts) or made(folder, facts, **settings))
+    here = plan(checkpoint, backend="cuda", memory="8GB")
+    needs = {name: plan(checkpoint, backend="cuda", memory=name) for name in ("orin-nano-8gb", "agx-thor")}
+    for need in needs.values():
+        assert need["parts"]["runtime"] - here["parts"]["runtime"] == cuda_folder.BOARD_RUNTIME
+        assert cuda_folder.BOARD_NOTE in need["notes"]
+    boards = [board_named(name) for name in needs]
+    assert [(f.multiprocessors, f.shared_bytes) for f in asked[1:]] == [(b.multiprocessors, b.shared_bytes) for b in boards]
+    assert asked[0].multiprocessors not in {b.multiprocessors for b in boards}
 
 
 def test_the_plan_verb_knows_the_backend(checkpoint: Path, exported, flashhead, gpu) -> None:
