@@ -39,11 +39,11 @@ def gptq(stem: str, code: Coded4) -> dict[str, np.ndarray]:
 
 
 def compressed(stem: str, code: Coded4) -> dict[str, np.ndarray]:
-    """A matrix as `flashhead quantize` and llm-compressor store it, symmetric or with packed zero points."""
+    """A matrix as `flashhead quantize` and llm-compressor store it under a config that is not symmetric: all have packed zero points."""
     n, k = unpaired(code.codes).shape
     parts = {"weight_packed": words(unpaired(code.codes)), "weight_scale": code.scales.astype(np.float16), "weight_shape": np.array([n, k], np.int64)}
-    if code.zeros is not None:
-        parts["weight_zero_point"] = np.ascontiguousarray(words(np.ascontiguousarray(code.zeros.T)).T)
+    zeros = np.full(code.scales.shape, 8, np.uint8) if code.zeros is None else code.zeros
+    parts["weight_zero_point"] = np.ascontiguousarray(words(np.ascontiguousarray(zeros.T)).T)
     return {f"{stem}.{name}": part for name, part in parts.items()}
 
 
