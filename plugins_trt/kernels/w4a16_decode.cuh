@@ -5,10 +5,11 @@
 
 namespace fh {
 
-// Chunks that a warp takes in a panel, and panels whose chunks are on their way: with activations in registers, and in shared memory. A chunk's registers
-// are filled anew as soon as it is multiplied. Each chunk and panel is code of its own, and every launch fetches its code cold: more of them in flight (4 and
-// 2 for both) lost 3 to 7 % of a body of five launches a layer on an H100. The order of sums does not depend on these.
-constexpr int kHeldChunks = 2, kHeldSets = 2, kSharedChunks = 4, kSharedSets = 1;
+// Chunks are taken in pairs, neighbours in memory: one address and, in groups of 128, one scale for both. Warp w takes the pairs w, w + warps, ...
+// Pairs that a warp takes in a panel, and panels whose pairs are on their way: with activations in registers, and in shared memory. A pair's registers are
+// filled anew as soon as it is multiplied. Each pair and panel is code of its own, and every launch fetches its code cold: more of them in flight (twice
+// both) lost 3 to 7 % of a body of five launches a layer on an H100. The order of sums does not depend on these.
+constexpr int kHeldPairs = 1, kHeldSets = 2, kSharedPairs = 2, kSharedSets = 1;
 
 // Warps that split K: at most 16, a warp's panels of four chunks nearly full. K alone decides: the split is the order of the sums.
 __host__ __device__ constexpr int decode_warps(int K) {
@@ -39,6 +40,13 @@ __device__ inline void refill_once(u32& v, bool inside, const u32* p) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p ld.global.nc.u32 %0, [%2];\n}" : "+r"(v) : "r"(u32(inside)), "l"(p));
 }
 
+__device__ inline void refill_shared(uint4& v, bool inside, u32 address) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %4, 0;\n@p ld.shared.v4.u32 {%0,%1,%2,%3}, [%5];\n}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "r"(u32(inside)), "r"(address)
+               : "memory");
+}
+
 __device__ inline void refill(uint4& v, bool inside, const u16* p) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %4, 0;\n@p ld.global.v4.u32 {%0,%1,%2,%3}, [%5];\n}"
                : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
@@ -46,26 +54,28 @@ __device__ inline void refill(uint4& v, bool inside, const u16* p) {
                : "memory");
 }
 
-// A lane's part of COUNT chunks: codes, and for each group in a chunk the two rows' scales and zero points.
-template <int GROUP, bool ASYMMETRIC, int COUNT>
-struct Chunks {
-  static constexpr int kGroups = GROUP == 32 ? 2 : 1;
-  uint4 codes[COUNT];
-  u32 scales[COUNT][kGroups];
-  u16 zeros[COUNT][ASYMMETRIC ? kGroups : 1];
+// A lane's part of PAIRS pairs of chunks: codes, and for each of their groups the two rows' scales and zero points.
+template <int GROUP, bool ASYMMETRIC, int PAIRS>
+struct Pairs {
+  static constexpr int kGroups = 2 * kChunk / GROUP;
+  uint4 codes[PAIRS][2];
+  u32 scales[PAIRS][kGroups];
+  u16 zeros[PAIRS][ASYMMETRIC ? kGroups : 1];
 
-  // Chunk `chunk` of a tile to place i; one that is not below count gets scales of zero, and keeps what codes there are. Offsets of 32 bits: instructions
-  // count here as much as bytes do.
+  // The chunks `chunk` and `chunk` + 1 of a tile to place i; those that are not below `count` get scales of zero, and keep what codes there are. Offsets of
+  // 32 bits: instructions count here as much as bytes do.
   __device__ void load(int i, bool exists, const uint4* code, const u16* scale, const u8* zero, u32 tile, int chunk, int count, int lane) {
-    const bool inside = exists && chunk < count;
-    refill_once(codes[i], inside, code + ((tile * count + chunk) * 32 + lane));
+    const int left = exists ? count - chunk : 0;
+    const uint4* from = code + ((tile * count + chunk) * 32 + lane);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) refill_once(codes[i][c], left > c, from + c * 32);
+    const u32 at = (tile * (u32(count) * kChunk / GROUP) + u32(chunk) / 2 * kGroups) * (kTileRows / 2) + lane / 4;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      const u32 group = GROUP == 32 ? chunk * 2 + j : GROUP == 64 ? chunk : chunk / 2, groups = u32(count) * kChunk / GROUP;
-      const u32 at = (tile * groups + group) * (kTileRows / 2) + lane / 4;
+      const bool inside = left > j * GROUP / kChunk;
       scales[i][j] = 0;
-      refill_once(scales[i][j], inside, reinterpret_cast<const u32*>(scale) + at);
-      if (ASYMMETRIC && inside) zeros[i][j] = __ldg(reinterpret_cast<const u16*>(zero) + at);
+      refill_once(scales[i][j], inside, reinterpret_cast<const u32*>(scale) + at + j * (kTileRows / 2));
+      if (ASYMMETRIC && inside) zeros[i][j] = __ldg(reinterpret_cast<const u16*>(zero) + at + j * (kTileRows / 2));
     }
   }
 };
@@ -185,8 +195,8 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   const int lane = threadIdx.x % 32, token = lane / 4, warps = blockDim.x / (PAIRED ? 64 : 32);
   const int own_part = PAIRED && int(threadIdx.x / 32) >= warps ? 1 : 0, warp = threadIdx.x / 32 - own_part * warps;
   constexpr bool kHold = !NORM;
-  constexpr int kChunks = kHold ? kHeldChunks : kSharedChunks, kSets = kHold ? kHeldSets : kSharedSets;
-  const int count = K / kChunk, panel_chunks = warps * kChunks;
+  constexpr int kPairs = kHold ? kHeldPairs : kSharedPairs, kSets = kHold ? kHeldSets : kSharedSets;
+  const int count = K / kChunk, panel_chunks = warps * kPairs * 2;
   constexpr int kParts = GATED ? 2 : 1;  // tiles whose outputs are written together
   const int units = N / kTileRows / kParts;
   float* partial = shared;  // [2 * kParts][warps][8 tokens][16 outputs]
@@ -200,18 +210,29 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
     if (!GATED || PAIRED || p.part == 0) p.unit += gridDim.x;
     return p;
   };
-  Chunks<GROUP, ASYMMETRIC, kChunks> held[kSets] = {};
-  auto load = [&](Chunks<GROUP, ASYMMETRIC, kChunks>& to, int i, const Place& p) {
-    to.load(i, p.unit < units, codes, scales, zeros, p.unit + (GATED ? p.part * units : 0), p.base + i * warps + warp, count, lane);
+  auto chunk_of = [&](int base, int i) { return base + (i * warps + warp) * 2; };
+  Pairs<GROUP, ASYMMETRIC, kPairs> held[kSets] = {};
+  auto load = [&](Pairs<GROUP, ASYMMETRIC, kPairs>& to, int i, const Place& p) {
+    to.load(i, p.unit < units, codes, scales, zeros, p.unit + (GATED ? p.part * units : 0), chunk_of(p.base, i), count, lane);
   };
   // Tokens from M on read another's activations: nobody reads their columns of the product.
   const u16* own = (NORM ? rows + (token < M ? token : 0) * row_stride(K) : x + size_t(token < M ? token : 0) * K) + lane % 4 * 8;
-  uint4 activations[kChunks][2] = {};
+  const u32 own_shared = NORM ? u32(__cvta_generic_to_shared(own)) : 0;
+  uint4 activations[kPairs][2][2] = {};
   auto load_activations = [&](int i, int base, bool wanted) {
-    const int chunk = base + i * warps + warp;
-    const bool inside = wanted && chunk < count;  // else what stands there counts nothing: its scale is zero
+    const int chunk = chunk_of(base, i), left = wanted ? count - chunk : 0;  // what stands where there is none counts nothing: its scale is zero
 #pragma unroll
-    for (int half = 0; half < 2; ++half) refill(activations[i][half], inside, own + chunk * kChunk + half * 32);
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = chunk * kChunk + c * kChunk + half * 32;
+        if (NORM) {
+          refill_shared(activations[i][c][half], left > c, own_shared + at * 2);
+        } else {
+          refill(activations[i][c][half], left > c, own + at);
+        }
+      }
+    }
   };
 
   // Weights: no launch before this one writes them.
@@ -219,7 +240,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
 #pragma unroll
   for (int set = 0; set < kSets; ++set, ahead = next_of(ahead)) {
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) load(held[set], i, ahead);
+    for (int i = 0; i < kPairs; ++i) load(held[set], i, ahead);
   }
   uint4 gain = make_uint4(0, 0, 0, 0), first_gain = gain;
   if (NORM) {
@@ -239,7 +260,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   }
   if (kHold) {
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) load_activations(i, 0, true);
+    for (int i = 0; i < kPairs; ++i) load_activations(i, 0, true);
   }
 
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
@@ -248,35 +269,35 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
       if (set > 0 && now.unit >= units) break;
-      Chunks<GROUP, ASYMMETRIC, kChunks>& chunks = held[set];
+      Pairs<GROUP, ASYMMETRIC, kPairs>& pairs = held[set];
       const Place next = next_of(now);
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        if (!kHold) {
-          const u16* from = own + min(now.base + i * warps + warp, count - 1) * kChunk;
-          activations[i][0] = *reinterpret_cast<const uint4*>(from), activations[i][1] = *reinterpret_cast<const uint4*>(from + 32);
-        }
-        float group[4] = {0.f, 0.f, 0.f, 0.f};
+      for (int i = 0; i < kPairs; ++i) {
+        if (!kHold) load_activations(i, now.base, true);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int j = GROUP == 32 ? half : 0;
-          const u32 zero = ASYMMETRIC ? chunks.zeros[i][j] : 0x0808u;
-          u32 even[4], odd[4];  // the codes of outputs 2g and 2g + 1
-          Codes<T>::template decode<ASYMMETRIC>(even, half ? chunks.codes[i].z : chunks.codes[i].x, Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu));
-          Codes<T>::template decode<ASYMMETRIC>(odd, half ? chunks.codes[i].w : chunks.codes[i].y, Codes<T>::template offset<ASYMMETRIC>(zero >> 8));
-          const uint4 b = activations[i][half];
-          T::mma(group, even[0], odd[0], even[1], odd[1], b.x, b.y);
-          T::mma(group, even[2], odd[2], even[3], odd[3], b.z, b.w);
-          if (GROUP == 32 || half == 1) {
-            const float2 scale = T::to_float2(chunks.scales[i][j]);
-            sum[0] = fmaf(scale.x, group[0], sum[0]);
-            sum[1] = fmaf(scale.x, group[1], sum[1]);
-            sum[2] = fmaf(scale.y, group[2], sum[2]);
-            sum[3] = fmaf(scale.y, group[3], sum[3]);
-            group[0] = group[1] = group[2] = group[3] = 0.f;
+        for (int c = 0; c < 2; ++c) {
+          float group[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int j = (c * 2 + half) * 32 / GROUP;
+            const uint4 code = pairs.codes[i][c], b = activations[i][c][half];
+            const u32 zero = ASYMMETRIC ? pairs.zeros[i][j] : 0x0808u;
+            u32 even[4], odd[4];  // the codes of outputs 2g and 2g + 1
+            Codes<T>::template decode<ASYMMETRIC>(even, half ? code.z : code.x, Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu));
+            Codes<T>::template decode<ASYMMETRIC>(odd, half ? code.w : code.y, Codes<T>::template offset<ASYMMETRIC>(zero >> 8));
+            T::mma(group, even[0], odd[0], even[1], odd[1], b.x, b.y);
+            T::mma(group, even[2], odd[2], even[3], odd[3], b.z, b.w);
+            if (GROUP == 32 || half == 1) {
+              const float2 scale = T::to_float2(pairs.scales[i][j]);
+              sum[0] = fmaf(scale.x, group[0], sum[0]);
+              sum[1] = fmaf(scale.x, group[1], sum[1]);
+              sum[2] = fmaf(scale.y, group[2], sum[2]);
+              sum[3] = fmaf(scale.y, group[3], sum[3]);
+              group[0] = group[1] = group[2] = group[3] = 0.f;
+            }
           }
         }
-        load(chunks, i, ahead);
+        load(pairs, i, ahead);
         if (kHold) load_activations(i, next.base, panel_chunks < count && next.unit < units);
       }
 
