@@ -350,9 +350,9 @@ def compile_all(shapes: Sequence[Shape], quick: bool) -> None:
         jobs |= {("elementwise.cu", f"fh::rms_norm<{e}>"), ("attention.cu", f"fh::attention_rope_write<{e}>")}
         jobs |= {("elementwise.cu", f"fh::gated_product<{e}, {flag}>") for flag in ("true", "false")}
         for group, zeros in itertools.product(groups, ("true", "false")):
-            jobs.add(("w4a16.cu", f"fh::w4a16_decode<{e}, {group}, {zeros}>"))
+            jobs |= {("w4a16.cu", f"fh::w4a16_decode<{e}, {group}, {zeros}, {pairs}>") for pairs in (1, 2)}
             forms = ("false, false, false", "true, false, false", "true, true, false", "true, true, true")
-            jobs |= {("w4a16_fused.cu", f"fh::w4a16_fused<{e}, {group}, {zeros}, {form}>") for form in forms}
+            jobs |= {("w4a16_fused.cu", f"fh::w4a16_fused<{e}, {group}, {zeros}, {form}, {pairs}>") for form in forms for pairs in (1, 2)}
         for size, cluster, kind in itertools.product({s.head_size for s in shapes}, ("true", "false"), ("", "rope_")):
             jobs.add(("attention.cu", f"fh::attention_{kind}decode<{e}, {size}, {cluster}>"))
     begun = time.perf_counter()

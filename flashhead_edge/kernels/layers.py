@@ -156,17 +156,22 @@ class LinearPlan:
     grid: Grid
 
 
-def decode_warps(k: int) -> int:
+def decode_pairs(n: int, k: int) -> int:
+    """Pairs of chunks that a warp takes at once in decode, as w4a16_decode.cuh."""
+    return 1 if k <= 2048 and n * k < 1 << 21 else 2
+
+
+def decode_warps(n: int, k: int) -> int:
     """Warps that split K in decode, as w4a16_decode.cuh."""
-    chunks = k // 64
-    panels = -(-chunks // 64)
-    return -(-chunks // (4 * panels))
+    chunks, panel = k // 64, 2 * decode_pairs(n, k)
+    panels = -(-chunks // (16 * panel))
+    return -(-chunks // (panel * panels))
 
 
 def w4a16_plan(n: int, k: int, group: int, rows: int, multiprocessors: int, capability: int) -> LinearPlan:
     """The plan of `fh_w4a16_make_plan`."""
     if rows <= DECODE_ROWS:
-        warps = decode_warps(k)
+        warps = decode_warps(n, k)
         resident = multiprocessors * (1 if warps > 8 else 16 // warps)
         return LinearPlan(True, False, 0, 0, Grid((min(n // 16, resident), 1, 1), 32 * warps, 1024 * warps))
     groups = 2 if group == 32 else 1
@@ -203,7 +208,7 @@ def w4a16_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None,
         plan = w4a16_plan(n, k, group, len(x), multiprocessors, capability_of(architecture))
         form = f"{_element(x)}, {group}, {'false' if zeros is None else 'true'}"
         name = "w4a16_decode" if plan.decode else "w4a16_prefill_wide" if plan.wide else "w4a16_prefill"
-        tile = "" if plan.decode else f", {plan.outputs}, {plan.tokens}" if plan.wide else f", {plan.tokens}"
+        tile = f", {decode_pairs(n, k)}" if plan.decode else f", {plan.outputs}, {plan.tokens}" if plan.wide else f", {plan.tokens}"
         target = "sm_90a" if plan.wide else architecture
         _run("w4a16.cu", f"fh::{name}<{form}{tile}>", plan.grid, x.device, target, overlap, codes, scales, zeros, x, y, len(x), n, k)
     return y
@@ -219,7 +224,7 @@ FUSED_WIDTH = 16384  # w4a16_fused.h: inputs of a product behind a norm
 
 def w4a16_paired(n: int, k: int, multiprocessors: int) -> bool:
     """Whether a block multiplies a gate and its partner side by side, as `paired` in w4a16_fused.cu."""
-    warps, pairs = decode_warps(k), n // 32
+    warps, pairs = decode_warps(n, k), n // 32
     if warps > 8:
         return False
     alone, both = multiprocessors * (16 // warps), multiprocessors * (8 // warps)
@@ -286,7 +291,7 @@ def w4a16_fused(
     grid = w4a16_fused_plan(n, k, len(x), norm is not None, bool(activation), multiprocessors)
     paired = activation and w4a16_paired(n, k, multiprocessors)
     flags = ", ".join("true" if flag else "false" for flag in (zeros is not None, norm is not None, activation, paired))
-    _run("w4a16_fused.cu", f"fh::w4a16_fused<{_element(x)}, {group}, {flags}>", grid, x.device, architecture, overlap, codes, scales, zeros, x, y, len(x), n,
+    _run("w4a16_fused.cu", f"fh::w4a16_fused<{_element(x)}, {group}, {flags}, {decode_pairs(n, k)}>", grid, x.device, architecture, overlap, codes, scales, zeros, x, y, len(x), n,
          k, residual, total, first_norm, norm, weight_offset, epsilon, int(activation == "gelu_tanh"))  # fmt: skip
     return y
 

@@ -36,7 +36,7 @@ __host__ __device__ constexpr int prefill_teams(int tokens) { return tokens == 1
 __host__ __device__ constexpr int prefill_stages(int tokens) { return tokens == 128 ? 3 : 2; }
 __host__ __device__ constexpr int prefill_threads(int tokens) { return kTeamThreads * prefill_teams(tokens); }
 
-template <class T, int GROUP, bool ASYMMETRIC>
+template <class T, int GROUP, bool ASYMMETRIC, int PAIRS>
 __global__ void w4a16_decode(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K);
 template <class T, int GROUP, bool ASYMMETRIC, int TOKENS>
 __global__ void w4a16_prefill(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K);
@@ -46,11 +46,11 @@ __global__ void w4a16_repack_groups(const V* neutral, V* packed, int N, int grou
 
 #ifdef __CUDACC__
 // Dynamic shared memory: 2 * warps * 128 floats.
-template <class T, int GROUP, bool ASYMMETRIC>
+template <class T, int GROUP, bool ASYMMETRIC, int PAIRS>
 __global__ void __launch_bounds__(512, 1)
     w4a16_decode(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K) {
   extern __shared__ uint4 raw[];
-  decode_block<T, GROUP, ASYMMETRIC, false, false, false, false>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, {});
+  decode_block<T, GROUP, ASYMMETRIC, false, false, false, PAIRS, false>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, {});
 }
 
 // What a team of warps reads for one chunk of K: ROWS outputs and TOKENS tokens.
@@ -242,7 +242,7 @@ template <class T, int GROUP, bool ASYMMETRIC>
 const char* linear(const fh_w4a16_weight& w, const void* x, void* y, int M, const fh_device& device, cudaStream_t stream) {
   fh_w4a16_plan plan;
   fh_w4a16_make_plan(&w, M, &device, &plan);
-  auto kernel = w4a16_decode<T, GROUP, ASYMMETRIC>;
+  auto kernel = decode_pairs(w.N, w.K) == 1 ? w4a16_decode<T, GROUP, ASYMMETRIC, 1> : w4a16_decode<T, GROUP, ASYMMETRIC, 2>;
   if (plan.wide) {
     kernel = plan.tile_outputs == 256  ? w4a16_prefill_wide<T, GROUP, ASYMMETRIC, 256, 128>
              : plan.tile_tokens == 128 ? w4a16_prefill_wide<T, GROUP, ASYMMETRIC, 128, 128>
@@ -278,7 +278,7 @@ void fh_w4a16_make_plan(const fh_w4a16_weight* w, int M, const fh_device* device
   *plan = {};
   const int tiles = w->N / fh::kTileRows;
   if (M <= FH_W4A16_DECODE_ROWS) {
-    const int warps = fh::decode_warps(w->K);
+    const int warps = fh::decode_warps(w->N, w->K);
     const int resident = device->multiprocessors * (warps > 8 ? 1 : 16 / warps);
     *plan = {1, 0, 0, 0, tiles < resident ? tiles : resident, 1, warps * 32, 2 * warps * 128 * int(sizeof(float))};
     return;

@@ -5,16 +5,15 @@
 
 namespace fh {
 
-// Chunks are taken in pairs, neighbours in memory: one address and, in groups of 128, one scale for both. Warp w takes the pairs w, w + warps, ...
-// Pairs that a warp takes in a panel, and panels whose pairs are on their way: with activations in registers, and in shared memory. A pair's registers are
-// filled anew as soon as it is multiplied. Each pair and panel is code of its own, and every launch fetches its code cold: more of them in flight (twice
-// both) lost 3 to 7 % of a body of five launches a layer on an H100. The order of sums does not depend on these.
-constexpr int kHeldPairs = 1, kHeldSets = 2, kSharedPairs = 2, kSharedSets = 1;
+// Chunks are taken in pairs, neighbours in memory: one address and, in groups of 128, one scale for both. Warp w takes the pairs w, w + warps, ..., so many
+// of them in a panel, whose pairs are on their way together; a pair's registers are filled anew as soon as it is multiplied. Small matrices have one pair
+// a warp: their launches are chains of latencies, which more warps shorten.
+__host__ __device__ constexpr int decode_pairs(int N, int K) { return K <= 2048 && size_t(N) * K < (1u << 21) ? 1 : 2; }
 
-// Warps that split K: at most 16, a warp's panels of four chunks nearly full. K alone decides: the split is the order of the sums.
-__host__ __device__ constexpr int decode_warps(int K) {
-  const int chunks = K / 64, panels = (chunks + 63) / 64;
-  return (chunks + 4 * panels - 1) / (4 * panels);
+// Warps that split K: at most 16, a warp's panels nearly full. The matrix alone decides: the split is the order of the sums.
+__host__ __device__ constexpr int decode_warps(int N, int K) {
+  const int chunks = K / 64, panel = 2 * decode_pairs(N, K), panels = (chunks + 16 * panel - 1) / (16 * panel);
+  return (chunks + panel * panels - 1) / (panel * panels);
 }
 
 // What surrounds a product in a decoder layer; pointers as in w4a16_fused.h.
@@ -189,14 +188,13 @@ __device__ void normalise_row(const u16* x, const Surroundings& s, int d, u16* r
 // instead of in turn. A block takes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of 16 outputs each, with GATED pairs of them: a gate's and,
 // half of the matrix on, its partner's. shared: floats [2, with GATED 4][warps][128], with NORM then u16 [M][row_stride(K)].
 // EARLY: the next launch may begin when this one's blocks have all begun, before the one before this has ended (w4a16_fused.h says what follows).
-template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool PAIRED, bool EARLY>
+template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool PAIRED, int PAIRS, bool EARLY>
 __device__ void decode_block(float* shared, const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K,
                              const Surroundings& s) {
   const int lane = threadIdx.x % 32, token = lane / 4, warps = blockDim.x / (PAIRED ? 64 : 32);
   const int own_part = PAIRED && int(threadIdx.x / 32) >= warps ? 1 : 0, warp = threadIdx.x / 32 - own_part * warps;
   constexpr bool kHold = !NORM;
-  constexpr int kPairs = kHold ? kHeldPairs : kSharedPairs, kSets = kHold ? kHeldSets : kSharedSets;
-  const int count = K / kChunk, panel_chunks = warps * kPairs * 2;
+  const int count = K / kChunk, panel_chunks = warps * PAIRS * 2;
   constexpr int kParts = GATED ? 2 : 1;  // tiles whose outputs are written together
   const int units = N / kTileRows / kParts;
   float* partial = shared;  // [2 * kParts][warps][8 tokens][16 outputs]
@@ -211,14 +209,14 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
     return p;
   };
   auto chunk_of = [&](int base, int i) { return base + (i * warps + warp) * 2; };
-  Pairs<GROUP, ASYMMETRIC, kPairs> held[kSets] = {};
-  auto load = [&](Pairs<GROUP, ASYMMETRIC, kPairs>& to, int i, const Place& p) {
-    to.load(i, p.unit < units, codes, scales, zeros, p.unit + (GATED ? p.part * units : 0), chunk_of(p.base, i), count, lane);
+  Pairs<GROUP, ASYMMETRIC, PAIRS> held = {};
+  auto load = [&](int i, const Place& p) {
+    held.load(i, p.unit < units, codes, scales, zeros, p.unit + (GATED ? p.part * units : 0), chunk_of(p.base, i), count, lane);
   };
   // Tokens from M on read another's activations: nobody reads their columns of the product.
   const u16* own = (NORM ? rows + (token < M ? token : 0) * row_stride(K) : x + size_t(token < M ? token : 0) * K) + lane % 4 * 8;
   const u32 own_shared = NORM ? u32(__cvta_generic_to_shared(own)) : 0;
-  uint4 activations[kPairs][2][2] = {};
+  uint4 activations[PAIRS][2][2] = {};
   auto load_activations = [&](int i, int base, bool wanted) {
     const int chunk = chunk_of(base, i), left = wanted ? count - chunk : 0;  // what stands where there is none counts nothing: its scale is zero
 #pragma unroll
@@ -236,12 +234,9 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   };
 
   // Weights: no launch before this one writes them.
-  Place now{int(blockIdx.x), own_part, 0}, ahead = now;
+  Place now{int(blockIdx.x), own_part, 0};
 #pragma unroll
-  for (int set = 0; set < kSets; ++set, ahead = next_of(ahead)) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) load(held[set], i, ahead);
-  }
+  for (int i = 0; i < PAIRS; ++i) load(i, now);
   uint4 gain = make_uint4(0, 0, 0, 0), first_gain = gain;
   if (NORM) {
     const int held_at = threadIdx.x * 8;
@@ -260,74 +255,69 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   }
   if (kHold) {
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) load_activations(i, 0, true);
+    for (int i = 0; i < PAIRS; ++i) load_activations(i, 0, true);
   }
 
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
   int buffer = 0;  // free: whoever read it has passed a barrier since
   while (now.unit < units) {
+    const Place next = next_of(now);
 #pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-      if (set > 0 && now.unit >= units) break;
-      Pairs<GROUP, ASYMMETRIC, kPairs>& pairs = held[set];
-      const Place next = next_of(now);
+    for (int i = 0; i < PAIRS; ++i) {
+      if (!kHold) load_activations(i, now.base, true);
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        if (!kHold) load_activations(i, now.base, true);
+      for (int c = 0; c < 2; ++c) {
+        float group[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float group[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int j = (c * 2 + half) * 32 / GROUP;
-            const uint4 code = pairs.codes[i][c], b = activations[i][c][half];
-            const u32 zero = ASYMMETRIC ? pairs.zeros[i][j] : 0x0808u;
-            u32 even[4], odd[4];  // the codes of outputs 2g and 2g + 1
-            Codes<T>::template decode<ASYMMETRIC>(even, half ? code.z : code.x, Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu));
-            Codes<T>::template decode<ASYMMETRIC>(odd, half ? code.w : code.y, Codes<T>::template offset<ASYMMETRIC>(zero >> 8));
-            T::mma(group, even[0], odd[0], even[1], odd[1], b.x, b.y);
-            T::mma(group, even[2], odd[2], even[3], odd[3], b.z, b.w);
-            if (GROUP == 32 || half == 1) {
-              const float2 scale = T::to_float2(pairs.scales[i][j]);
-              sum[0] = fmaf(scale.x, group[0], sum[0]);
-              sum[1] = fmaf(scale.x, group[1], sum[1]);
-              sum[2] = fmaf(scale.y, group[2], sum[2]);
-              sum[3] = fmaf(scale.y, group[3], sum[3]);
-              group[0] = group[1] = group[2] = group[3] = 0.f;
-            }
+        for (int half = 0; half < 2; ++half) {
+          const int j = (c * 2 + half) * 32 / GROUP;
+          const uint4 code = held.codes[i][c], b = activations[i][c][half];
+          const u32 zero = ASYMMETRIC ? held.zeros[i][j] : 0x0808u;
+          u32 even[4], odd[4];  // the codes of outputs 2g and 2g + 1
+          Codes<T>::template decode<ASYMMETRIC>(even, half ? code.z : code.x, Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu));
+          Codes<T>::template decode<ASYMMETRIC>(odd, half ? code.w : code.y, Codes<T>::template offset<ASYMMETRIC>(zero >> 8));
+          T::mma(group, even[0], odd[0], even[1], odd[1], b.x, b.y);
+          T::mma(group, even[2], odd[2], even[3], odd[3], b.z, b.w);
+          if (GROUP == 32 || half == 1) {
+            const float2 scale = T::to_float2(held.scales[i][j]);
+            sum[0] = fmaf(scale.x, group[0], sum[0]);
+            sum[1] = fmaf(scale.x, group[1], sum[1]);
+            sum[2] = fmaf(scale.y, group[2], sum[2]);
+            sum[3] = fmaf(scale.y, group[3], sum[3]);
+            group[0] = group[1] = group[2] = group[3] = 0.f;
           }
         }
-        load(pairs, i, ahead);
-        if (kHold) load_activations(i, next.base, panel_chunks < count && next.unit < units);
       }
-
-      if (next.base == 0) {
-        float* mine = partial + ((PAIRED ? buffer + own_part : buffer) * warps + warp) * 128 + lane % 4 * 2 * kTileRows + lane / 4 * 2;
-        *reinterpret_cast<float2*>(mine) = make_float2(sum[0], sum[2]);
-        *reinterpret_cast<float2*>(mine + kTileRows) = make_float2(sum[1], sum[3]);
-        sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
-        if (!GATED || PAIRED || now.part == 1) {
-          __syncthreads();
-          auto total = [&](int buffer, int i) {
-            float total = 0.f;
-#pragma unroll 4
-            for (int w = 0; w < warps; ++w) total += partial[(buffer * warps + w) * 128 + i];
-            return from_float<T>(total);
-          };
-#pragma unroll 1
-          for (int i = threadIdx.x; i < M * kTileRows; i += blockDim.x) {
-            u16 value = total(PAIRED ? buffer + 1 : buffer, i);
-            if (GATED) {
-              const float gate = T::to_float(total(PAIRED ? buffer : buffer - 1, i)), up = T::to_float(value);
-              value = from_float<T>((s.gelu ? activate<true>(gate) : activate<false>(gate)) * up);
-            }
-            y[size_t(i / kTileRows) * units * kTileRows + now.unit * kTileRows + i % kTileRows] = value;
-          }
-        }
-        buffer = (buffer + (PAIRED ? 2 : 1)) % (2 * kParts);
-      }
-      now = next, ahead = next_of(ahead);
+      load(i, next);
+      if (kHold) load_activations(i, next.base, panel_chunks < count && next.unit < units);
     }
+
+    if (next.base == 0) {
+      float* mine = partial + ((PAIRED ? buffer + own_part : buffer) * warps + warp) * 128 + lane % 4 * 2 * kTileRows + lane / 4 * 2;
+      *reinterpret_cast<float2*>(mine) = make_float2(sum[0], sum[2]);
+      *reinterpret_cast<float2*>(mine + kTileRows) = make_float2(sum[1], sum[3]);
+      sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+      if (!GATED || PAIRED || now.part == 1) {
+        __syncthreads();
+        auto total = [&](int buffer, int i) {
+          float total = 0.f;
+#pragma unroll 4
+          for (int w = 0; w < warps; ++w) total += partial[(buffer * warps + w) * 128 + i];
+          return from_float<T>(total);
+        };
+#pragma unroll 1
+        for (int i = threadIdx.x; i < M * kTileRows; i += blockDim.x) {
+          u16 value = total(PAIRED ? buffer + 1 : buffer, i);
+          if (GATED) {
+            const float gate = T::to_float(total(PAIRED ? buffer : buffer - 1, i)), up = T::to_float(value);
+            value = from_float<T>((s.gelu ? activate<true>(gate) : activate<false>(gate)) * up);
+          }
+          y[size_t(i / kTileRows) * units * kTileRows + now.unit * kTileRows + i % kTileRows] = value;
+        }
+      }
+      buffer = (buffer + (PAIRED ? 2 : 1)) % (2 * kParts);
+    }
+    now = next;
   }
 }
 #endif

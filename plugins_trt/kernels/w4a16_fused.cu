@@ -13,19 +13,19 @@
 
 namespace fh {
 
-template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool PAIRED>
+template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool PAIRED, int PAIRS>
 __global__ void w4a16_fused(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K, const u16* residual,
                             u16* sum, const u16* first_norm, const u16* norm, float weight_offset, float epsilon, int gelu);
 
 #ifdef __CUDACC__
 // Dynamic shared memory: that of fh_w4a16_make_fused_plan.
-template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool PAIRED>
+template <class T, int GROUP, bool ASYMMETRIC, bool NORM, bool GATED, bool PAIRED, int PAIRS>
 __global__ void __launch_bounds__(512, 1)
     w4a16_fused(const uint4* codes, const u16* scales, const u8* zeros, const u16* x, u16* y, int M, int N, int K, const u16* residual, u16* sum,
                 const u16* first_norm, const u16* norm, float weight_offset, float epsilon, int gelu) {
   extern __shared__ float4 raw[];
   const Surroundings s{residual, first_norm, norm, sum, weight_offset, epsilon, gelu};
-  decode_block<T, GROUP, ASYMMETRIC, NORM, GATED, PAIRED, true>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, s);
+  decode_block<T, GROUP, ASYMMETRIC, NORM, GATED, PAIRED, PAIRS, true>(reinterpret_cast<float*>(raw), codes, scales, zeros, x, y, M, N, K, s);
 }
 #endif
 
@@ -41,7 +41,7 @@ namespace fh {
 // many: that pays where fewer places stay empty so, counted over all turns of the grid. Bits are the same. On an H100, us a body (docs/kernels.md):
 // Qwen3-1.7B, 384 pairs on three times 132 places instead of twice 264, 635 for 659; Llama-3.2-1B, 512 on as many places either way, 392 for 385.
 static bool paired(const fh_w4a16_weight& w, const fh_device& device) {
-  const int warps = decode_warps(w.K), pairs = w.N / kTileRows / 2;
+  const int warps = decode_warps(w.N, w.K), pairs = w.N / kTileRows / 2;
   if (warps > 8) return false;
   const int alone = device.multiprocessors * (16 / warps), both = device.multiprocessors * (8 / warps);
   return (pairs + both - 1) / both * both < (pairs + alone - 1) / alone * alone;
@@ -66,16 +66,22 @@ static const char* check(const fh_w4a16_weight& w, const fh_w4a16_fusion& f, con
   return nullptr;
 }
 
-template <class T, int GROUP, bool ASYMMETRIC>
+template <class T, int GROUP, bool ASYMMETRIC, int PAIRS>
 const char* fused(const fh_w4a16_weight& w, const fh_w4a16_fusion& f, const void* x, void* y, int M, const fh_device& device, cudaStream_t stream) {
   fh_w4a16_plan plan;
   fh_w4a16_make_fused_plan(&w, &f, M, &device, &plan);
-  auto kernel = f.gated ? paired(w, device) ? w4a16_fused<T, GROUP, ASYMMETRIC, true, true, true> : w4a16_fused<T, GROUP, ASYMMETRIC, true, true, false>
-                : f.norm ? w4a16_fused<T, GROUP, ASYMMETRIC, true, false, false> : w4a16_fused<T, GROUP, ASYMMETRIC, false, false, false>;
+  auto kernel = f.gated ? paired(w, device) ? w4a16_fused<T, GROUP, ASYMMETRIC, true, true, true, PAIRS> : w4a16_fused<T, GROUP, ASYMMETRIC, true, true, false, PAIRS>
+                : f.norm ? w4a16_fused<T, GROUP, ASYMMETRIC, true, false, false, PAIRS> : w4a16_fused<T, GROUP, ASYMMETRIC, false, false, false, PAIRS>;
   return launch("w4a16_fused", device, stream, {dim3(plan.grid_x), plan.threads, plan.shared_bytes}, kernel, static_cast<const uint4*>(w.codes),
                 static_cast<const u16*>(w.scales), static_cast<const u8*>(w.zeros), static_cast<const u16*>(x), static_cast<u16*>(y), M, w.N, w.K,
                 static_cast<const u16*>(f.residual), static_cast<u16*>(f.sum), static_cast<const u16*>(f.first_norm), static_cast<const u16*>(f.norm),
                 f.weight_offset, f.epsilon, int(f.activation == FH_GELU_TANH));
+}
+
+template <class T, int GROUP, bool ASYMMETRIC>
+const char* fused(const fh_w4a16_weight& w, const fh_w4a16_fusion& f, const void* x, void* y, int M, const fh_device& device, cudaStream_t stream) {
+  return decode_pairs(w.N, w.K) == 1 ? fused<T, GROUP, ASYMMETRIC, 1>(w, f, x, y, M, device, stream)
+                                     : fused<T, GROUP, ASYMMETRIC, 2>(w, f, x, y, M, device, stream);
 }
 
 template <class T, int GROUP>
