@@ -79,6 +79,53 @@ struct Pairs {
   }
 };
 
+// A pair's codes as numbers, in the order of the tensor core's A operand, with their scales.
+template <class T, int GROUP>
+struct Numbers {
+  static constexpr int kGroups = 2 * kChunk / GROUP;
+  u32 even[2][2][4], odd[2][2][4];  // [chunk][half]: of outputs 2g and 2g + 1
+  u32 scales[kGroups];
+
+  template <bool ASYMMETRIC, int PAIRS>
+  __device__ void decode(const Pairs<GROUP, ASYMMETRIC, PAIRS>& from, int i) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const uint4 code = from.codes[i][c];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u32 zero = ASYMMETRIC ? from.zeros[i][(c * 2 + half) * 32 / GROUP] : 0x0808u;
+        Codes<T>::template decode<ASYMMETRIC>(even[c][half], half ? code.z : code.x, Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu));
+        Codes<T>::template decode<ASYMMETRIC>(odd[c][half], half ? code.w : code.y, Codes<T>::template offset<ASYMMETRIC>(zero >> 8));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) scales[j] = from.scales[i][j];
+  }
+
+  // sum += the product with a token's activations [chunk][half].
+  __device__ void multiply(float (&sum)[4], const uint4 (&activations)[2][2]) const {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float group[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u32(&a)[4] = even[c][half], (&b)[4] = odd[c][half];
+        const uint4 x = activations[c][half];
+        T::mma(group, a[0], b[0], a[1], b[1], x.x, x.y);
+        T::mma(group, a[2], b[2], a[3], b[3], x.z, x.w);
+        if (GROUP == 32 || half == 1) {
+          const float2 scale = T::to_float2(scales[(c * 2 + half) * 32 / GROUP]);
+          sum[0] = fmaf(scale.x, group[0], sum[0]);
+          sum[1] = fmaf(scale.x, group[1], sum[1]);
+          sum[2] = fmaf(scale.y, group[2], sum[2]);
+          sum[3] = fmaf(scale.y, group[3], sum[3]);
+          group[0] = group[1] = group[2] = group[3] = 0.f;
+        }
+      }
+    }
+  }
+};
+
 // A panel of a tile; part: with a gate 1 for the partner's tile. base: its first chunk.
 struct Place {
   int unit, part, base;
@@ -161,13 +208,11 @@ __device__ void normalise_rows(const u16* x, const Surroundings& s, int M, int d
   }
 }
 
-// normalise_rows for one row, of which no thread has more than one vector. sums: floats [2][blockDim.x / 32].
+// normalise_rows for one row, of which no thread has more than one vector: h of x, other of the residual. sums: floats [2][blockDim.x / 32].
 template <class T>
-__device__ void normalise_row(const u16* x, const Surroundings& s, int d, u16* row, float* sums, uint4 first_gain, uint4 gain) {
+__device__ void normalise_row(uint4 h, uint4 other, const Surroundings& s, int d, u16* row, float* sums, uint4 first_gain, uint4 gain) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = norm_threads(d) / 32, i = threadIdx.x * 8;
   const bool inside = i < d;
-  uint4 h = load_if(inside, x + i), other = make_uint4(0, 0, 0, 0);
-  if (s.residual) other = load_if(inside, s.residual + i);
   auto factor_of = [&](float* sums) {
     const float total = add_lanes(inside ? add_squares<T>(h, 0.f) : 0.f);
     if (lane == 0) sums[warp] = total;
@@ -243,52 +288,47 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
     if (held_at < K) gain = __ldg(reinterpret_cast<const uint4*>(s.norm + held_at));
     if (held_at < K && s.first_norm) first_gain = __ldg(reinterpret_cast<const uint4*>(s.first_norm + held_at));
   }
+  const bool single = NORM && M == 1 && norm_threads(K) <= int(blockDim.x) && K <= norm_threads(K) * 8;
   if (EARLY) release_next();
   wait_for_previous();
   if (!EARLY) release_next();
-  if (NORM) {
-    if (M == 1 && norm_threads(K) <= int(blockDim.x) && K <= norm_threads(K) * 8) {
-      normalise_row<T>(x, s, K, rows, partial, first_gain, gain);
-    } else {
-      normalise_rows<T>(x, s, M, K, rows, partial, first_gain, gain);
-    }
+  uint4 h = make_uint4(0, 0, 0, 0), other = h;
+  if (single) {
+    const int at = threadIdx.x * 8;
+    h = load_if(at < K, x + at);
+    if (s.residual) other = load_if(at < K, s.residual + at);
   }
   if (kHold) {
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) load_activations(i, 0, true);
   }
+  // While activations are on their way: the first pair is decoded, and always one pair ahead from here on.
+  Place next = next_of(now);
+  Numbers<T, GROUP> first;
+  first.decode(held, 0);
+  load(0, next);
+  if (NORM) {
+    if (single) {
+      normalise_row<T>(h, other, s, K, rows, partial, first_gain, gain);
+    } else {
+      normalise_rows<T>(x, s, M, K, rows, partial, first_gain, gain);
+    }
+  }
 
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
   int buffer = 0;  // free: whoever read it has passed a barrier since
-  while (now.unit < units) {
-    const Place next = next_of(now);
+  while (true) {
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
       if (!kHold) load_activations(i, now.base, true);
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float group[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int j = (c * 2 + half) * 32 / GROUP;
-          const uint4 code = held.codes[i][c], b = activations[i][c][half];
-          const u32 zero = ASYMMETRIC ? held.zeros[i][j] : 0x0808u;
-          u32 even[4], odd[4];  // the codes of outputs 2g and 2g + 1
-          Codes<T>::template decode<ASYMMETRIC>(even, half ? code.z : code.x, Codes<T>::template offset<ASYMMETRIC>(zero & 0xffu));
-          Codes<T>::template decode<ASYMMETRIC>(odd, half ? code.w : code.y, Codes<T>::template offset<ASYMMETRIC>(zero >> 8));
-          T::mma(group, even[0], odd[0], even[1], odd[1], b.x, b.y);
-          T::mma(group, even[2], odd[2], even[3], odd[3], b.z, b.w);
-          if (GROUP == 32 || half == 1) {
-            const float2 scale = T::to_float2(held.scales[i][j]);
-            sum[0] = fmaf(scale.x, group[0], sum[0]);
-            sum[1] = fmaf(scale.x, group[1], sum[1]);
-            sum[2] = fmaf(scale.y, group[2], sum[2]);
-            sum[3] = fmaf(scale.y, group[3], sum[3]);
-            group[0] = group[1] = group[2] = group[3] = 0.f;
-          }
-        }
+      if (i == 0) {
+        first.multiply(sum, activations[0]);
+      } else {
+        Numbers<T, GROUP> numbers;
+        numbers.decode(held, i);
+        load(i, next);
+        numbers.multiply(sum, activations[i]);
       }
-      load(i, next);
       if (kHold) load_activations(i, next.base, panel_chunks < count && next.unit < units);
     }
 
@@ -318,6 +358,10 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
       buffer = (buffer + (PAIRED ? 2 : 1)) % (2 * kParts);
     }
     now = next;
+    if (now.unit >= units) break;
+    next = next_of(now);
+    first.decode(held, 0);
+    load(0, next);
   }
 }
 #endif
