@@ -17,7 +17,7 @@ import time
 
 WHOLE = ("head_step.cu", "decode.cu")
 INSTANCES = (
-    ("w4a16.cu", "fh::w4a16_decode<fh::Bf16, 128, false>"),
+    ("w4a16.cu", "fh::w4a16_decode<fh::Bf16, 128, false, 2>"),
     ("w4a16.cu", "fh::w4a16_prefill<fh::Bf16, 128, false, 64>"),
     ("w4a16.cu", "fh::w4a16_prefill<fh::Bf16, 128, false, 128>"),
     ("w4a16.cu", "fh::w4a16_repack_codes"),

@@ -22,8 +22,8 @@ from flashhead_edge.kernels.ops import check_step, head_logits, head_step
 from flashhead_edge.reference import BELOW
 
 INSTANCES = {  # of the templates, one of each kind
-    "w4a16.cu": ("fh::w4a16_decode<fh::Fp16, 128, false>", "fh::w4a16_prefill<fh::Bf16, 32, true, 64>"),
-    "w4a16_fused.cu": ("fh::w4a16_fused<fh::Fp16, 128, false, true, true, false>", "fh::w4a16_fused<fh::Bf16, 32, true, true, true, true>"),
+    "w4a16.cu": ("fh::w4a16_decode<fh::Fp16, 128, false, 1>", "fh::w4a16_prefill<fh::Bf16, 32, true, 64>"),
+    "w4a16_fused.cu": ("fh::w4a16_fused<fh::Fp16, 128, false, true, true, false, 1>", "fh::w4a16_fused<fh::Bf16, 32, true, true, true, true, 2>"),
     "attention.cu": ("fh::attention_decode<fh::Fp16, 64, false>", "fh::attention_rope_decode<fh::Bf16, 128, true>", "fh::attention_rope_write<fh::Bf16>"),
     "elementwise.cu": ("fh::rms_norm<fh::Fp16>", "fh::gated_product<fh::Bf16, true>"),
     "embedding.cu": ("fh::embedding<fh::Fp16>",),

@@ -58,13 +58,13 @@ def test_plans_are_those_of_the_launchers(tmp_path):
     (tmp_path / "plans.cu").write_text(PLANS)
     sources = [*(str(folder / f"{name}.cu") for name in ("w4a16", "w4a16_fused", "attention")), str(tmp_path / "plans.cu")]
     subprocess.run(["nvcc", "-std=c++17", "-arch=sm_90", f"-I{folder}", *sources, "-o", str(program)], check=True, timeout=600)
-    linear = list(itertools.product((16, 2048, 16384), (64, 576, 2048, 8192), (32, 64), (1, 8, 9, 100, 512, 4096), (8, 16, 132), (87, 90, 120)))
+    linear = list(itertools.product((16, 1008, 2048, 16384), (64, 576, 2048, 8192), (32, 64), (1, 8, 9, 100, 512, 4096), (8, 16, 132), (87, 90, 120)))
     linear = [c for c in linear if c[1] % c[2] == 0]
     shapes = list(itertools.product((1, 4), (1, 5), ((32, 8), (4, 1), (16, 16)), (64, 96, 128, 256), (128, 4096), (0, 512)))
     attention = [((b, q, *heads, size, length, window), f) for (b, q, heads, size, length, window) in shapes for f in FACTS]
     lines = [f"0 {' '.join(map(str, c))}" for c in linear]
     lines += [f"1 {' '.join(map(str, shape))} {f.multiprocessors} {f.capability}" for shape, f in attention]
-    fused = list(itertools.product((32, 3072, 16384), (64, 576, 2048, 8192), (1, 8), ((0, 0), (1, 0), (1, 1)), (8, 16, 132)))
+    fused = list(itertools.product((32, 992, 1024, 3072, 16384), (64, 576, 2048, 8192), (1, 8), ((0, 0), (1, 0), (1, 1)), (8, 16, 132)))
     lines += [f"2 {n} {k} {rows} {norm} {gated} {processors}" for n, k, rows, (norm, gated), processors in fused]
     result = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
     found = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
@@ -146,8 +146,8 @@ def test_a_shape_without_a_plan_is_refused():
     ("source", "expression"),
     [
         ("elementwise.cu", "fh::rms_norm<fh::Fp16>"),
-        ("w4a16.cu", "fh::w4a16_decode<fh::Bf16, 128, false>"),
-        ("w4a16_fused.cu", "fh::w4a16_fused<fh::Bf16, 128, false, true, true, true>"),
+        ("w4a16.cu", "fh::w4a16_decode<fh::Bf16, 128, false, 2>"),
+        ("w4a16_fused.cu", "fh::w4a16_fused<fh::Bf16, 128, false, true, true, true, 2>"),
         ("attention.cu", "fh::attention_decode<fh::Bf16, 64, true>"),
     ],
 )

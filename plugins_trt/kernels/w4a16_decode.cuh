@@ -5,10 +5,11 @@
 
 namespace fh {
 
-// Chunks are taken in pairs, neighbours in memory: one address and, in groups of 128, one scale for both. Warp w takes the pairs w, w + warps, ..., so many
-// of them in a panel, whose pairs are on their way together; a pair's registers are filled anew as soon as it is multiplied. Small matrices have one pair
-// a warp: their launches are chains of latencies, which more warps shorten.
-__host__ __device__ constexpr int decode_pairs(int N, int K) { return K <= 2048 && size_t(N) * K < (1u << 21) ? 1 : 2; }
+// Chunks are taken in pairs, neighbours in memory: one address and, in groups of 128, one scale for both. Warp w takes the pairs w, w + warps, ..., one or
+// two of them in a panel, whose codes are on their way together; a pair's registers are filled anew as soon as it is decoded, and one pair is decoded ahead,
+// before the activations are there. Small matrices have one pair a warp: their launches are chains of latencies, which more warps shorten. On an H100, us a
+// body of Gemma-3-270M 242 instead of 248, of SmolLM2-135M 286 instead of 301.
+__host__ __device__ constexpr int decode_pairs(int N, int K) { return K <= 2048 && (long long)N * K < (1 << 21) ? 1 : 2; }
 
 // Warps that split K: at most 16, a warp's panels nearly full. The matrix alone decides: the split is the order of the sums.
 __host__ __device__ constexpr int decode_warps(int N, int K) {
