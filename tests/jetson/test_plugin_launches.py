@@ -153,7 +153,7 @@ def test_products(library: Path, made_driver: Path, asked: Callable[..., tuple])
             yield want, ("fh_w4a16_linear", False, [weight, "P16", "P16", rows, device_of(f), "P0"])
 
     kernels = compare(library, made_driver, cases())
-    assert len(kernels) == 2 * 3 * 2 * (1 + 2 + 3)  # types, groups, zeros; decode, prefill and wide prefill by their forms: every instance there is
+    assert len(kernels) == 2 * 3 * 2 * (2 + 2 + 3)  # types, groups, zeros; decode by its pairs, prefill and wide prefill by their forms: every instance there is
 
 
 @pytest.mark.parametrize(("norm", "gated"), [(False, False), (True, False), (True, True)])
@@ -173,7 +173,7 @@ def test_fused_products(library: Path, made_driver: Path, asked: Callable[..., t
             fusion = ["P0", "P0", "P0", "P16" if norm else "P0", 0.0, 1e-6, int(gated), 0]
             yield want, ("fh_w4a16_fused", False, [matrix, fusion, "P16", "P16", rows, device_of(f), "P0"])
 
-    assert len(compare(library, made_driver, cases())) == 2 * 3 * 2 * (1 + gated)  # types, groups, zeros; gate and partner in turn and side by side
+    assert len(compare(library, made_driver, cases())) == 2 * 3 * 2 * 2 * (1 + gated)  # types, groups, zeros, pairs; gate and partner in turn and side by side
 
 
 def test_attention(library: Path, made_driver: Path, asked: Callable[..., tuple]) -> None:
