@@ -51,7 +51,7 @@ __device__ inline float norm_factor(const float* warp_sums, int warps, int d, fl
   float total = 0.f;
 #pragma unroll 4
   for (int w = 0; w < warps; ++w) total += warp_sums[w];
-  return rsqrtf(total / d + epsilon);
+  return rsqrtf(fmaf(total, __fdividef(1.f, float(d)), epsilon));
 }
 
 template <class T>
@@ -69,9 +69,9 @@ __device__ uint4 normalised(uint4 h, uint4 gain, float factor, float weight_offs
 
 template <bool GELU>
 __device__ float activate(float v) {
-  if (!GELU) return v / (1.f + __expf(-v));
+  if (!GELU) return __fdividef(v, 1.f + __expf(-v));
   const float inner = 0.7978845608028654f * fmaf(0.044715f * v * v, v, v);  // sqrt(2 / pi)
-  return v / (1.f + __expf(-2.f * inner));                                   // 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u))
+  return __fdividef(v, 1.f + __expf(-2.f * inner));                                   // 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u))
 }
 #endif
 
