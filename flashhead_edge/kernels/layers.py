@@ -291,8 +291,9 @@ def w4a16_fused(
     grid = w4a16_fused_plan(n, k, len(x), norm is not None, bool(activation), multiprocessors)
     paired = activation and w4a16_paired(n, k, multiprocessors)
     flags = ", ".join("true" if flag else "false" for flag in (zeros is not None, norm is not None, activation, paired))
-    _run("w4a16_fused.cu", f"fh::w4a16_fused<{_element(x)}, {group}, {flags}, {decode_pairs(n, k)}>", grid, x.device, architecture, overlap, codes, scales, zeros, x, y, len(x), n,
-         k, residual, total, first_norm, norm, weight_offset, epsilon, int(activation == "gelu_tanh"))  # fmt: skip
+    expression = f"fh::w4a16_fused<{_element(x)}, {group}, {flags}, {decode_pairs(n, k)}>"
+    _run("w4a16_fused.cu", expression, grid, x.device, architecture, overlap, codes, scales, zeros, x, y, len(x), n, k, residual, total, first_norm, norm,
+         weight_offset, epsilon, int(activation == "gelu_tanh"))  # fmt: skip
     return y
 
 

@@ -153,7 +153,7 @@ def test_products(library: Path, made_driver: Path, asked: Callable[..., tuple])
             yield want, ("fh_w4a16_linear", False, [weight, "P16", "P16", rows, device_of(f), "P0"])
 
     kernels = compare(library, made_driver, cases())
-    assert len(kernels) == 2 * 3 * 2 * (2 + 2 + 3)  # types, groups, zeros; decode by its pairs, prefill and wide prefill by their forms: every instance there is
+    assert len(kernels) == 2 * 3 * 2 * (2 + 2 + 3)  # types, groups, zeros; decode by its pairs, prefill and wide prefill by their forms: all instances
 
 
 @pytest.mark.parametrize(("norm", "gated"), [(False, False), (True, False), (True, True)])
