@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -23,7 +23,8 @@ OTHER_FIGURES = ("allowed_steps", "dense_steps", "passes", "drafted", "accepted"
 
 @click.command(short_help="Answer a prompt.")
 @folder_argument
-@click.option("--prompt", required=True, metavar="TEXT", help="What to answer or to continue.")
+@click.option("--prompt", metavar="TEXT", help="What to answer or to continue.")
+@click.option("--prompt-file", type=click.File("rb"), metavar="FILE", help="A file with the prompt, or - for standard input; a line's end behind it is left out.")
 @click.option("--chat/--raw", "chat", default=None, help="The prompt as a chat message, or as it is.  [default: chat if the model has a chat template]")
 @generation_options
 @click.option(
@@ -44,7 +45,8 @@ OTHER_FIGURES = ("allowed_steps", "dense_steps", "passes", "drafted", "accepted"
 @common_options
 def generate(
     out: Path,
-    prompt: str,
+    prompt: str | None,
+    prompt_file: BinaryIO | None,
     chat: bool | None,
     max_new_tokens: int,
     exact: bool,
@@ -55,6 +57,11 @@ def generate(
     **options: Any,
 ) -> None:
     """Answer a prompt with OUT, a checkpoint or a folder of `flashhead export`. The answer alone goes to stdout, figures to stderr."""
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("--prompt and --prompt-file: a prompt comes from one of them, give one.")
+    if prompt_file is not None:
+        prompt = _text(prompt_file)
+    assert prompt is not None
     sampling = take_sampling(options, exact)
     if exact and speculate:
         raise click.UsageError("--exact guesses and verifies in its own way: leave out --speculate.")
@@ -95,6 +102,16 @@ def generate(
     else:
         stdout.write(text + "\n")
         stdout.flush()
+
+
+def _text(file: BinaryIO) -> str:
+    """A file's text, without one line's end behind it."""
+    try:
+        text = file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        said = f"{file.name}: byte {error.start} is not UTF-8, expected UTF-8 text; convert the file."
+        raise click.BadParameter(said, param_hint="--prompt-file") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def logprobs_document(tokens: Sequence[Token], tokenizer: Any) -> list[dict[str, Any]]:

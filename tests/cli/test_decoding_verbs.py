@@ -50,6 +50,24 @@ def test_generate_json_is_one_document(inside, checkpoint: Path, dense_text: str
     assert document["dense_bytes_per_step"] == 2 * 256 * 32
 
 
+def test_a_prompt_comes_from_a_file_or_standard_input_as_it_is(flashhead, inside, checkpoint: Path, dense_text: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(PROMPT.encode() + b"\r\n")
+    assert inside("generate", checkpoint, "--prompt-file", file, "--max-new-tokens", 12).stdout == dense_text + "\n"
+    result = flashhead("generate", checkpoint, "--prompt-file", "-", "--max-new-tokens", 12, stdin=PROMPT)
+    assert (result.returncode, result.stdout) == (0, dense_text + "\n"), result.stderr
+    file.write_bytes(b"caf\xe9")
+    for options, said in (
+        (("--prompt-file", file), f"{file}: byte 3 is not UTF-8, expected UTF-8 text; convert the file."),
+        (("--prompt-file", tmp_path / "none"), "No such file or directory"),
+        (("--prompt-file", file, "--prompt", "x"), "--prompt and --prompt-file: a prompt comes from one of them, give one."),
+        ((), "--prompt and --prompt-file: a prompt comes from one of them, give one."),
+    ):
+        result = inside("generate", checkpoint, *options)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert said in result.stderr
+
+
 def test_raw_prompt_chat_prompt_and_seeds_differ(inside, checkpoint: Path) -> None:
     def text(*more: object) -> str:
         result = inside("generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 12, "--json", *more)
