@@ -24,7 +24,7 @@ OTHER_FIGURES = ("allowed_steps", "dense_steps", "passes", "drafted", "accepted"
 @click.command(short_help="Answer a prompt.")
 @folder_argument
 @click.option("--prompt", metavar="TEXT", help="What to answer or to continue.")
-@click.option("--prompt-file", type=click.File("rb"), metavar="FILE", help="A file with the prompt, or - for standard input; a line's end behind it is left out.")
+@click.option("--prompt-file", type=click.File("rb"), metavar="FILE", help="A file with the prompt, or -, standard input; one line end behind it is left out.")
 @click.option("--chat/--raw", "chat", default=None, help="The prompt as a chat message, or as it is.  [default: chat if the model has a chat template]")
 @generation_options
 @click.option(
