@@ -447,6 +447,8 @@ def test_chats_go_through_the_template():
     assert generate(engine, "w4 w5", 8)[0] == want
     assert generate(engine, [{"role": "user", "content": "w4 w5"}], 8)[0] == want
     assert generate(engine, "w4 w5", 8, chat=False)[0] != want
+    with pytest.raises(SettingsError, match="character 3 of the prompt is no UTF-8"):  # of the message, whatever the template puts before it
+        generate(engine, [{"role": "user", "content": "w4 \udcff"}], 8)
     tokenizer.chat_template = None
     with pytest.raises(SettingsError, match="the tokenizer has no chat template"):
         generate(engine, [{"role": "user", "content": "w4"}], 8)

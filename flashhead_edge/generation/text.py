@@ -105,6 +105,9 @@ def prompt_ids(
         raise SettingsError("generate: the tokenizer has no chat template, expected one for a chat; give a plain text")
     if messages or chat or (chat is None and template):
         turns = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
+        for turn in turns:
+            if isinstance(turn.get("content"), str):
+                _checked(turn["content"])  # before the template: it says where in the message, not where in the template's text
         from jinja2 import TemplateError
 
         try:
