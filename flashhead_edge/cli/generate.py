@@ -107,7 +107,7 @@ def generate(
 def _text(file: BinaryIO) -> str:
     """A file's text, without one line's end behind it."""
     try:
-        text = file.read().decode("utf-8")
+        text = file.read().decode("utf-8-sig")  # editors put a mark of the byte order before it
     except UnicodeDecodeError as error:
         said = f"{file.name}: byte {error.start} is not UTF-8, expected UTF-8 text; convert the file."
         raise click.BadParameter(said, param_hint="--prompt-file") from error

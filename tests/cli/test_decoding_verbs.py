@@ -52,7 +52,7 @@ def test_generate_json_is_one_document(inside, checkpoint: Path, dense_text: str
 
 def test_a_prompt_comes_from_a_file_or_standard_input_as_it_is(flashhead, inside, checkpoint: Path, dense_text: str, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
-    file.write_bytes(PROMPT.encode() + b"\r\n")
+    file.write_bytes(b"\xef\xbb\xbf" + PROMPT.encode() + b"\r\n")
     assert inside("generate", checkpoint, "--prompt-file", file, "--max-new-tokens", 12).stdout == dense_text + "\n"
     result = flashhead("generate", checkpoint, "--prompt-file", "-", "--max-new-tokens", 12, stdin=PROMPT)
     assert (result.returncode, result.stdout) == (0, dense_text + "\n"), result.stderr
