@@ -47,7 +47,7 @@ typedef struct {
   int shared_bytes; /* dynamic shared memory */
 } fh_w4a16_plan;
 
-/* Fills plan for M rows. The sums' order depends on K alone: no plan changes a bit of decode's result. */
+/* Fills plan for M rows. The sums' order depends on the matrix's N and K alone: no plan changes a bit of decode's result. */
 void fh_w4a16_make_plan(const fh_w4a16_weight* weight, int M, const fh_device* device, fh_w4a16_plan* plan);
 
 /* Neutral to packed, out of place, in device memory: codes in [N, K/2] to packed.codes, and so on; zeros only if packed.zeros is set. */

@@ -7,7 +7,7 @@
 // would cost more than reading them 264 times. Block 0 writes the sum with the residual.
 //
 // Measured on an H100 in a body of Llama-3.2-1B's shape, what a layer takes longer with the launch than without: q, k, v 4.5 us, o 3.3, gate and up 10.8,
-// down 5.9 (bytes: 1.1, 0.7, 5.8, 2.9), predicted 1.8, 1.6, 4.5, 3.3, when all layers took 435 us; they take 331 now (docs/kernels.md). Verdict: kept,
+// down 5.9 (bytes: 1.1, 0.7, 5.8, 2.9), predicted 1.8, 1.6, 4.5, 3.3, when all layers took 435 us; they take 339 now (docs/kernels.md). Verdict: kept,
 // not there: behind the wait a launch is a chain of latencies.
 #include "w4a16_decode.cuh"
 

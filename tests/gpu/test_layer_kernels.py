@@ -67,7 +67,7 @@ def test_w4a16_is_the_product(n, k, group, asymmetric, dtype, board):
         assert ((y.double() - want).abs() <= UNIT[dtype] * want.abs() + (k * FP32 + rounded) * size).all(), m
         if m <= 8:
             alone.append(matrix(x[:1]))
-            assert torch.equal(y[:1], alone[0])  # decode's bits depend on K alone, not on M
+            assert torch.equal(y[:1], alone[0])  # decode's bits depend on the matrix alone, not on M
     x = random(200, k, dtype=dtype, seed=3)
     assert torch.equal(matrix(x.view(10, 20, k)), matrix(x).view(10, 20, n))
 
