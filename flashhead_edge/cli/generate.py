@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,7 +25,7 @@ OTHER_FIGURES = ("allowed_steps", "dense_steps", "passes", "drafted", "accepted"
 @click.command(short_help="Answer a prompt.")
 @folder_argument
 @click.option("--prompt", metavar="TEXT", help="What to answer or to continue.")
-@click.option("--prompt-file", type=click.File("rb"), metavar="FILE", help="A file with the prompt, or -, standard input; one line end behind it is left out.")
+@click.option("--prompt-file", metavar="FILE", help="A file with the prompt in UTF-8; - is standard input. A line end at its end is left out.")
 @click.option("--chat/--raw", "chat", default=None, help="The prompt as a chat message, or as it is.  [default: chat if the model has a chat template]")
 @generation_options
 @click.option(
@@ -46,7 +47,7 @@ OTHER_FIGURES = ("allowed_steps", "dense_steps", "passes", "drafted", "accepted"
 def generate(
     out: Path,
     prompt: str | None,
-    prompt_file: BinaryIO | None,
+    prompt_file: str | None,
     chat: bool | None,
     max_new_tokens: int,
     exact: bool,
@@ -104,14 +105,25 @@ def generate(
         stdout.flush()
 
 
-def _text(file: BinaryIO) -> str:
-    """A file's text, without one line's end behind it."""
+def _text(file: str) -> str:
+    """A file's text, or that of standard input (-), without the line end at its end and without a byte order mark."""
+
+    def wrong(said: str) -> click.BadParameter:
+        return click.BadParameter(f"{'standard input' if file == '-' else file}: {said}", param_hint="--prompt-file")
+
+    if file == "-" and sys.stdin is None:
+        raise wrong("it is closed, expected a prompt; name a file, or give it one.")
     try:
-        text = file.read().decode("utf-8-sig")  # editors put a mark of the byte order before it
+        text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8")
+    except OSError as error:
+        raise wrong(f"it cannot be read ({error.strerror}), expected a file of text; give another one.") from error
     except UnicodeDecodeError as error:
-        said = f"{file.name}: byte {error.start} is not UTF-8, expected UTF-8 text; convert the file."
-        raise click.BadParameter(said, param_hint="--prompt-file") from error
-    return text.removesuffix("\n").removesuffix("\r")
+        raise wrong(f"byte {error.start} is not UTF-8, expected UTF-8 text; convert the file.") from error
+    text = text.removeprefix("\ufeff")
+    text = text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
+    if not text:
+        raise wrong("it is empty, expected a prompt; give another one.")
+    return text
 
 
 def logprobs_document(tokens: Sequence[Token], tokenizer: Any) -> list[dict[str, Any]]:

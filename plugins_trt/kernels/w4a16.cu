@@ -1,8 +1,8 @@
 // w4a16.cu: y[M, N] = x[M, K] W^T, W in groups of 4-bit codes (layouts: w4a16.h).
 //
 // Determinism. An output is summed by one block in an order that the matrix's size alone fixes: within a chunk of 64 by the tensor core, over a warp's
-// chunks in ascending order, over warps in ascending order. Prefill walks K in ascending order, or every third (wide: second) chunk apart and then their sum: that
-// is the plan's tile. No atomics. So for one tile neither the grid, nor the device, nor M, nor a row's neighbours change a bit of a row on one
+// chunks in ascending order, over warps in ascending order. Prefill walks K in ascending order, or every third (wide: second) chunk apart and then their
+// sum: that is the plan's tile. No atomics. So for one tile neither the grid, nor the device, nor M, nor a row's neighbours change a bit of a row on one
 // architecture's tensor cores; decode has one order for all plans.
 //
 // decode  (M <= 8). The weights are the A operand (16 outputs), the activations the B operand (8 columns, so M up to 8 costs what 1 does).

@@ -239,7 +239,6 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
                              const Surroundings& s) {
   const int lane = threadIdx.x % 32, token = lane / 4, warps = blockDim.x / (PAIRED ? 64 : 32);
   const int own_part = PAIRED && int(threadIdx.x / 32) >= warps ? 1 : 0, warp = threadIdx.x / 32 - own_part * warps;
-  constexpr bool kHold = !NORM;
   const int count = K / kChunk, panel_chunks = warps * PAIRS * 2;
   constexpr int kParts = GATED ? 2 : 1;  // tiles whose outputs are written together
   const int units = N / kTileRows / kParts;
@@ -299,7 +298,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
     h = load_if(at < K, x + at);
     if (s.residual) other = load_if(at < K, s.residual + at);
   }
-  if (kHold) {
+  if (!NORM) {
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) load_activations(i, 0, true);
   }
@@ -321,7 +320,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   while (true) {
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
-      if (!kHold) load_activations(i, now.base, true);
+      if (NORM) load_activations(i, now.base, true);
       if (i == 0) {
         first.multiply(sum, activations[0]);
       } else {
@@ -330,7 +329,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
         load(i, next);
         numbers.multiply(sum, activations[i]);
       }
-      if (kHold) load_activations(i, next.base, panel_chunks < count && next.unit < units);
+      if (!NORM) load_activations(i, next.base, panel_chunks < count && next.unit < units);
     }
 
     if (next.base == 0) {

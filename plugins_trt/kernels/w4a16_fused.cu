@@ -70,7 +70,8 @@ template <class T, int GROUP, bool ASYMMETRIC, int PAIRS>
 const char* fused(const fh_w4a16_weight& w, const fh_w4a16_fusion& f, const void* x, void* y, int M, const fh_device& device, cudaStream_t stream) {
   fh_w4a16_plan plan;
   fh_w4a16_make_fused_plan(&w, &f, M, &device, &plan);
-  auto kernel = f.gated ? paired(w, device) ? w4a16_fused<T, GROUP, ASYMMETRIC, true, true, true, PAIRS> : w4a16_fused<T, GROUP, ASYMMETRIC, true, true, false, PAIRS>
+  auto kernel = f.gated ? paired(w, device) ? w4a16_fused<T, GROUP, ASYMMETRIC, true, true, true, PAIRS>
+                                            : w4a16_fused<T, GROUP, ASYMMETRIC, true, true, false, PAIRS>
                 : f.norm ? w4a16_fused<T, GROUP, ASYMMETRIC, true, false, false, PAIRS> : w4a16_fused<T, GROUP, ASYMMETRIC, false, false, false, PAIRS>;
   return launch("w4a16_fused", device, stream, {dim3(plan.grid_x), plan.threads, plan.shared_bytes}, kernel, static_cast<const uint4*>(w.codes),
                 static_cast<const u16*>(w.scales), static_cast<const u8*>(w.zeros), static_cast<const u16*>(x), static_cast<u16*>(y), M, w.N, w.K,

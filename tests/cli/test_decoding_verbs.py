@@ -56,10 +56,14 @@ def test_a_prompt_comes_from_a_file_or_standard_input_as_it_is(flashhead, inside
     assert inside("generate", checkpoint, "--prompt-file", file, "--max-new-tokens", 12).stdout == dense_text + "\n"
     result = flashhead("generate", checkpoint, "--prompt-file", "-", "--max-new-tokens", 12, stdin=PROMPT)
     assert (result.returncode, result.stdout) == (0, dense_text + "\n"), result.stderr
-    file.write_bytes(b"caf\xe9")
+    file.write_bytes(b"\xef\xbb\xbfcaf\xe9")
+    empty = tmp_path / "empty.txt"
+    empty.write_bytes(b"\n")
     for options, said in (
-        (("--prompt-file", file), f"{file}: byte 3 is not UTF-8, expected UTF-8 text; convert the file."),
-        (("--prompt-file", tmp_path / "none"), "No such file or directory"),
+        (("--prompt-file", file), f"{file}: byte 6 is not UTF-8, expected UTF-8 text; convert the file."),
+        (("--prompt-file", empty), f"{empty}: it is empty, expected a prompt; give another one."),
+        (("--prompt-file", tmp_path), f"{tmp_path}: it cannot be read (Is a directory), expected a file of text; give another one."),
+        (("--prompt-file", tmp_path / "none"), "it cannot be read (No such file or directory)"),
         (("--prompt-file", file, "--prompt", "x"), "--prompt and --prompt-file: a prompt comes from one of them, give one."),
         ((), "--prompt and --prompt-file: a prompt comes from one of them, give one."),
     ):
