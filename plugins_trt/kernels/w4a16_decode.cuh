@@ -143,66 +143,67 @@ __device__ void normalise_rows(const u16* x, const Surroundings& s, int M, int d
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int threads = norm_threads(d), parts = threads / 32, stride = row_stride(d), held = threadIdx.x * 8;
 
+  // Rows and parts are shared out among the warps.
+  int first = 0, part = warp;
+  const auto fold = [&](int& row, int rows) {
+    while (part >= parts) part -= parts, row += rows;
+  };
 #pragma unroll 1
-  for (int part = warp; part < parts; part += warps) {
+  for (fold(first, kRowsAtOnce); first < M; part += warps, fold(first, kRowsAtOnce)) {
+    float squares[kRowsAtOnce] = {};
 #pragma unroll 1
-    for (int first = 0; first < M; first += kRowsAtOnce) {
-      float squares[kRowsAtOnce] = {};
-#pragma unroll 1
-      for (int i = (part * 32 + lane) * 8; i < d; i += threads * 8) {
-        uint4 h[kRowsAtOnce], other[kRowsAtOnce];
+    for (int i = (part * 32 + lane) * 8; i < d; i += threads * 8) {
+      uint4 h[kRowsAtOnce], other[kRowsAtOnce];
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-          const size_t at = size_t(first + r) * d + i;
-          h[r] = load_if(first + r < M, x + at);
-          other[r] = load_if(s.residual && first + r < M, s.residual + at);  // behind a first norm: for the L1 cache
-        }
-#pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-          if (first + r >= M) break;
-          if (s.residual && !s.first_norm) {
-            h[r] = add_rounded<T>(h[r], other[r]);
-            if (blockIdx.x == 0) *reinterpret_cast<uint4*>(s.sum + size_t(first + r) * d + i) = h[r];
-          }
-          *reinterpret_cast<uint4*>(rows + (first + r) * stride + i) = h[r];
-          squares[r] = add_squares<T>(h[r], squares[r]);
-        }
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        const size_t at = size_t(first + r) * d + i;
+        h[r] = load_if(first + r < M, x + at);
+        other[r] = load_if(s.residual && first + r < M, s.residual + at);  // behind a first norm: for the L1 cache
       }
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r) {
         if (first + r >= M) break;
-        const float total = add_lanes(squares[r]);
-        if (lane == 0) sums[(first + r) * parts + part] = total;
+        if (s.residual && !s.first_norm) {
+          h[r] = add_rounded<T>(h[r], other[r]);
+          if (blockIdx.x == 0) *reinterpret_cast<uint4*>(s.sum + size_t(first + r) * d + i) = h[r];
+        }
+        *reinterpret_cast<uint4*>(rows + (first + r) * stride + i) = h[r];
+        squares[r] = add_squares<T>(h[r], squares[r]);
       }
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      if (first + r >= M) break;
+      const float total = add_lanes(squares[r]);
+      if (lane == 0) sums[(first + r) * parts + part] = total;
     }
   }
   __syncthreads();
 
 #pragma unroll 1
   for (bool last = !s.first_norm;; last = true, sums += M * parts) {
+    int r = 0;
+    part = warp;
 #pragma unroll 1
-    for (int r = 0; r < M; ++r) {
+    for (fold(r, 1); r < M; part += warps, fold(r, 1)) {
       const float factor = norm_factor(sums + r * parts, parts, d, s.epsilon);
+      float squares = 0.f;
 #pragma unroll 1
-      for (int part = warp; part < parts; part += warps) {
-        float squares = 0.f;
-#pragma unroll 1
-        for (int i = (part * 32 + lane) * 8; i < d; i += threads * 8) {
-          uint4* at = reinterpret_cast<uint4*>(rows + r * stride + i);
-          const uint4* weights = reinterpret_cast<const uint4*>((last ? s.norm : s.first_norm) + i);
-          uint4 h = normalised<T>(*at, i != held ? __ldg(weights) : last ? gain : first_gain, factor, s.weight_offset);
-          if (!last) {
-            if (s.residual) {
-              h = add_rounded<T>(h, load_if(true, s.residual + size_t(r) * d + i));
-              if (blockIdx.x == 0) *reinterpret_cast<uint4*>(s.sum + size_t(r) * d + i) = h;
-            }
-            squares = add_squares<T>(h, squares);
+      for (int i = (part * 32 + lane) * 8; i < d; i += threads * 8) {
+        uint4* at = reinterpret_cast<uint4*>(rows + r * stride + i);
+        const uint4* weights = reinterpret_cast<const uint4*>((last ? s.norm : s.first_norm) + i);
+        uint4 h = normalised<T>(*at, i != held ? __ldg(weights) : last ? gain : first_gain, factor, s.weight_offset);
+        if (!last) {
+          if (s.residual) {
+            h = add_rounded<T>(h, load_if(true, s.residual + size_t(r) * d + i));
+            if (blockIdx.x == 0) *reinterpret_cast<uint4*>(s.sum + size_t(r) * d + i) = h;
           }
-          *at = h;
+          squares = add_squares<T>(h, squares);
         }
-        if (!last) squares = add_lanes(squares);
-        if (!last && lane == 0) sums[(M + r) * parts + part] = squares;
+        *at = h;
       }
+      if (!last) squares = add_lanes(squares);
+      if (!last && lane == 0) sums[(M + r) * parts + part] = squares;
     }
     __syncthreads();
     if (last) break;
@@ -261,7 +262,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   // Tokens from M on read another's activations: nobody reads their columns of the product.
   const u16* own = (NORM ? rows + (token < M ? token : 0) * row_stride(K) : x + size_t(token < M ? token : 0) * K) + lane % 4 * 8;
   const u32 own_shared = NORM ? u32(__cvta_generic_to_shared(own)) : 0;
-  uint4 activations[PAIRS][2][2] = {};
+  uint4 activations[NORM ? 1 : PAIRS][2][2] = {};  // behind a norm they come from shared memory when they are needed: one pair is enough, and two spill
   auto load_activations = [&](int i, int base, bool wanted) {
     const int chunk = chunk_of(base, i), left = wanted ? count - chunk : 0;  // what stands where there is none counts nothing: its scale is zero
 #pragma unroll
@@ -270,9 +271,9 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
       for (int half = 0; half < 2; ++half) {
         const int at = chunk * kChunk + c * kChunk + half * 32;
         if (NORM) {
-          refill_shared(activations[i][c][half], left > c, own_shared + at * 2);
+          refill_shared(activations[NORM ? 0 : i][c][half], left > c, own_shared + at * 2);
         } else {
-          refill(activations[i][c][half], left > c, own + at);
+          refill(activations[NORM ? 0 : i][c][half], left > c, own + at);
         }
       }
     }
@@ -327,7 +328,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
         Numbers<T, GROUP> numbers;
         numbers.decode(held, i);
         load(i, next);
-        numbers.multiply(sum, activations[i]);
+        numbers.multiply(sum, activations[NORM ? 0 : i]);
       }
       if (!NORM) load_activations(i, next.base, panel_chunks < count && next.unit < units);
     }
