@@ -35,7 +35,8 @@ HEADLINES = (
     ),
     Headline("A decode step in TensorRT, Llama-3.2-1B's shape in W4A16, H100", {"bench": "tensorrt", "part": "step", "model": "Llama-3.2-1B", "batch": 1}),
     Headline(
-        "A decode step by our kernels alone, Llama-3.2-1B's shape in W4A16, H100", {"bench": "decode", "part": "step", "model": "Llama-3.2-1B", "batch": 1}
+        "A decode step by our kernels alone, Llama-3.2-1B's shape in W4A16, H100",
+        {"bench": "decode", "part": "step", "model": "Llama-3.2-1B", "batch": 1, "device": "NVIDIA H100 80GB HBM3"},
     ),
     Headline("vLLM, Llama-3.2-3B's shape in bf16, batch 1, H100", {"bench": "vllm", "part": "text", "model": "Llama-3.2-3B", "batch": 1}),
     Headline(

@@ -135,7 +135,7 @@ struct Place {
 constexpr int kRowsAtOnce = 4;  // whose loads are in flight together
 
 // rows[M][row_stride(d)] = what rms_norm makes of x, or of its sum with the residual, which block 0 writes; first_norm: x is normalised by it before.
-// Warps take the parts of rms_norm's warps warp, warp + warps, ...: sums have its order. gain, first_gain: of the first vector of this thread.
+// A row has the parts of rms_norm's warps, so sums have its order. gain, first_gain: of the first vector of this thread.
 // sums: floats [2][M][warps of norm_threads(d)], free again when the barrier at the end is passed.
 // Loops are not unrolled where that only repeats code: it runs once, and a cold fetch of its instructions costs more than a jump.
 template <class T>
