@@ -40,6 +40,10 @@ class EngineError(FlashHeadError):
     """A runtime (vLLM, TensorRT, ONNX Runtime) refused or failed: see its message for the versions that work."""
 
 
+# What a chat template raises beside jinja2's own errors: it is the model's code, and its faults are not ours.
+TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line."""
     return next((line.strip().rstrip(":.") for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -5,21 +5,19 @@ It has the few methods of transformers' tokenizers that the loop calls (`generat
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import CheckpointError, SettingsError, first_line
+from flashhead_edge.jetson.chat_template import rendered
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-MOST_OPERAND, MOST_EXPONENT = 1_000_000, 64  # of products and powers in a chat template
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +41,13 @@ class ChatTokenizer:
         self, conversation: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, tokenize: bool = False,
         add_generation_prompt: bool = False,
     ) -> str:  # fmt: skip
-        """The text of a conversation; jinja2's TemplateError where the template refuses it."""
+        """The text of a conversation. Errors as `chat_template.rendered`."""
         if self.chat_template is None or tokenize:
             found = "no chat template" if self.chat_template is None else "tokenize=True"
             raise SettingsError(f"tokenizer: found {found}, expected a chat template and tokenize=False; give a plain text, or encode the text that comes back")
         messages = [{k: v for k, v in m.items() if v is not None} for m in conversation]
         context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return compiled(self.chat_template).render(**context, **self.special_tokens)
+        return rendered(self.chat_template, context | dict(self.special_tokens))
 
     @property
     def eos_token_id(self) -> int | None:
@@ -101,46 +99,3 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(found, list):  # several by name
         found = next((t["template"] for t in found if t.get("name") == "default"), None)
     return found or None
-
-
-def compiled(template: str) -> Any:
-    """A chat template in a sandbox: it comes from whoever made the model."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %}: marks what a model says, for training; here its content stands as it is."""
-
-        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    class Bounded(ImmutableSandboxedEnvironment):
-        """A sandbox whose products and powers stay small: a text times a large number is gigabytes in one step."""
-
-        intercepted_binops = frozenset(("*", "**"))
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [abs(v) if isinstance(v, (int, float)) else len(v) if isinstance(v, Sized) else 0 for v in (left, right)]
-            if max(sizes) > MOST_OPERAND or (operator == "**" and sizes[1] > MOST_EXPONENT):
-                raise SecurityError(f"{operator} of more than {MOST_OPERAND if operator == '*' else MOST_EXPONENT:,}")
-            return super().call_binop(context, operator, left, right)
-
-    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = to_json  # jinja2's own escapes for HTML
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-    try:
-        return environment.from_string(template)
-    except TemplateError as error:
-        raise CheckpointError(f"chat_template.jinja: the template cannot be read ({first_line(error)}); restore the file") from error

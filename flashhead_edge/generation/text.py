@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flashhead_edge.errors import SettingsError, first_line
+from flashhead_edge.errors import TEMPLATE_FAULTS, SettingsError, first_line
 from flashhead_edge.generation.protocols import TextEngine, Tokenizer
-
-# What code of a template raises beside jinja2's own errors: a model's template is foreign code, and its faults are not ours.
-TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
 class Detokenizer:
