@@ -19,7 +19,7 @@ from typing import Any
 
 from flashhead_edge.bench.cuda import models
 from flashhead_edge.bench.step_model import Card, Fit, compared, step_of
-from flashhead_edge.errors import FlashHeadError
+from flashhead_edge.errors import FlashHeadError, SettingsError
 from flashhead_edge.records.folder import KEY
 
 FITTED_ON = ("Llama-3.2-1B", "SmolLM2-135M")  # the most bytes a phase, and the fewest
@@ -53,9 +53,21 @@ def boards(fit: Fit) -> None:
 
 
 def records(path: Path) -> Any:
-    """Of a file of records, or of a bench's own document."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return document.get(KEY, document)["records"]
+    """Of a file of records, or of a bench's own document.
+
+    Raises:
+        SettingsError: it is another file.
+    """
+    wrong = f"{path}: no steps of models were found, expected what flashhead bench decode --json wrote, or records of it; give such a file"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingsError(wrong) from error
+    document = document.get(KEY, document) if isinstance(document, dict) else {}
+    found = [r for r in document.get("records", ()) if {"model", "head", "batch"} <= r.keys() and (r.get("bench") or "decode") == "decode"]
+    if not found:
+        raise SettingsError(wrong)
+    return found
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ END_PHASES = 4  # embedding, last norm, the step's end, the mail to the host
 HEAD_SHARE = 0.02  # of a dense head's bytes in 16 bits that a calibrated head reads on the average (docs/benchmarks.md: 0.013 to 0.04)
 CODES_A_TICK = 4 * 1024 / 135  # of a multiprocessor, bf16: docs/kernels.md, "A decoder layer in five launches"
 LAYER_PHASES = 9  # q, k, v 2 (norm, product); attention 3 (rotation, a warp's positions, their merging); o 1; gate and up 2; down 1
-FUSED_LAUNCHES, ENDS = 5, 4  # of a layer; embedding, last norm, head, end
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class Step:
 
     bytes: float  # codes, scales, cached positions and the head's
     phases: int
-    launches: int
     codes: int  # of the body's matrices
 
 
@@ -77,7 +75,6 @@ def step_of(name: str, cached: int = CACHED) -> Step:
     return Step(
         model.layers * (codes / 2 + 2 * codes / group + cache) + HEAD_SHARE * 2 * vocab * model.hidden,
         model.layers * each + HEAD_PHASES + END_PHASES,
-        model.layers * FUSED_LAUNCHES + ENDS,
         model.layers * codes,
     )
 

@@ -203,7 +203,7 @@ def _groups(entries: Any) -> list[list[Entry]]:
     found: dict[str, list[Entry]] = {}
     for e in entries:
         found.setdefault(subject(e.record), []).append(e)
-    order = ("backend", "model", "precision", "batch", "threads")
+    order = ("backend", "model", "precision", "batch", "threads", "device")
     return sorted(found.values(), key=lambda group: [(group[0].record[n] is None, group[0].record[n] or 0) for n in order])
 
 

@@ -137,7 +137,7 @@ constexpr int kRowsAtOnce = 4;  // whose loads are in flight together
 // rows[M][row_stride(d)] = what rms_norm makes of x, or of its sum with the residual, which block 0 writes; first_norm: x is normalised by it before.
 // A row has the parts of rms_norm's warps, so sums have its order. gain, first_gain: of the first vector of this thread.
 // sums: floats [2][M][warps of norm_threads(d)], free again when the barrier at the end is passed.
-// Loops are not unrolled where that only repeats code: it runs once, and a cold fetch of its instructions costs more than a jump.
+// Loops are not unrolled where that only repeats code: it runs once.
 template <class T>
 __device__ void normalise_rows(const u16* x, const Surroundings& s, int M, int d, u16* rows, float* sums, uint4 first_gain, uint4 gain) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -145,8 +145,8 @@ __device__ void normalise_rows(const u16* x, const Surroundings& s, int M, int d
 
   // Rows and parts are shared out among the warps.
   int first = 0, part = warp;
-  const auto fold = [&](int& row, int rows) {
-    while (part >= parts) part -= parts, row += rows;
+  const auto fold = [&](int& row, int step) {
+    while (part >= parts) part -= parts, row += step;
   };
 #pragma unroll 1
   for (fold(first, kRowsAtOnce); first < M; part += warps, fold(first, kRowsAtOnce)) {
@@ -262,7 +262,7 @@ __device__ void decode_block(float* shared, const uint4* codes, const u16* scale
   // Tokens from M on read another's activations: nobody reads their columns of the product.
   const u16* own = (NORM ? rows + (token < M ? token : 0) * row_stride(K) : x + size_t(token < M ? token : 0) * K) + lane % 4 * 8;
   const u32 own_shared = NORM ? u32(__cvta_generic_to_shared(own)) : 0;
-  uint4 activations[NORM ? 1 : PAIRS][2][2] = {};  // behind a norm they come from shared memory when they are needed: one pair is enough, and two spill
+  uint4 activations[NORM ? 1 : PAIRS][2][2] = {};  // behind a norm they come from shared memory when they are needed: one pair is enough, and two spill more
   auto load_activations = [&](int i, int base, bool wanted) {
     const int chunk = chunk_of(base, i), left = wanted ? count - chunk : 0;  // what stands where there is none counts nothing: its scale is zero
 #pragma unroll

@@ -54,14 +54,14 @@ static const char* check(const fh_w4a16_weight& w, const fh_w4a16_fusion& f, con
   }
   const int outputs = f.gated ? 32 : 16;
   if (w.N < outputs || w.N % outputs || w.K < 64 || w.K % 64 || w.K % w.group_size || (f.norm && w.K > 16384)) {
-    return failure("w4a16_fused: the matrix is [%d, %d] in groups of %d, expected N %% %d == 0, K %% 64 == 0, K %% group_size == 0, K <= 16384; launch the "
-                   "steps one by one", w.N, w.K, w.group_size, outputs);
+    return failure("w4a16_fused: the matrix is [%d, %d] in groups of %d, expected N %% %d == 0, K %% 64 == 0, K %% group_size == 0%s; launch the steps one "
+                   "by one", w.N, w.K, w.group_size, outputs, f.norm ? ", K <= 16384" : "");
   }
-  if (w.dtype != FH_FP16 && w.dtype != FH_BF16) return failure("w4a16_fused: dtype is %d, expected FH_FP16 or FH_BF16", int(w.dtype));
+  if (w.dtype != FH_FP16 && w.dtype != FH_BF16) return failure("w4a16_fused: dtype is %d, expected FH_FP16 or FH_BF16; convert scales and activations", int(w.dtype));
   if (!f.norm && (f.residual || f.first_norm || f.gated)) {
     return failure("w4a16_fused: norm is NULL beside a residual, a first norm or a gate, expected a norm with each of them; launch the steps one by one");
   }
-  if ((f.residual == nullptr) != (f.sum == nullptr)) return failure("w4a16_fused: one of residual and sum is NULL, expected both or neither");
+  if ((f.residual == nullptr) != (f.sum == nullptr)) return failure("w4a16_fused: one of residual and sum is NULL, expected both or neither; give the other one");
   if (f.sum && (f.sum == f.residual || f.sum == x)) return failure("w4a16_fused: sum is x or residual, which other blocks still read; give a third buffer");
   return nullptr;
 }
