@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from flashhead_edge.checkpoint import cache_arguments
-from flashhead_edge.errors import CheckpointError, SettingsError, UnsupportedModelError
+from flashhead_edge.checkpoint.chat_template import chat_text
+from flashhead_edge.errors import TEMPLATE_FAULTS, CheckpointError, SettingsError, UnsupportedModelError, first_line
 from flashhead_edge.progress import Progress, silent
 
 WINDOW = 512  # tokens that a text is read in at a time
@@ -187,11 +188,22 @@ class ChatFrame:
 
 
 def chat_frame(tokenizer: Any) -> ChatFrame | None:
-    """The frame of a first chat turn, or None where the family has no chat template."""
+    """The frame of a first chat turn, or None where the family has no chat template.
+
+    Raises:
+        CheckpointError: the template cannot be read, refuses or fails.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return None
     mark = "\u2063"  # a character that templates leave alone, to find where the user's words stand
-    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+    from jinja2 import TemplateError
+
+    try:
+        text = chat_text(tokenizer, [{"role": "user", "content": mark}])
+    except (TemplateError, *TEMPLATE_FAULTS) as error:
+        raise CheckpointError(
+            f"chat template: it fails on a user's message ({first_line(error)}), expected one that writes it; restore the model's template, or remove it"
+        ) from error
     before, _, after = text.partition(mark)
     before_ids, after_ids = (tokenizer(part, add_special_tokens=False).input_ids for part in (before, after))
     return ChatFrame(before_ids, after_ids) if before_ids else None

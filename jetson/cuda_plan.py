@@ -68,16 +68,16 @@ def need_of_plan(program: Program, plan: MemoryPlan, name: str) -> Need:
     turned = sum(program.places[table][1] for table in tables)
     caches = plan.cache_bytes // (program.batch * program.context)
     known = sum(size.values()) + turned + plan.cache_bytes + plan.exchange_bytes + POSITION * program.context
-    named = sum(size for size in (n for _, n in program.places.values()))
+    layers = sum(length for _, length in program.places.values()) - sum(size.values()) - turned
     return Need(
         name=name,
         kind="cuda",
-        weights=named - sum(size.values()) - turned,
+        weights=layers,
         index=size["image"],
         exact_rows=size["rows"] + size["bias"],
         copies=0,
         runtime=0,
-        scratch=device_bytes(plan.size) - known - (named - sum(size.values()) - turned),
+        scratch=device_bytes(plan.size) - known - layers,
         layers=(Layer(caches),),
         limit=program.context,
         positions=(turned + plan.exchange_bytes) // program.context + POSITION,

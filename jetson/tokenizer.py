@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashhead_edge.checkpoint.chat_template import conversation_text
 from flashhead_edge.checkpoint.jsonfiles import read_json
 from flashhead_edge.errors import CheckpointError, SettingsError, first_line
-from flashhead_edge.jetson.chat_template import rendered
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,7 +26,7 @@ class ChatTokenizer:
 
     backend: Tokenizer
     chat_template: str | None
-    special_tokens: Mapping[str, str]  # "bos_token" and so on, as a template sees them
+    special_tokens_map: Mapping[str, str]  # "bos_token" and so on, as a template sees them
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": self.backend.encode(text, add_special_tokens=add_special_tokens).ids}
@@ -41,17 +41,15 @@ class ChatTokenizer:
         self, conversation: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, tokenize: bool = False,
         add_generation_prompt: bool = False,
     ) -> str:  # fmt: skip
-        """The text of a conversation. Errors as `chat_template.rendered`."""
+        """The text of a conversation. Errors as `checkpoint.chat_template.rendered`."""
         if self.chat_template is None or tokenize:
             found = "no chat template" if self.chat_template is None else "tokenize=True"
             raise SettingsError(f"tokenizer: found {found}, expected a chat template and tokenize=False; give a plain text, or encode the text that comes back")
-        messages = [{k: v for k, v in m.items() if v is not None} for m in conversation]
-        context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return rendered(self.chat_template, context | dict(self.special_tokens))
+        return conversation_text(self.chat_template, self.special_tokens_map, conversation, tools, add_generation_prompt)
 
     @property
     def eos_token_id(self) -> int | None:
-        name = self.special_tokens.get("eos_token")
+        name = self.special_tokens_map.get("eos_token")
         return None if name is None else self.backend.token_to_id(name)
 
 

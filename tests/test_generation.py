@@ -415,7 +415,7 @@ def test_a_template_that_refuses_is_one_sentence():
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{{ 'x' * 10**13 }}", "MemoryError"),
+        ("{{ 'x' * 10**13 }}", "it takes more than 1,024 MB of memory"),
         ("{% for i in range(10**8) %}x{% endfor %}", "Range too big. The sandbox blocks ranges larger than MAX_RANGE .100000."),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded.*"),
         ("{{ 1 / 0 }}", "division by zero"),

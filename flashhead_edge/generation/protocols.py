@@ -20,6 +20,11 @@ class Tokenizer(Protocol):
 
     chat_template: Any  # empty or None: there is none
 
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """What the template knows of it: "bos_token" and so on."""
+        ...
+
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Any]: ...
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = ..., *, clean_up_tokenization_spaces: bool | None = ...) -> Any: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flashhead_edge.checkpoint.chat_template import chat_text
 from flashhead_edge.errors import TEMPLATE_FAULTS, SettingsError, first_line
 from flashhead_edge.generation.protocols import TextEngine, Tokenizer
 
@@ -108,8 +109,7 @@ def prompt_ids(
         from jinja2 import TemplateError
 
         try:
-            more = {"tools": list(tools)} if tools else {}
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **more)
+            text = chat_text(tokenizer, turns, tools)
         except TemplateError as error:
             raise SettingsError(f"generate: the chat template refuses the messages ({first_line(error)}), expected what it is made for; change them") from error
         except TEMPLATE_FAULTS as error:

@@ -13,18 +13,50 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from flashhead_edge.errors import CheckpointError, SettingsError
+from flashhead_edge.errors import CheckpointError, EngineError
 
 SECONDS, MEGABYTES = 10, 1024
-MAIN = "import sys; sys.path[:] = sys.argv[3:]; from flashhead_edge.jetson.chat_template_process import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+MAIN = "import sys; sys.path[:] = sys.argv[3:]; from flashhead_edge.checkpoint.chat_template_process import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 
 TIMES_UP = {-getattr(signal, name) for name in ("SIGALRM", "SIGKILL") if hasattr(signal, name)} or {1}  # 1: Windows, of a process that was ended
 
 _turn = threading.Lock()  # one text at a time
 _running: list[subprocess.Popen[bytes]] = []  # none, or the one
+
+
+class Templated(Protocol):
+    """A tokenizer, of transformers or of `jetson.tokenizer`."""
+
+    chat_template: Any  # a template; empty or None: there is none; several by name
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """What templates know of it: "bos_token" and so on."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, *, tools: Any = ..., tokenize: bool = ..., add_generation_prompt: bool = ...) -> Any: ...
+
+
+def chat_text(tokenizer: Templated, conversation: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """The text of a conversation up to where the assistant speaks, by a tokenizer's template. Errors as `rendered`.
+
+    Several templates by name are left to transformers, which knows which one is meant.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        more = {"tools": list(tools)} if tools else {}
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **more))
+    return conversation_text(tokenizer.chat_template, tokenizer.special_tokens_map, conversation, tools, True)
+
+
+def conversation_text(
+    template: str, special_tokens: Mapping[str, Any], conversation: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompts: bool
+) -> str:  # fmt: skip
+    """As transformers renders it; prompts: whether the assistant's turn is begun. Errors as `rendered`."""
+    messages = [{k: v for k, v in m.items() if v is not None} for m in conversation]
+    return rendered(template, {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompts, **special_tokens})
 
 
 def rendered(template: str, context: Mapping[str, Any]) -> str:
@@ -37,7 +69,7 @@ def rendered(template: str, context: Mapping[str, Any]) -> str:
         jinja2.TemplateError: the template refuses, in its own words, or leaves the sandbox.
         CheckpointError: it is no template.
         ValueError: it fails, or goes beyond a limit.
-        SettingsError: no process can be started.
+        EngineError: no process can be started.
     """
     from jinja2 import TemplateError
 
@@ -87,7 +119,7 @@ def _process() -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C in a terminal ends an answer, not this process.
         _running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True))
     except OSError as error:
-        raise SettingsError(
+        raise EngineError(
             f"chat template: {sys.executable} cannot be started ({error.strerror}), expected a process of its own for it; give a plain text"
         ) from error
     return _running[0]
