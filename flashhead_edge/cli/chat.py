@@ -39,7 +39,10 @@ def chat(out: Path, system: str | None, max_new_tokens: int, exact: bool, stop_s
     /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. With --json all conversations are
     printed as one document at the end, and answers stream to stderr.
     """
+    from flashhead_edge.generation.decode import check_settings
+
     sampling = take_sampling(options, exact)
+    check_settings(max_new_tokens, sampling, stop_strings)
     start = [{"role": "system", "content": system}] if system else []
     messages, turns = list(start), []
     conversations = [messages]

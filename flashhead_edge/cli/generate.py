@@ -34,7 +34,7 @@ OTHER_FIGURES = ("allowed_steps", "dense_steps", "passes", "drafted", "accepted"
     default=0,
     show_default=True,
     metavar="N",
-    help="Guess up to N tokens from the text so far and verify them at once; greedy only.",
+    help="Guess up to N tokens, at most 32, from the text so far and verify them at once; greedy only.",
 )
 @click.option(
     "--logprobs",
@@ -68,6 +68,10 @@ def generate(
         raise click.UsageError("--exact guesses and verifies in its own way: leave out --speculate.")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs stands in the JSON document: add --json, or leave it out.")
+    from flashhead_edge.generation.decode import check_settings
+
+    grammar = options["json_schema"] is not None or options["regex"] is not None
+    check_settings(max_new_tokens, sampling, stop_strings, speculate, grammar=grammar, logprobs=logprobs)
     with answer_only() as stdout, recorded() as taken:
         pieces, listed = [], []
         live = stdout.isatty() and not as_json

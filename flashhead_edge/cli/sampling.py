@@ -35,7 +35,12 @@ OPTIONS = (
     click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same answer."),
     click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Tokens of an answer at most."),
     click.option("--stop", "stop_strings", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable."),
-    click.option("--json-schema", metavar="FILE|TEXT", help="An answer that is JSON of this schema; '{}' is any JSON.  [needs the extra grammar]"),
+    click.option(
+        "--json-schema",
+        metavar="FILE|TEXT",
+        callback=lambda c, p, given: given and _schema(given),
+        help="An answer that is JSON of this schema; '{}' is any JSON.  [needs the extra grammar]",
+    ),
     click.option("--regex", metavar="PATTERN", help="An answer that matches this pattern as a whole.  [needs the extra grammar]"),
     click.option("--exact", is_flag=True, help="The dense head's greedy text, token for token, verified in blocks."),
     click.option(
@@ -131,7 +136,7 @@ def take_grammar(engine: Any, options: dict[str, Any]) -> Any:
         raise click.UsageError("--json-schema and --regex: an answer follows one of them, leave out the other.")
     from flashhead_edge.generation.grammar import compile_grammar
 
-    return compile_grammar(engine, json_schema=None if schema is None else _schema(schema), regex=regex)
+    return compile_grammar(engine, json_schema=schema, regex=regex)
 
 
 def _schema(given: str) -> str:
@@ -142,7 +147,7 @@ def _schema(given: str) -> str:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise click.BadParameter(f"{given} cannot be read ({why}), expected a file or a JSON object.", param_hint="--json-schema") from error
+        raise click.BadParameter(f"{given} cannot be read ({why}), expected a file or a JSON object; give one.", param_hint="--json-schema") from error
 
 
 def answer(engine: Any, ids: list[int], max_new_tokens: int, sampling: Any, exact: bool, stop_strings: tuple[str, ...], **more: Any) -> Any:

@@ -208,9 +208,28 @@ def to_numpy(values: Array) -> np.ndarray:
     return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
 
 
+def check_settings(
+    max_new_tokens: int, sampling: Sampling, stop_strings: Sequence[str] = (), speculate: int = 0, *, grammar: bool = False, logprobs: int | None = None,
+) -> None:  # fmt: skip
+    """What can be said of settings before a model is loaded.
+
+    Raises:
+        SettingsError: one is out of range, or does not go with another.
+    """
+    if max_new_tokens < 1:
+        raise SettingsError(f"generate: max_new_tokens is {max_new_tokens}, expected 1 or more; call again with another value")
+    if logprobs is not None and not 0 <= logprobs <= MOST_ALTERNATIVES:
+        raise SettingsError(f"generate: logprobs is {logprobs}, expected 0 to {MOST_ALTERNATIVES} alternatives; call again with another value")
+    check_stop_strings(stop_strings)
+    if not 0 <= speculate <= MOST_DRAFTED:
+        raise SettingsError(f"generate: speculate is {speculate}, expected 0 to {MOST_DRAFTED} tokens; call again with another value")
+    if speculate and (not sampling.greedy or sampling.changes_logits or grammar or logprobs is not None):
+        raise SettingsError("generate: speculate was asked together with sampling, a grammar or logprobs, expected plain greedy; leave out one of them")
+
+
 def start(
     engine: TextEngine, ids: Sequence[int], max_new_tokens: int, sampling: Sampling, stop: Sequence[int], stop_strings: Sequence[str] = (),
-    grammar: Grammar | None = None, logprobs: int | None = None,
+    grammar: Grammar | None = None, logprobs: int | None = None, speculate: int = 0,
 ) -> tuple[Run, list[int], int, str]:  # fmt: skip
     """Check a request: the run, the prompt as numbers, how many tokens it may make, and why it would end there."""
     prompt = [int(t) for t in ids]
@@ -219,16 +238,14 @@ def start(
         raise SettingsError("generate: the prompt is empty, expected at least one token; give a text")
     if min(prompt) < 0 or max(prompt) >= rows:
         raise SettingsError(f"generate: the prompt holds ids {min(prompt)} to {max(prompt)}, expected 0 to {rows - 1}; use this model's tokenizer")
-    if max_new_tokens < 1:
-        raise SettingsError(f"generate: max_new_tokens is {max_new_tokens}, expected 1 or more; call again with another value")
-    if logprobs is not None and not 0 <= logprobs <= MOST_ALTERNATIVES:
-        raise SettingsError(f"generate: logprobs is {logprobs}, expected 0 to {MOST_ALTERNATIVES} alternatives; call again with another value")
+    check_settings(max_new_tokens, sampling, stop_strings, speculate, grammar=grammar is not None, logprobs=logprobs)
     check_tokens(sampling, engine.vocab_size)
-    check_stop_strings(stop_strings, engine.tokenizer)
+    if stop_strings and engine.tokenizer is None:
+        raise SettingsError("generate: the engine has no tokenizer, expected one for stop strings; give stop tokens instead")
     limit, most, reason = engine.context_length, max_new_tokens, "max_new_tokens"
     if limit is not None:
         if len(prompt) >= limit:
-            raise SettingsError(f"generate: the prompt has {len(prompt)} tokens, expected fewer than the model's {limit} positions; shorten it")
+            raise SettingsError(f"generate: the prompt has {len(prompt):,} tokens, expected fewer than the model's {limit:,} positions; shorten it")
         if limit - len(prompt) < most:
             most, reason = limit - len(prompt), "context length"
     v = engine.vocab_size
@@ -271,12 +288,8 @@ def stream(
             with another.
     """
     s = sampling or Sampling()
-    run, prompt, most, reason = start(engine, ids, max_new_tokens, s, stop, stop_strings, grammar, logprobs)
+    run, prompt, most, reason = start(engine, ids, max_new_tokens, s, stop, stop_strings, grammar, logprobs, speculate)
     if speculate:
-        if not 0 < speculate <= MOST_DRAFTED:
-            raise SettingsError(f"generate: speculate is {speculate}, expected 0 to {MOST_DRAFTED} tokens; call again with another value")
-        if not s.greedy or s.changes_logits or grammar is not None or logprobs is not None:
-            raise SettingsError("generate: speculate was asked together with sampling, a grammar or logprobs, expected plain greedy; leave out one of them")
         return Stream(run, in_drafts(run, prompt, most, reason, cache, speculate))
     plain = not s.changes_logits and s.allowed is None and grammar is None and logprobs is None
     return Stream(run, one_by_one(run, prompt, most, reason, cache, next_token, ahead=plain))

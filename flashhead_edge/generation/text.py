@@ -72,10 +72,8 @@ def _overlap(text: str, string: str) -> int:
     return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
 
 
-def check_stop_strings(strings: Sequence[str], tokenizer: Tokenizer | None) -> None:
-    """Raise SettingsError where a stop string is empty, or where there is no text to look for one in."""
-    if strings and tokenizer is None:
-        raise SettingsError("generate: the engine has no tokenizer, expected one for stop strings; give stop tokens instead")
+def check_stop_strings(strings: Sequence[str]) -> None:
+    """Raise SettingsError where a stop string is empty."""
     if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
         raise SettingsError(f"generate: the stop strings are {strings!r}, expected a list of texts that are not empty; leave the empty ones out")
 

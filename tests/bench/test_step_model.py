@@ -1,12 +1,16 @@
 """The model of a step's time: parameters come back from steps that obey it, and what cannot be fitted is refused."""
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from flashhead_edge.bench.step_model import Card, Fit, compared, fitted, step_of
 from flashhead_edge.errors import SettingsError
 
+ROOT = Path(__file__).resolve().parents[2]
 TRUE, CARD = Fit(1.5, 1.1), Card(3e12, 132, 1.755)
 NEARLY = 5e-3  # SmolLM2's codes take 2 % less than its bytes on this card, and the fit counts codes
 NAMES = ("Llama-3.2-1B", "Qwen3-1.7B", "Qwen3-0.6B", "Gemma-3-270M", "SmolLM2-135M")
@@ -60,3 +64,16 @@ def test_refused():
         fitted([(step_of("Llama-3.2-1B"), 400.0)], CARD)
     with pytest.raises(SettingsError, match="Qwen3-8B is not among"):
         compared(records(TRUE), ("Qwen3-8B", "SmolLM2-135M"), CARD)
+
+
+def test_what_the_page_says_is_what_the_records_give():
+    """docs/cuda.md: how far off the model is, in order of the shapes."""
+    page = (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+    said = page[page.index("**A model of a step's time**") : page.index("**Beside vLLM**")]
+    h100, h200 = (json.loads((ROOT / "docs" / "benchmarks" / f"decode-{card}.json").read_text(encoding="utf-8"))["records"] for card in ("h100", "h200"))
+    fit, here = compared(h100, ("Llama-3.2-1B", "SmolLM2-135M"), Card(3.02e12, 132, 1.755))
+    _, there = compared(h200, (), Card(4.1e12, 132, 1.755), fit)
+    assert f"({fit.stretch:.3f} times 135 ticks" in said and f"waits for another ({fit.phase:.2f} us)" in said
+    offs = [r["off"] for r in here if not r["fitted_on"]] + [r["off"] for r in there]
+    assert re.findall(r"[+-]\d+\.\d %", said) == [f"{100 * off:+.1f} %" for off in offs]
+    assert max(map(abs, offs)) < 0.15  # what was wanted

@@ -250,7 +250,7 @@ def test_an_answer_follows_a_schema_or_a_pattern(inside, checkpoint: Path, tmp_p
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--json-schema", "nowhere.json"), "nowhere.json cannot be read (No such file or directory), expected a file or a JSON object."),
+        (("--json-schema", "nowhere.json"), "nowhere.json cannot be read (No such file or directory), expected a file or a JSON object; give one."),
         (("--json-schema", "{"), "grammar: the JSON schema is no JSON (Expecting property name"),
         (("--json-schema", '{"type": "strin"}'), "grammar: the JSON schema cannot be used (Invalid type: strin)"),
         (("--regex", "("), "grammar: the pattern cannot be used (unclosed group)"),
