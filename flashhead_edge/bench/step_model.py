@@ -3,9 +3,10 @@
     microseconds = max(bytes / bandwidth, stretch * codes / rate) + phase * phases
 
 A phase is what cannot begin before all of another is known, to the last block: a product, a norm in front of one, the parts of an attention, an exchange
-inside the head. Products are held by whichever is slower, memory or what else grows with the codes, of which `rate` is a measured beginning (docs/kernels.md) and `stretch` is
-fitted; everything in a small model is held by its phases, whatever they compute. On an H100 bytes are the faster part: an H200, whose memory brings a third
-more, takes as long. The two parameters are fitted on two shapes of one device and say the others.
+inside the head. Products are held by whichever is slower, memory or what else grows with the codes, of which `rate` is a measured beginning
+(docs/kernels.md) and `stretch` is fitted; everything in a small model is held by its phases, whatever they compute. On an H100
+bytes are the faster part: an H200, whose memory brings a third more, takes as long. The two parameters are fitted on two shapes
+of one device and say the others.
 """
 
 from __future__ import annotations

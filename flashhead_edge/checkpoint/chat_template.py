@@ -114,13 +114,13 @@ def _process() -> subprocess.Popen[bytes]:
     if _running and _running[0].poll() is None:
         return _running[0]
     _end()
-    command = [sys.executable, "-c", MAIN, str(SECONDS), str(MEGABYTES), *sys.path]
+    command = [sys.executable or "python3", "-c", MAIN, str(SECONDS), str(MEGABYTES), *sys.path]
     try:
         # A session of its own: Ctrl-C in a terminal ends an answer, not this process.
         _running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True))
     except OSError as error:
         raise EngineError(
-            f"chat template: {sys.executable} cannot be started ({error.strerror}), expected a process of its own for it; give a plain text"
+            f"chat template: {command[0]} cannot be started ({error.strerror}), expected a process of its own for it; give a plain text"
         ) from error
     return _running[0]
 
