@@ -307,10 +307,14 @@ def _norm(m: Model, node: Node, run: Run) -> None:
     m.put("fh_rms_norm", m.value(node.inputs[0]), residual, total, m.weight(a["weight"]), a["offset"], a["epsilon"], y, run.tokens, a["d"], m.dtype)
 
 
-def _linear(m: Model, node: Node, run: Run) -> None:
+def weight_of(m: Model, node: Node) -> native.Linear:
+    """A product's matrix."""
     a: Mapping[str, Any] = node.attributes
-    weight = native.Linear(m.weight(a["codes"]), m.weight(a["scales"]), m.weight(a["zeros"]), a["n"], a["k"], a["group"], m.dtype)
-    m.put("fh_w4a16_linear", weight, m.value(node.inputs[0]), m.value(node.outputs[0]), run.tokens)
+    return native.Linear(m.weight(a["codes"]), m.weight(a["scales"]), m.weight(a["zeros"]), a["n"], a["k"], a["group"], m.dtype)
+
+
+def _linear(m: Model, node: Node, run: Run) -> None:
+    m.put("fh_w4a16_linear", weight_of(m, node), m.value(node.inputs[0]), m.value(node.outputs[0]), run.tokens)
 
 
 def _gated(m: Model, node: Node, run: Run) -> None:
@@ -363,8 +367,7 @@ def _fused_linear(m: Model, node: Node, run: Run) -> None:
 def fused_arguments(m: Model, node: Node) -> tuple[native.Linear, native.Fusion]:
     """A fused product's structures, without its activations."""
     a: Mapping[str, Any] = node.attributes
-    weight = native.Linear(m.weight(a["codes"]), m.weight(a["scales"]), m.weight(a["zeros"]), a["n"], a["k"], a["group"], m.dtype)
-    return weight, native.Fusion(None, None, m.weight(a["first_norm"]), m.weight(a["norm"]), a["offset"], a["epsilon"], a["gated"], a["activation"])
+    return weight_of(m, node), native.Fusion(None, None, m.weight(a["first_norm"]), m.weight(a["norm"]), a["offset"], a["epsilon"], a["gated"], a["activation"])
 
 
 def _rope_attention(m: Model, node: Node, run: Run) -> None:

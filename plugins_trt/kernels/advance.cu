@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(FH_ADVANCE_THREADS) flashhead_advan
 
 const char* fh_advance(const FlashHeadAdvance* a, const fh_device* device, cudaStream_t stream) {
   if (a->rows < 1 || a->rows > FH_ADVANCE_THREADS || a->slots < 1 || a->slot_words < FH_MAIL_HEAD + a->rows * (FH_MAIL_ROW + a->counted)) {
-    return fh::failure("advance: %d rows in %d slots of %d words, expected 1 to %d rows that fit a slot", a->rows, a->slots, a->slot_words, FH_ADVANCE_THREADS);
+    return fh::failure("advance: %d rows in %d slots of %d words, expected 1 to %d rows that fit a slot; give larger slots", a->rows, a->slots, a->slot_words, FH_ADVANCE_THREADS);
   }
   return fh::launch("advance", *device, stream, {dim3(1), FH_ADVANCE_THREADS}, flashhead_advance, *a);
 }

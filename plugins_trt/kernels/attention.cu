@@ -497,7 +497,7 @@ static const char* check(const fh_attention_shape& s) {
   return nullptr;
 }
 
-using Arguments = struct {
+struct Arguments {
   const u16 *q, *k, *v;
   const int* lengths;
   u16* out;
