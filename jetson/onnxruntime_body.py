@@ -60,7 +60,7 @@ class OnnxBody:
         """
         limit = self.settings.context_length
         if limit is not None and self.length + len(ids) > limit:
-            raise EngineError(f"body: the text has {self.length + len(ids)} tokens, expected at most the model's {limit} positions; shorten it")
+            raise EngineError(f"body: the text has {self.length + len(ids):,} tokens, expected at most the model's {limit:,} positions; shorten it")
         if not len(ids):
             raise EngineError("body: no token was given, expected at least one; give a text")
         for start, end in parts(len(ids)):

@@ -21,7 +21,7 @@ from flashhead_edge.decoding import Sampling, choose
 from flashhead_edge.errors import SettingsError
 from flashhead_edge.generation import Engine, exact_stream, generate, load_engine, stream
 from flashhead_edge.generation.engine import Body
-from flashhead_edge.generation.text import Detokenizer, StopStrings
+from flashhead_edge.generation.text import Detokenizer, StopStrings, prompt_ids
 from flashhead_edge.reference import dense_logits, dense_tokens, torch_head
 
 PROMPT = [1, 17, 90, 5, 33, 128, 64]
@@ -410,6 +410,32 @@ def test_a_template_that_refuses_is_one_sentence():
     tokenizer.chat_template = "{{ raise_exception('only users speak') }}"
     with pytest.raises(SettingsError, match=r"the chat template refuses the messages \(only users speak\)"):
         generate(engine_of(small_model("llama"), tokenizer=tokenizer), "w4", 8)
+
+
+def test_a_text_far_longer_than_the_context_is_refused_by_its_beginning():
+    """Half a minute of encoding for 10 MB is saved; what may fit is encoded whole, however long it is."""
+    looked: list[int] = []
+
+    class Counted:
+        tokenizer, context_length = None, 256
+
+    class Looking:
+        chat_template = None
+
+        def __call__(self, text, **more):
+            looked.append(len(text))
+            return {"input_ids": [1] * len(text.split())}
+
+    Counted.tokenizer = Looking()
+    with pytest.raises(SettingsError, match=r"the prompt has more than 256 tokens, expected fewer than the model's 256 positions; shorten it"):
+        prompt_ids(Counted, "w1 " * 3_500_000)
+    assert looked == [1 << 16]
+    looked.clear()
+    assert prompt_ids(Counted, "w1 " * 10 + " " * 10_000_000) == [1] * 10  # a few tokens, and blanks that are none
+    assert looked == [1 << 16, 1 << 18, 1 << 20, 1 << 22, 10_000_030]
+    looked.clear()
+    Counted.context_length = None
+    assert len(prompt_ids(Counted, "w1 " * 100_000)) == 100_000 and looked == [300_000]
 
 
 @pytest.mark.parametrize(

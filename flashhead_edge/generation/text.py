@@ -9,6 +9,13 @@ from flashhead_edge.checkpoint.chat_template import chat_text
 from flashhead_edge.errors import TEMPLATE_FAULTS, SettingsError, first_line
 from flashhead_edge.generation.protocols import TextEngine, Tokenizer
 
+LOOKED_AT = 1 << 16  # characters of a long text, at least, by which it is seen to be too long
+MARGIN = 64  # tokens that a text may lose where it goes on: its beginning is cut within a word
+
+
+class PromptTooLongError(SettingsError):
+    """A prompt has far more tokens than the context."""
+
 
 class Detokenizer:
     """Text of a growing list of tokens, piece by piece; a character whose bytes are not all there yet waits."""
@@ -88,8 +95,17 @@ def prompt_ids(
         chat: whether a text becomes a user's message in the tokenizer's chat template; None: where there is one.
         tools: that a chat may call, in OpenAI's form; the template says them to the model.
     Raises:
-        SettingsError: the prompt is empty or not UTF-8, or a chat is asked of a tokenizer without a template.
+        SettingsError: the prompt is empty or not UTF-8, or a chat is asked of a tokenizer without a template. PromptTooLongError: it is far too long.
     """
+    ids = _ids(engine, prompt, chat, tools)
+    if ids is None:
+        limit = engine.context_length
+        raise PromptTooLongError(f"generate: the prompt has more than {limit:,} tokens, expected fewer than the model's {limit:,} positions; shorten it")
+    return ids
+
+
+def _ids(engine: TextEngine, prompt: Any, chat: bool | None = None, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int] | None:
+    """As `prompt_ids`; None of a text that is far longer than the context."""
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise SettingsError("generate: the engine has no tokenizer, expected one for a prompt of text; pass token ids to stream()")
@@ -114,8 +130,19 @@ def prompt_ids(
             raise SettingsError(
                 f"generate: the chat template fails on the messages ({first_line(error)}), expected one that writes them; restore the model's template"
             ) from error
-        return list(tokenizer(_checked(text), add_special_tokens=False)["input_ids"])
-    return list(tokenizer(_checked(prompt))["input_ids"])
+        return _encoded(tokenizer, _checked(text), engine.context_length, add_special_tokens=False)
+    return _encoded(tokenizer, _checked(prompt), engine.context_length)
+
+
+def _encoded(tokenizer: Tokenizer, text: str, limit: int | None, **more: Any) -> list[int] | None:
+    """Token ids of a text, or None where its beginning alone has far more than `limit`: a text of 10 MB takes half a minute to encode."""
+    if limit is not None:
+        length = max(16 * limit, LOOKED_AT)
+        while length < len(text):
+            if len(tokenizer(text[:length], **more)["input_ids"]) > limit + MARGIN:
+                return None
+            length *= 4
+    return list(tokenizer(text, **more)["input_ids"])
 
 
 def fitting_ids(engine: TextEngine, messages: Sequence[Mapping[str, str]], fixed: int, dropped: int, new_tokens: int) -> tuple[list[int], int]:
@@ -127,13 +154,16 @@ def fitting_ids(engine: TextEngine, messages: Sequence[Mapping[str, str]], fixed
         new_tokens: wanted for the answer; room is made for no more than a quarter of the context.
     Returns:
         The ids, and how many turns are left out. The last message is always there: alone it may still be too long.
+    Raises:
+        SettingsError: as `prompt_ids`; far too long is the last message.
     """
     limit, turns = engine.context_length, (len(messages) - fixed - 1) // 2
-    while True:
-        ids = prompt_ids(engine, [*messages[:fixed], *messages[fixed + 2 * dropped :]])
-        if limit is None or dropped >= turns or len(ids) + min(new_tokens, limit // 4) <= limit:
+    while dropped < turns:
+        ids = _ids(engine, [*messages[:fixed], *messages[fixed + 2 * dropped :]])
+        if ids is not None and (limit is None or len(ids) + min(new_tokens, limit // 4) <= limit):
             return ids, dropped
         dropped += 1
+    return prompt_ids(engine, [*messages[:fixed], *messages[fixed + 2 * dropped :]]), dropped
 
 
 def _checked(text: Any) -> Any:

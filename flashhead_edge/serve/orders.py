@@ -15,6 +15,7 @@ from flashhead_edge.generation import prompt_ids
 from flashhead_edge.generation.decode import start
 from flashhead_edge.generation.grammar import Grammar, compile_grammar
 from flashhead_edge.generation.protocols import TextEngine
+from flashhead_edge.generation.text import PromptTooLongError
 from flashhead_edge.serve.limits import KEPT_GRAMMARS, NO_LIMIT
 from flashhead_edge.serve.refusals import Refusal
 from flashhead_edge.serve.requests import Wanted
@@ -76,11 +77,9 @@ def orders(engine: TextEngine, wanted: Wanted, grammars: Grammars, schema: Mappi
         ids = ids_of(engine, wanted, prompt)
         limit = engine.context_length
         if limit is not None and len(ids) >= limit:
-            raise Refusal(
-                f"{'messages' if wanted.chat else 'prompt'}: the prompt has {len(ids)} tokens, expected fewer than the model's {limit} positions; shorten it",
-                code="context_length_exceeded",
-                param="messages" if wanted.chat else "prompt",
-            )
+            where = "messages" if wanted.chat else "prompt"
+            said = f"{where}: the prompt has {len(ids):,} tokens, expected fewer than the model's {limit:,} positions; shorten it"
+            raise Refusal(said, code="context_length_exceeded", param=where)
         most = wanted.max_tokens or (NO_LIMIT if limit is None else limit - len(ids))
         for choice in range(wanted.choices):
             sampling = replace(wanted.sampling, seed=(wanted.sampling.seed + choice) % 2**64)
@@ -106,7 +105,10 @@ def ids_of(engine: TextEngine, wanted: Wanted, prompt: Any) -> Sequence[int]:
         if strange:
             raise Refusal(f"prompt: token {strange[0]} is none of the model's, expected 0 to {engine.embedding_rows - 1}; correct it", param="prompt")
         return tuple(prompt)
+    field = "messages" if wanted.chat else "prompt"
     try:
         return prompt_ids(engine, prompt, chat=wanted.chat, tools=wanted.tools or None)
+    except PromptTooLongError as error:
+        raise Refusal(f"{field}: {str(error).removeprefix('generate: ')}", code="context_length_exceeded", param=field) from error
     except SettingsError as error:
-        raise Refusal(str(error), param="messages" if wanted.chat else "prompt") from error
+        raise Refusal(str(error), param=field) from error

@@ -185,12 +185,12 @@ def test_requests_out_of_range_are_refused_before_anything_runs(exported, way):
     for prompt, text in (
         ([], "the prompt is empty"),
         ([256], "the prompt holds ids 256 to 256, expected 0 to 255"),
-        ([1] * 8192, "the prompt has 8192 tokens"),
+        ([1] * 8192, "the prompt has 8,192 tokens"),
     ):
         with pytest.raises(SettingsError, match=text):
             way(engine, prompt)
     body = engine.body()
-    with pytest.raises(EngineError, match="the text has 8193 tokens, expected at most the model's 8192 positions"):
+    with pytest.raises(EngineError, match="the text has 8,193 tokens, expected at most the model's 8,192 positions"):
         body.feed([1] * 8193)
 
 

@@ -151,7 +151,7 @@ def test_long_prompts_are_read_in_parts_to_the_same_text(server, engine):
         ({"messages": []}, openai.BadRequestError, r"messages: found an empty list, expected a list of messages, at least one"),
         ({"messages": [{"role": "king", "content": "x"}]}, openai.BadRequestError, r"messages\[0\].role: it is none of system"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, openai.BadRequestError, r"content\[0\]: it is no part of type text"),
-        ({"messages": [{"role": "user", "content": "x" * 9000}]}, openai.BadRequestError, r"prompt has 90\d\d tokens, expected fewer than the model's 8192"),
+        ({"messages": [{"role": "user", "content": "x" * 9000}]}, openai.BadRequestError, r"prompt has 9,0\d\d tokens, expected fewer than the model's 8,192"),
         ({"n": 99}, openai.BadRequestError, r"n: found 99, expected a whole number from 1 to 16"),
         ({"stop": [""]}, openai.BadRequestError, r"stop: found a list of 1, expected a string, or a list of at most 16"),
         ({"logit_bias": {"x": 1}}, openai.BadRequestError, r"logit_bias: a name is no token id"),
@@ -183,13 +183,15 @@ def test_the_field_that_is_wrong_is_named(server):
             client.chat.completions.create(**{**GREEDY, **more})
         assert refused.value.param == field, refused.value
     for prompt, sentence in (
-        ("x" * 9000, "prompt: the prompt has 90"),
+        ("x" * 9000, "prompt: the prompt has 9,0"),
+        ("x" * 300_000, "prompt: the prompt has more than 8,192 tokens, expected fewer"),
         ([1, 99999], "prompt: token 99999 is none"),
         (["x"] * 17, "prompt: found 1 texts for each"),
     ):
         with pytest.raises(openai.BadRequestError, match=sentence) as refused:
             client.completions.create(model="tiny", prompt=prompt)
         assert refused.value.param == "prompt"
+        assert (refused.value.code == "context_length_exceeded") == ("the prompt has" in sentence)
     assert client.chat.completions.create(**{**GREEDY, "max_tokens": 2}, extra_body={"head": None}).usage.completion_tokens == 2
 
 
