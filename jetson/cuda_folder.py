@@ -30,6 +30,7 @@ GROUP = 128  # weights that share a scale where a matrix is coded here
 
 BOARD_RUNTIME = 600 << 20  # of program, libraries and context where a GPU shares the system's memory: as plan_sources has TensorRT's
 BOARD_NOTE = "the program and its context, 600 MiB, were not measured on a board; weights in 4 bits, coded anew where the checkpoint has them in 16"
+NO_GPU = "no GPU is here: launches are counted as an AGX Orin 64 GB has them, some megabytes more or less than another's; name a board with --memory"
 
 
 def open_folder(
@@ -104,15 +105,16 @@ def need_of_checkpoint(folder: Path, context: int | None = None, batch: int = 1,
         found = "an exported folder" if folder.is_dir() and (folder / "config.json").is_file() else "no config.json"
         raise CheckpointError(f"{folder}: {found}, expected a FlashHead checkpoint, which the cuda backend runs; run flashhead convert")
     config = read_json(folder / "config.json")
+    notes: tuple[str, ...] = ()
     try:
         facts = device_facts() if board is None else _facts_of(board)
     except DeviceError:
-        facts = _facts_of(board_named("agx-orin-64gb"))  # whose launches a plan without a GPU counts
+        facts, notes = _facts_of(board_named("agx-orin-64gb")), (NO_GPU,)
     need = checkpoint_need(
         folder, facts, precision=precision_of(config), context=_context(config, context), group=_group(config), batch=_texts(batch),
         positions=describe(config).positions or None,
     )  # fmt: skip
-    return need if board is None else replace(need, runtime=BOARD_RUNTIME, notes=(*need.notes[1:], BOARD_NOTE))
+    return replace(need, notes=(*need.notes, *notes)) if board is None else replace(need, runtime=BOARD_RUNTIME, notes=(*need.notes[1:], BOARD_NOTE))
 
 
 def _facts_of(board: Module) -> DeviceFacts:

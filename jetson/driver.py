@@ -38,7 +38,9 @@ def library() -> ctypes.CDLL:
     try:
         found = ctypes.CDLL(LIBRARY)
     except OSError as error:
-        raise DeviceError(f"GPU: {LIBRARY} cannot be loaded ({error}), expected NVIDIA's driver; run this on a machine with an NVIDIA GPU") from error
+        raise DeviceError(
+            f"GPU: {LIBRARY} cannot be loaded ({error}), expected NVIDIA's driver; run this on a machine with an NVIDIA GPU, or on another backend"
+        ) from error
     code = found.cuInit(0)
     if code:
         raise DeviceError(f"GPU: the driver does not start ({name_of(found, code)}), expected a GPU that it knows; look at nvidia-smi or at the kernel's log")

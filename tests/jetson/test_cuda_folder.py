@@ -120,7 +120,11 @@ def test_verbs_say_what_is_missing(checkpoint: Path, exported, flashhead, monkey
     driver.library.cache_clear()
     try:
         code, out, err = flashhead("generate", checkpoint, "--backend", "cuda", "--prompt", "x")
-        assert (code, out) == (1, "") and "GPU: libno-such-driver.so.1 cannot be loaded" in err
+        assert (code, out) == (1, "") and "GPU: libno-such-driver.so.1 cannot be loaded" in err and "with an NVIDIA GPU, or on another backend" in err
+        code, out, err = flashhead("plan", checkpoint, "--backend", "cuda")
+        assert code == 0 and "no GPU is here: launches are counted as an AGX Orin 64 GB has them" in " ".join(out.split())
+        code, out, err = flashhead("plan", checkpoint, "--backend", "cuda", "--memory", "orin-nano-8gb")
+        assert code == 0 and "no GPU is here" not in " ".join(out.split())
     finally:
         driver.library.cache_clear()
     code, out, err = flashhead("generate", exported(), "--backend", "cuda", "--prompt", "x")
