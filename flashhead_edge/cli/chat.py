@@ -111,14 +111,18 @@ def _read(stdout: TextIO) -> str | None:
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() edits lines once it is loaded
+    interrupted = False
     with terminal:
         while True:
             try:
+                if interrupted:
+                    click.echo(f"\n{HELP}", err=True)  # in here, for whoever presses Ctrl-C again meanwhile
+                interrupted = False
                 return input("> " if typed else "").strip()
             except EOFError:
                 return None
             except KeyboardInterrupt:
-                click.echo(f"\n{HELP}", err=True)
+                interrupted = True
 
 
 def _speak(run: Iterable[Any], out: TextIO) -> str:
