@@ -80,7 +80,7 @@ def rendered(template: str, context: Mapping[str, Any]) -> str:
     if kind == "refused":
         raise TemplateError(said)
     if kind == "unreadable":
-        raise CheckpointError(f"chat_template.jinja: the template cannot be read ({said}); restore the file")
+        raise CheckpointError(f"chat template: it cannot be read ({said}), expected one for jinja2; restore the model's template")
     if kind == "fault":
         raise ValueError(said)
     return said

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashhead_edge.errors import TEMPLATE_FAULTS, first_line
 
-MOST_TEXT = 16 << 20  # characters: more than a prompt of 10 MB, which somebody else refuses
+MOST_ADDED = 16 << 20  # characters that a template adds to what it is given
 
 
 def main(seconds: int, megabytes: int) -> None:
@@ -26,7 +26,7 @@ def main(seconds: int, megabytes: int) -> None:
         if hasattr(signal, "alarm"):
             signal.alarm(seconds)  # nobody has set what is done then: the process ends, in the middle of whatever it does
         try:
-            answer = json.dumps(answered(**json.loads(line)))
+            answer = json.dumps(answered(**json.loads(line), most=len(line) + MOST_ADDED))
         except MemoryError:
             answer = json.dumps({"fault": f"it takes more than {megabytes:,} MB of memory"})
         if hasattr(signal, "alarm"):
@@ -44,8 +44,8 @@ def limit_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def answered(template: str, context: dict[str, Any]) -> dict[str, str]:
-    """`text`, or what is wrong: the template is `unreadable`, has `refused` or is at `fault`."""
+def answered(template: str, context: dict[str, Any], most: int) -> dict[str, str]:
+    """`text` of at most so many characters, or what is wrong: the template is `unreadable`, has `refused` or is at `fault`."""
     from jinja2 import TemplateError
 
     try:
@@ -60,7 +60,7 @@ def answered(template: str, context: dict[str, Any]) -> dict[str, str]:
         raise
     except TEMPLATE_FAULTS as error:
         return {"fault": first_line(error)}
-    return {"text": text} if len(text) <= MOST_TEXT else {"fault": f"its text has {len(text):,} characters, expected at most {MOST_TEXT:,}"}
+    return {"text": text} if len(text) <= most else {"fault": f"its text has {len(text):,} characters, expected at most {most:,}"}
 
 
 @functools.lru_cache(maxsize=8)

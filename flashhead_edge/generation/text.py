@@ -117,9 +117,9 @@ def _ids(engine: TextEngine, prompt: Any, chat: bool | None = None, tools: Seque
         raise SettingsError("generate: the tokenizer has no chat template, expected one for a chat; give a plain text")
     if messages or chat or (chat is None and template):
         turns = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
-        for turn in turns:
-            if isinstance(turn.get("content"), str):
-                _checked(turn["content"])  # before the template: it says where in the message, not where in the template's text
+        for turn in turns:  # before the template: what is wrong stands in the message, not in the template's text
+            if isinstance(turn.get("content"), str) and _far_too_long(tokenizer, _checked(turn["content"]), engine.context_length):
+                return None
         from jinja2 import TemplateError
 
         try:
@@ -130,19 +130,22 @@ def _ids(engine: TextEngine, prompt: Any, chat: bool | None = None, tools: Seque
             raise SettingsError(
                 f"generate: the chat template fails on the messages ({first_line(error)}), expected one that writes them; restore the model's template"
             ) from error
-        return _encoded(tokenizer, _checked(text), engine.context_length, add_special_tokens=False)
-    return _encoded(tokenizer, _checked(prompt), engine.context_length)
+        return list(tokenizer(_checked(text), add_special_tokens=False)["input_ids"])
+    if _far_too_long(tokenizer, _checked(prompt), engine.context_length):
+        return None
+    return list(tokenizer(prompt)["input_ids"])
 
 
-def _encoded(tokenizer: Tokenizer, text: str, limit: int | None, **more: Any) -> list[int] | None:
-    """Token ids of a text, or None where its beginning alone has far more than `limit`: a text of 10 MB takes half a minute to encode."""
-    if limit is not None:
-        length = max(16 * limit, LOOKED_AT)
-        while length < len(text):
-            if len(tokenizer(text[:length], **more)["input_ids"]) > limit + MARGIN:
-                return None
-            length *= 4
-    return list(tokenizer(text, **more)["input_ids"])
+def _far_too_long(tokenizer: Tokenizer, text: str, limit: int | None) -> bool:
+    """Whether the beginning of a text alone has far more tokens than `limit`: a text of 10 MB takes half a minute to encode."""
+    if limit is None:
+        return False
+    length = max(16 * limit, LOOKED_AT)
+    while length < len(text):
+        if len(tokenizer(text[:length], add_special_tokens=False)["input_ids"]) > limit + MARGIN:
+            return True
+        length *= 4
+    return False
 
 
 def fitting_ids(engine: TextEngine, messages: Sequence[Mapping[str, str]], fixed: int, dropped: int, new_tokens: int) -> tuple[list[int], int]:

@@ -44,15 +44,16 @@ def test_a_template_cannot_leave_its_sandbox():
     for template in ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"):
         with pytest.raises(TemplateError, match=r"unsafe|not safely callable"):
             rendered(template, {"messages": []})
-    with pytest.raises(CheckpointError, match=r"chat_template.jinja: the template cannot be read"):
+    with pytest.raises(CheckpointError, match=r"chat template: it cannot be read \(.*\), expected one for jinja2; restore"):
         rendered("{% if %}", {})
     with pytest.raises(TemplateError, match="only users speak"):
         rendered("{{ raise_exception('only users speak') }}", {})
 
 
 def test_a_text_has_an_end():
-    with pytest.raises(ValueError, match=r"its text has 20,000,000 characters, expected at most 16,777,216"):
+    with pytest.raises(ValueError, match=r"its text has 20,000,000 characters, expected at most 16,777,\d\d\d"):
         rendered("{{ 'xy' * 10**7 }}", {})
+    assert rendered("<{{ x }}>", {"x": "long" * 5_000_000}) == f"<{'long' * 5_000_000}>"  # what it is given is not its own
     assert goes_on()
 
 
